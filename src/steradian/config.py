@@ -1,0 +1,402 @@
+"""Every section of a configuration file: what may stand in it, its defaults, and what a mistake is told.
+
+A file is YAML and holds data, never code. Unknown keys are errors that name the nearest known one. This module imports
+neither torch nor any other heavy package, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "MACEConfig",
+    "MARAConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "parse_config",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every mistake, one line each, with the way out."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class RadialConfig(Section):
+    """Radial basis times polynomial envelope (Gasteiger et al. 2020, equation 8)."""
+
+    kind: Literal["bessel", "gaussian", "chebyshev"] = "bessel"
+    num: int = Field(8, ge=1, description="number of basis functions")
+    envelope_p: int = Field(6, ge=2, description="order of the polynomial envelope")
+    trainable: bool = Field(False, description="learn the frequencies or widths")
+
+
+class ReadoutConfig(Section):
+    """Last readout of a host: linear when mlp is null."""
+
+    mlp: int | None = Field(16, ge=1, description="hidden width of the readout of the last layer; null for a linear one")
+
+
+class MACEConfig(Section):
+    """MACE (Batatia et al. 2022)."""
+
+    kind: Literal["mace"] = "mace"
+    num_layers: int = Field(2, ge=1)
+    num_channels: int = Field(64, ge=1)
+    hidden_l: int = Field(1, ge=0, le=3, description="highest degree of the hidden features (L)")
+    l_max: int = Field(3, ge=0, le=6, description="highest degree of the spherical harmonics")
+    correlation: int | list[int] = Field(3, description="correlation order 1-4, one number or one per layer")
+    cutoff_A: float = Field(5.0, gt=0)
+    radial: RadialConfig = RadialConfig()
+    radial_mlp: list[int] = Field([64, 64, 64], description="hidden widths of the radial network")
+    first_interaction: Literal["residual", "agnostic"] = "residual"
+    interaction: Literal["residual", "agnostic"] = "residual"
+    readout: ReadoutConfig = ReadoutConfig()
+    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+
+    @model_validator(mode="after")
+    def _check_correlation(self) -> MACEConfig:
+        orders = [self.correlation] if isinstance(self.correlation, int) else self.correlation
+        if any(not 1 <= order <= 4 for order in orders):
+            raise ValueError(f"correlation must be between 1 and 4, not {self.correlation}")
+        if not isinstance(self.correlation, int) and len(orders) != self.num_layers:
+            raise ValueError(f"correlation lists {len(orders)} orders for {self.num_layers} layers")
+        return self
+
+    @property
+    def correlations(self) -> list[int]:
+        return [self.correlation] * self.num_layers if isinstance(self.correlation, int) else list(self.correlation)
+
+
+class EquiangularGrid(Section):
+    kind: Literal["equiangular"] = "equiangular"
+    num_lat: int = Field(4, ge=1)
+    num_lon: int = Field(8, ge=1)
+
+
+class GaussLegendreGrid(Section):
+    kind: Literal["gauss_legendre"] = "gauss_legendre"
+    num_lat: int = Field(4, ge=1)
+    num_lon: int = Field(8, ge=1)
+
+
+class LebedevGrid(Section):
+    kind: Literal["lebedev"] = "lebedev"
+    num_points: int = Field(50, ge=6)
+
+
+class SphericalDesign(Section):
+    kind: Literal["design"] = "design"
+    degree: int = Field(5, ge=1)
+
+
+GridConfig = Annotated[
+    Union[EquiangularGrid, GaussLegendreGrid, LebedevGrid, SphericalDesign],  # noqa: UP007 (pydantic tags read it)
+    Field(discriminator="kind"),
+]
+
+
+class NoGate(Section):
+    kind: Literal["none"] = "none"
+
+
+class MARAConfig(Section):
+    """Modular Angular-Radial Attention (Leonardi, Bonev, Riesen 2026)."""
+
+    kind: Literal["mara"] = "mara"
+    grid: GridConfig = EquiangularGrid()
+    hidden_dim: int = Field(32, ge=1, description="attention channels d, all heads together")
+    num_heads: int = Field(1, ge=1)
+    where: Literal["edge", "node"] = Field("edge", description="gate every message (equation 8) or every sender")
+    frame: Literal["lab", "intrinsic"] = Field("lab", description="published form, or the rotation-invariant one")
+    field: Literal["distance", "squared"] | None = Field(None, description="null: distance (lab), squared (intrinsic)")
+    kernel: Literal["exp", "polynomial"] = "exp"
+    gate: Literal["neutral", "published"] = Field("neutral", description="neutral: alpha = 1 at the start")
+    positional: bool = Field(True, description="learnable vector per grid point")
+    frozen_projections: bool = Field(False, description="ablation: projections stay at their random start")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    normalize: bool = Field(False, description="LayerNorm of the embeddings (figure 5)")
+    residual: bool = Field(False, description="residual around the attention (figure 5)")
+    layers: list[int] | None = Field(None, description="layers of the host that are gated; null for all")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> MARAConfig:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim ({self.hidden_dim}) must be a multiple of num_heads ({self.num_heads})")
+        if self.frame == "intrinsic" and self.field == "distance":
+            raise ValueError("frame 'intrinsic' needs the squared field (the distance field spoils the sphere rule)")
+        if self.kernel == "polynomial" and self.frame != "intrinsic":
+            raise ValueError("kernel 'polynomial' belongs to frame 'intrinsic'")
+        if self.frame == "intrinsic" and (self.normalize or self.residual):
+            raise ValueError("normalize and residual belong to the published form, frame 'lab'")
+        return self
+
+
+class NoMixer(Section):
+    kind: Literal["none"] = "none"
+
+
+HostConfig = MACEConfig
+EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
+
+
+class ModelConfig(Section):
+    """Host, operators and numbers that define a potential."""
+
+    host: HostConfig = MACEConfig()
+    edge_gate: EdgeGateConfig = NoGate()
+    global_mixer: NoMixer = NoMixer()
+    precision: Literal["float32", "float64"] = "float32"
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class KeysConfig(Section):
+    """Names of the labels in the files; null: the usual names are tried."""
+
+    energy: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    positions: str | None = None
+    numbers: str | None = None
+    cell: str | None = None
+    config_type: str = "config_type"
+
+
+class UnitsConfig(Section):
+    """Units of the files. Everything is converted to eV and Å on read."""
+
+    energy: str = "eV"
+    length: str = "Angstrom"
+    forces: str | None = Field(None, description="ENERGY/LENGTH; null: from energy and length")
+    stress: str = "eV/Angstrom^3"
+
+
+class SplitConfig(Section):
+    """How one file becomes training and validation frames; counts, fractions or an index file."""
+
+    train: int | float | None = Field(None, description="count (integer) or fraction (below 1); null: the rest")
+    validation: int | float = Field(0.05, description="count (integer) or fraction (below 1)")
+    test: int | float = Field(0, description="count (integer) or fraction (below 1)")
+    seed: int = 0
+    shuffle: bool = True
+    index_file: Path | None = Field(None, description="npz or JSON with arrays train, validation and, if wanted, test")
+
+
+class ReferenceEnergiesConfig(Section):
+    """Energies of the isolated atoms, taken off before learning."""
+
+    kind: Literal["least_squares", "isolated_atoms", "given", "average", "zero"] = "least_squares"
+    values: dict[str, float] = Field({}, description="element symbol to energy [eV], for kind 'given'")
+    file: Path | None = Field(None, description="file with the isolated atoms; null: frames of one atom in the data")
+
+
+class BatchConfig(Section):
+    """Systems per batch, or a budget of atoms and edges."""
+
+    graphs: int | None = Field(5, ge=1)
+    max_atoms: int | None = Field(None, ge=1)
+    max_edges: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> BatchConfig:
+        if self.graphs is None and self.max_atoms is None and self.max_edges is None:
+            raise ValueError("give graphs, max_atoms or max_edges")
+        return self
+
+
+class DataConfig(Section):
+    """Files, labels, units, splits and batches."""
+
+    train: Path | list[Path] | Literal["bundled:malonaldehyde"] = "bundled:malonaldehyde"
+    validation: Path | list[Path] | None = Field(None, description="null: split off the training files")
+    test: Path | list[Path] | Literal["bundled:malonaldehyde"] | None = None
+    keys: KeysConfig = KeysConfig()
+    units: UnitsConfig = UnitsConfig()
+    split: SplitConfig = SplitConfig()
+    reference_energies: ReferenceEnergiesConfig = ReferenceEnergiesConfig()
+    batch: BatchConfig = BatchConfig()
+    validation_batch: BatchConfig = BatchConfig(graphs=32)
+    ignore_cell: bool = Field(False, description="treat every system as not periodic")
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class LossConfig(Section):
+    kind: Literal["mse", "huber", "l1"] = "mse"
+    energy_weight: float = Field(1.0, ge=0)
+    forces_weight: float = Field(100.0, ge=0)
+    stress_weight: float = Field(0.0, ge=0)
+    huber_delta: float = Field(0.01, gt=0, description="[eV], [eV/Å], [eV/Å^3]")
+    energy_per_atom: bool = Field(True, description="divide energy errors by the number of atoms")
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "adam"] = "adamw"
+    learning_rate: float = Field(0.005, gt=0)
+    weight_decay: float = Field(1e-7, ge=0, description="of matrices of linear maps and contractions only")
+    amsgrad: bool = True
+    clip_norm: float | None = Field(10.0, gt=0)
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "plateau", "cosine"] = "plateau"
+    warmup_steps: int = Field(0, ge=0)
+    factor: float = Field(0.5, gt=0, lt=1, description="plateau: factor on the learning rate")
+    patience: int = Field(20, ge=1, description="plateau: epochs without a better monitored metric")
+    min_learning_rate: float = Field(1e-6, ge=0)
+
+
+class TrainingConfig(Section):
+    """Loss, optimiser, schedule, stopping and logging."""
+
+    max_epochs: int = Field(200, ge=1)
+    max_time_s: float | None = Field(None, gt=0, description="stop cleanly after so many seconds of training")
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float | None = Field(0.99, gt=0, lt=1, description="null: no moving average of the weights")
+    monitor: str = Field("validation/forces_mae", description="metric that chooses the best model and drives plateau")
+    early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better monitored metric")
+    validate_every: int = Field(1, ge=1, description="epochs")
+    checkpoint_every_s: float = Field(300.0, gt=0, description="seconds between checkpoints inside an epoch")
+    seed: int = 0
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
+
+
+class RunConfig(Section):
+    """A whole training run."""
+
+    name: str = "run"
+    output: Path = Path("runs")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+# ------------------------------------------------------------------------------------------- reading and explaining
+
+
+def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``a.b=c`` overrides and validate.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds mistakes (all of them are listed).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        raise ConfigError(f"{path}: the file is empty; start from one of the examples in configs/")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found a {type(content).__name__}")
+    return parse_config(content, overrides, source=str(path))
+
+
+def parse_config(content: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "config") -> RunConfig:
+    """Validate a nested dictionary; see :func:`load_config`."""
+    content = json.loads(json.dumps(content, default=str))
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write KEY=VALUE, such as model.host.num_channels=32")
+    *parents, last = key.strip().split(".")
+    node = content
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{parent}' is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: '{value}' is not a YAML value") from None
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for mistake in error.errors():
+        location = tuple(part for part in mistake["loc"])
+        name = ".".join(str(part) for part in location)
+        if mistake["type"] == "extra_forbidden":
+            known = _keys_at(RunConfig, location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"  {name}: unknown key; {hint}")
+        else:
+            message = mistake["msg"].removeprefix("Value error, ")
+            given = mistake.get("input")
+            shown = f" (got {given!r})" if isinstance(given, int | float | str | bool | None) else ""
+            lines.append(f"  {name}: {message[0].lower()}{message[1:]}{shown}")
+    count = len(lines)
+    return f"{source}: {count} mistake{'s' if count > 1 else ''}\n" + "\n".join(lines)
+
+
+def _keys_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that a validation error's location points to."""
+    candidates = _sections_in(model)
+    for part in location:
+        found: list[type[BaseModel]] = []
+        for candidate in candidates:
+            if part in candidate.model_fields:
+                found += _sections_in(candidate.model_fields[part].annotation)
+            elif candidate.model_fields.get("kind") is not None and candidate.model_fields["kind"].default == part:
+                found.append(candidate)  # pydantic puts the tag of a union into the location
+        candidates = found or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
+    return []
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a configuration file, for editors."""
+    return RunConfig.model_json_schema()

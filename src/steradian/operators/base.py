@@ -1,0 +1,89 @@
+"""The two slots of a host layer, and what may fill them.
+
+A host layer offers an :class:`EdgeGate` (an invariant weight for every edge, which scales the radial weights) and a
+:class:`GlobalMixer` (an equivariant update from all atoms of a system). It does not know who fills them. An empty slot
+owns no parameters and leaves the host unchanged to the last bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from steradian.graph import Edges
+
+__all__ = ["EdgeGate", "GateFactory", "GlobalMixer", "MixerFactory", "SlotSpec", "empty_slot"]
+
+Rotation = Literal["exact", "quadrature", "lab_frame"]
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What a host layer promises to the operator in one of its slots; fixed when the host is built.
+
+    Attributes:
+        host: name of the host, for messages.
+        layer: index of the layer, from 0.
+        num_layers: how many layers the host has.
+        degrees: ``(degree, parity)`` of each irrep of the node features ``[N, D, C]`` that the slot sees, in order,
+            parity +1 (even) or -1 (odd); ``((0, 1), (1, -1))`` is ``0e + 1o``. The first one is always ``(0, 1)``.
+        num_channels: C.
+        cutoff: [Å].
+        num_radial: R, the width of ``edges.radial``.
+    """
+
+    host: str
+    layer: int
+    num_layers: int
+    degrees: tuple[tuple[int, int], ...]
+    num_channels: int
+    cutoff: float
+    num_radial: int = 8
+
+    @property
+    def dim(self) -> int:
+        """D, the number of components of the node features."""
+        return sum(2 * degree + 1 for degree, _ in self.degrees)
+
+
+class EdgeGate(nn.Module, ABC):
+    """Weights every message of a layer by an invariant number alpha before the sum over neighbours.
+
+    A message is linear in its radial weights, so the host multiplies those by alpha and keeps its fused
+    gather - product - scatter. Subclasses declare how exactly alpha is invariant:
+
+    * ``rotation = "exact"``: to rounding;
+    * ``rotation = "quadrature"``: up to the error of a sphere rule, which falls as the rule is refined;
+    * ``rotation = "lab_frame"``: tied to the laboratory axes (the published form of MARA); only measured, never bounded.
+    """
+
+    rotation: Rotation = "exact"
+    supports_pbc: bool = True
+
+    @abstractmethod
+    def forward(self, features: Tensor, edges: Edges) -> Tensor:
+        """Gate of every edge ``[E]`` from node features ``[N, D, C]`` (the invariants are ``features[:, 0]``)."""
+
+
+class GlobalMixer(nn.Module, ABC):
+    """Adds an equivariant update from all atoms of a system to a layer's local update."""
+
+    rotation: Rotation = "exact"
+    supports_pbc: bool = False
+
+    @abstractmethod
+    def forward(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
+        """The update ``[N, D, C]`` to use in place of ``local_update [N, D, C]``; positions ``[N, 3]`` [Å]."""
+
+
+GateFactory = Callable[[SlotSpec], EdgeGate | None]
+MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
+
+
+def empty_slot(spec: SlotSpec) -> None:
+    """The factory of an empty slot."""
+    return None
