@@ -54,7 +54,9 @@ class RadialConfig(Section):
 class ReadoutConfig(Section):
     """Last readout of a host: linear when mlp is null."""
 
-    mlp: int | None = Field(16, ge=1, description="hidden width of the readout of the last layer; null for a linear one")
+    mlp: int | None = Field(
+        16, ge=1, description="hidden width of the readout of the last layer; null for a linear one"
+    )
 
 
 class MACEConfig(Section):

@@ -170,7 +170,9 @@ def batch_graphs(graphs: Sequence[Graph]) -> Graph:
         if not any(present):
             return None
         if not all(present):
-            raise ValueError(f"{name} is known for {sum(present)} of {len(graphs)} systems of a batch: label all or none")
+            raise ValueError(
+                f"{name} is known for {sum(present)} of {len(graphs)} systems of a batch: label all or none"
+            )
         return joined(name)
 
     return Graph(

@@ -58,7 +58,9 @@ def force_factor(unit: str) -> float:
     """eV/Å per unit of force, which is written ``ENERGY/LENGTH``, as in ``kcal/mol/Angstrom`` or ``Hartree/Bohr``."""
     energy, slash, length = unit.rpartition("/")
     if not slash:
-        raise ValueError(f"a unit of force is ENERGY/LENGTH, such as 'eV/Angstrom' or 'kcal/mol/Angstrom', not '{unit}'")
+        raise ValueError(
+            f"a unit of force is ENERGY/LENGTH, such as 'eV/Angstrom' or 'kcal/mol/Angstrom', not '{unit}'"
+        )
     return energy_factor(energy) / length_factor(length)
 
 

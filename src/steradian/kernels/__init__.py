@@ -1,0 +1,50 @@
+"""Evaluation of polynomials: one function, several backends.
+
+``reference`` is plain PyTorch and the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from steradian.kernels.polynomial import Operand, Polynomial, Terms
+from steradian.kernels.reference import evaluate_reference
+
+__all__ = ["Operand", "Polynomial", "Terms", "evaluate"]
+
+
+def evaluate(
+    polynomial: Polynomial,
+    inputs: Sequence[Tensor],
+    *,
+    gathers: Sequence[Tensor | None] | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    """Evaluate a polynomial row by row, gathering rows of the inputs and summing rows of the output on the way.
+
+    Args:
+        polynomial: the table.
+        inputs: one tensor per input, ``[rows, dim, C]`` or, without channels, ``[rows, dim]``.
+        gathers: for each input None or ``[B]`` the row to take for row b of the product.
+        scatter: ``[B]`` the row of the output to which row b is added, or None.
+        num_rows: number of rows of the output; needed with ``scatter``.
+
+    Returns:
+        ``[B, dim, C]`` (``[num_rows, dim, C]`` with ``scatter``), without the last axis for an output without channels.
+
+    Raises:
+        ValueError: the tensors do not fit the table.
+    """
+    if len(inputs) != len(polynomial.inputs):
+        raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
+    for operand, value in zip(polynomial.inputs, inputs):
+        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
+            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
+            raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
+    if scatter is not None and num_rows is None:
+        raise ValueError("scatter needs num_rows")
+    gathers = gathers if gathers is not None else [None] * len(inputs)
+    return evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)

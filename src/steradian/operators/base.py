@@ -86,4 +86,4 @@ MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
 
 def empty_slot(spec: SlotSpec) -> None:
     """The factory of an empty slot."""
-    return None
+    return

@@ -1,0 +1,130 @@
+"""From configuration to objects: the one place where hosts and operators meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from steradian.data.statistics import DatasetStatistics
+from steradian.operators.mara import MARA
+
+from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
+from steradian.config import MARAConfig, ModelConfig
+from steradian.hosts.mace import MACE
+from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.potential import Potential
+
+__all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]
+
+
+def gate_factory(config: ModelConfig) -> GateFactory:
+    """The factory that fills the edge gates as the configuration says."""
+    gate = config.edge_gate
+    if not isinstance(gate, MARAConfig):
+        return empty_slot
+
+    def make(spec: SlotSpec) -> EdgeGate | None:
+        if gate.layers is not None:
+            outside = [layer for layer in gate.layers if not 0 <= layer < spec.num_layers]
+            if outside:
+                raise ValueError(
+                    f"model.edge_gate.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}"
+                )
+            if spec.layer not in gate.layers:
+                return None
+        return MARA.from_config(gate, spec)
+
+    return make
+
+
+def build_potential(
+    config: ModelConfig,
+    statistics: DatasetStatistics,
+    *,
+    make_gate: GateFactory | None = None,
+    make_mixer: MixerFactory | None = None,
+    seed: int | None = None,
+) -> Potential:
+    """A potential from its configuration and the statistics of its training set.
+
+    Args:
+        config: model section.
+        statistics: elements, reference energies, average number of neighbours and scales.
+        make_gate, make_mixer: factories in place of the configured operators, to try one of your own.
+        seed: of the initial weights; null leaves PyTorch's generator as it is. The generator's state is restored. The
+            host's weights do not depend on which operators fill its slots.
+
+    Raises:
+        ValueError: a combination that cannot be built; the message names the setting to change.
+    """
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
+    host = MACE(
+        config.host,
+        num_elements=len(statistics.elements),
+        avg_num_neighbors=statistics.avg_num_neighbors,
+        scale=statistics.force_rms or 1.0,
+        shift=statistics.energy_shift,
+        make_gate=_isolated(make_gate or gate_factory(config)),
+        make_mixer=_isolated(make_mixer or empty_slot),
+    )
+    return Potential(host, config, statistics)
+
+
+def _isolated(make: Any) -> Any:
+    """A factory with random numbers of its own, so that filling a slot does not change the host's initial weights."""
+
+    def make_isolated(spec: SlotSpec) -> Any:
+        seed = torch.initial_seed() + 7919 * (spec.layer + 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            return make(spec)
+
+    return make_isolated
+
+
+def save_potential(path: Path | str, potential: Potential, extra: dict[str, Any] | None = None) -> None:
+    """Write a model file (see :mod:`steradian.checkpoint`); whole or not at all."""
+    # The file says how each average was obtained, so that it can be rebuilt without the training set.
+    statistics = potential.statistics.to_dict()
+    write_model_file(
+        path, potential.state_dict(), potential.config.model_dump(mode="json"), statistics, dict(extra or {})
+    )
+
+
+def load_potential(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Potential:
+    """Rebuild a potential from a model file or the folder of a training run, ready for evaluation.
+
+    Args:
+        path: ``.safetensors`` file, or a folder with ``model.safetensors``.
+        device: where to put it.
+        dtype: overrides the precision it was trained in.
+
+    Raises:
+        ModelFileError: missing, damaged, or not a steradian model.
+    """
+    weights, header = read_model_file(path)
+    try:
+        config = ModelConfig.model_validate(header["model"])
+        statistics = DatasetStatistics.from_dict(header["statistics"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path}: its configuration cannot be read ({error})") from None
+    potential = build_potential(config, statistics, seed=0)
+    try:
+        potential.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"{path}: weights do not fit the configuration ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    if dtype is not None:
+        name = {torch.float32: "float32", torch.float64: "float64"}.get(dtype)
+        if name is None:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
+        potential.config = config.model_copy(update={"precision": name})
+        potential.to(dtype)
+    return potential.to(device).eval()

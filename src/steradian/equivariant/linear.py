@@ -1,0 +1,93 @@
+"""Linear maps of features ``[N, D, C]``: they mix channels and copies of an irrep, never components."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from steradian.equivariant.irreps import Degrees
+from steradian.equivariant.tensor_product import PathTable
+
+__all__ = ["ElementLinear", "IrrepsLinear", "PathLinear"]
+
+
+class IrrepsLinear(nn.Module):
+    """Mixes channels degree by degree: ``[N, D, C_in] -> [N, D, C_out]``; weights ``[irreps, C_in, C_out]``.
+
+    Scaled by 1/sqrt(C_in), so that unit-variance weights keep unit variance.
+    """
+
+    def __init__(self, degrees: Degrees, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.degrees = degrees
+        self.weight = nn.Parameter(torch.randn(len(degrees), channels_in, channels_out))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return _per_irrep(features, self.degrees, self.weight * self.weight.shape[1] ** -0.5)
+
+
+def _per_irrep(features: Tensor, degrees: Degrees, weight: Tensor) -> Tensor:
+    if len(degrees) == 1:
+        return features @ weight[0]
+    blocks, start = [], 0
+    for (degree, _), matrix in zip(degrees, weight):
+        stop = start + 2 * degree + 1
+        blocks.append(features[:, start:stop] @ matrix)
+        start = stop
+    return torch.cat(blocks, dim=1)
+
+
+class PathLinear(nn.Module):
+    """Mixes the paths and channels of a tensor product: ``[N, D_paths, C] -> [N, D_out, C]``.
+
+    Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
+    """
+
+    def __init__(self, table: PathTable, num_channels: int, degrees_out: Degrees) -> None:
+        super().__init__()
+        self.table, self.degrees_out, self.num_channels = table, degrees_out, num_channels
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(count * num_channels, num_channels)) for count in table.counts
+        )
+
+    def forward(self, messages: Tensor) -> Tensor:
+        num_atoms = messages.shape[0]
+        blocks: dict[tuple[int, int], Tensor] = {}
+        start = 0
+        for (degree, parity), count, weight in zip(self.table.degrees_out, self.table.counts, self.weights):
+            stop = start + (2 * degree + 1) * count
+            block = messages[:, start:stop].reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+            blocks[degree, parity] = block @ (weight * weight.shape[0] ** -0.5)
+            start = stop
+        out = []
+        for degree, parity in self.degrees_out:
+            empty = messages.new_zeros((num_atoms, 2 * degree + 1, self.num_channels))
+            out.append(blocks.get((degree, parity), empty))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+class ElementLinear(nn.Module):
+    """A linear map per chemical element: weights ``[Z, irreps, C_in, C_out]``.
+
+    Scaled by 1/sqrt(C_in * Z), as a fully connected product with one-hot elements is.
+    """
+
+    def __init__(self, degrees: Degrees, num_elements: int, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.degrees = degrees
+        self.weight = nn.Parameter(torch.randn(num_elements, len(degrees), channels_in, channels_out))
+
+    def forward(self, features: Tensor, species: Tensor) -> Tensor:
+        """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
+        weight = self.weight * (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
+        order = torch.argsort(species, stable=True)
+        counts = torch.bincount(species, minlength=weight.shape[0]).tolist()
+        sorted_features = features.index_select(0, order)
+        blocks, start = [], 0
+        for element, count in enumerate(counts):
+            if count:
+                blocks.append(_per_irrep(sorted_features[start : start + count], self.degrees, weight[element]))
+            start += count
+        if not blocks:
+            return features.new_zeros((0, features.shape[1], weight.shape[-1]))
+        return torch.cat(blocks).index_select(0, torch.argsort(order))

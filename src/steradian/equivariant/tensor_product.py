@@ -1,0 +1,133 @@
+"""Channelwise tensor product of node features and spherical harmonics, weighted by radial weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import cuequivariance as cue
+import numpy as np
+from torch import Tensor, nn
+
+from steradian.equivariant.irreps import Degrees, format_degrees, natural_degrees, to_cue
+from steradian.graph import Edges
+from steradian.kernels import Operand, Polynomial, Terms, evaluate
+
+__all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial"]
+
+
+@dataclass(frozen=True)
+class PathTable:
+    """The coupling paths of a channelwise product.
+
+    Attributes:
+        paths: ``(index of the input irrep, degree of the harmonics, index of the output irrep)`` in the order of the
+            radial weights.
+        degrees_out: output irreps, one entry each.
+        counts: how many paths lead to each output irrep.
+
+    The output ``[N, D_out, C]`` lists for every output irrep its components, and within a component its paths, so that
+    the block of an irrep is ``[N, 2 l + 1, paths * C]`` without a copy.
+    """
+
+    paths: tuple[tuple[int, int, int], ...]
+    degrees_out: Degrees
+    counts: tuple[int, ...]
+
+    @property
+    def dim(self) -> int:
+        return sum(count * (2 * degree + 1) for count, (degree, _) in zip(self.counts, self.degrees_out))
+
+
+@cache
+def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Degrees) -> tuple[Polynomial, PathTable]:
+    """Table of ``sum_ij C_ijk x_i Y_j R_path`` with coefficients normalised so that each path has unit variance.
+
+    Paths come ordered by output irrep, then by input irrep, then by degree of the harmonics.
+
+    Raises:
+        ValueError: no path leads to an allowed output.
+    """
+    found = []
+    for index_in, (degree_in, parity_in) in enumerate(degrees_in):
+        for degree_y in range(l_max + 1):
+            for index_out, (degree_out, parity_out) in enumerate(degrees_allowed):
+                triangle = abs(degree_in - degree_y) <= degree_out <= degree_in + degree_y
+                if triangle and parity_out == parity_in * (-1) ** degree_y:
+                    found.append((index_out, index_in, degree_y))
+    if not found:
+        raise ValueError(f"no coupling of {format_degrees(degrees_in)} and harmonics up to degree {l_max} leads to "
+                         f"{format_degrees(degrees_allowed)}")  # fmt: skip
+    found.sort()
+    reached = sorted({index_out for index_out, _, _ in found})
+    degrees_out = tuple(degrees_allowed[index] for index in reached)
+    counts = tuple(sum(entry[0] == index for entry in found) for index in reached)
+    starts_in = np.cumsum([0] + [2 * degree + 1 for degree, _ in degrees_in])
+    starts_out = np.cumsum([0] + [n * (2 * degree + 1) for n, (degree, _) in zip(counts, degrees_out)])
+
+    indices, outputs, coefficients = [], [], []
+    position = dict.fromkeys(reached, 0)
+    for path, (index_out, index_in, degree_y) in enumerate(found):
+        coupling = _coupling(degrees_in[index_in], degree_y, degrees_allowed[index_out])
+        within = position[index_out]
+        position[index_out] += 1
+        block = reached.index(index_out)
+        for i, j, k in zip(*np.nonzero(coupling)):
+            indices.append((starts_in[index_in] + i, degree_y**2 + j, path))
+            outputs.append(starts_out[block] + k * counts[block] + within)
+            coefficients.append(coupling[i, j, k])
+    table = PathTable(
+        tuple((index_in, degree_y, reached.index(index_out)) for index_out, index_in, degree_y in found),
+        degrees_out,
+        counts,
+    )
+    polynomial = Polynomial(
+        (
+            Operand("features", int(starts_in[-1])),
+            Operand("harmonics", (l_max + 1) ** 2, has_channels=False),
+            Operand("weights", len(found)),
+        ),
+        Operand("messages", table.dim),
+        (Terms((0, 1, 2), np.array(indices), np.array(outputs), np.array(coefficients)),),
+        outer=2,
+    )
+    return polynomial, table
+
+
+def _coupling(irrep_in: tuple[int, int], degree_y: int, irrep_out: tuple[int, int]) -> np.ndarray:
+    """``[2 l1 + 1, 2 l2 + 1, 2 l3 + 1]`` coefficients of one path of cuequivariance's descriptor."""
+    descriptor = cue.descriptors.channelwise_tensor_product(
+        to_cue((irrep_in,)), to_cue((natural_degrees(degree_y)[-1],)), to_cue((irrep_out,))
+    ).polynomial
+    ((_, table),) = descriptor.operations
+    (path,) = table.paths
+    return np.asarray(path.coefficients)
+
+
+class ChannelwiseTensorProduct(nn.Module):
+    """Gather - product - scatter: ``m_i = sum_j R_ij * (h_j x Y(rhat_ij))``, no parameters of its own.
+
+    Args:
+        degrees_in: irreps of the node features.
+        l_max: highest degree of the harmonics.
+        degrees_allowed: irreps kept of the product.
+    """
+
+    def __init__(self, degrees_in: Degrees, l_max: int, degrees_allowed: Degrees) -> None:
+        super().__init__()
+        self.polynomial, self.table = channelwise_polynomial(degrees_in, l_max, degrees_allowed)
+
+    @property
+    def num_paths(self) -> int:
+        return len(self.table.paths)
+
+    def forward(self, features: Tensor, edges: Edges, weights: Tensor) -> Tensor:
+        """Messages summed at the receivers ``[N, D_out, C]`` from ``[N, D, C]`` and weights ``[E, P, C]``."""
+        num_harmonics = self.polynomial.inputs[1].dim
+        return evaluate(
+            self.polynomial,
+            [features, edges.harmonics[:, :num_harmonics], weights],
+            gathers=[edges.senders, None, None],
+            scatter=edges.receivers,
+            num_rows=edges.num_atoms,
+        )

@@ -1,0 +1,180 @@
+"""From energies per atom to energies, forces and stress: the only place that differentiates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from steradian.config import ModelConfig
+from steradian.graph import Graph, Prediction
+from steradian.hosts.base import Host
+from steradian.precision import POLICIES
+
+if TYPE_CHECKING:
+    from steradian.data.statistics import DatasetStatistics
+
+__all__ = ["Potential"]
+
+SYMBOLS_UP_TO = 118
+
+
+class Potential(nn.Module):
+    """A force field: total energies, forces -dE/dx and Cauchy stress (1/V) dE/d(strain).
+
+    Args:
+        host: gives every atom an interaction energy.
+        config: the model section this potential was built from; stored with it.
+        statistics: elements, reference energies of the atoms and averages of the training set; stored with it.
+
+    Energies are in eV, forces in eV/Å, stress in eV/Å^3 (positive under tension, ASE's sign).
+    """
+
+    def __init__(self, host: Host, config: ModelConfig, statistics: DatasetStatistics) -> None:
+        super().__init__()
+        self.host = host
+        self.config = config
+        self.statistics = statistics
+        self.elements: tuple[int, ...] = tuple(sorted(statistics.elements))
+        species = torch.full((SYMBOLS_UP_TO + 1,), -1, dtype=torch.int64)
+        species[list(self.elements)] = torch.arange(len(self.elements))
+        self.register_buffer("species_of_number", species, persistent=False)
+        self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
+        self.to(POLICIES[config.precision].compute)
+
+    def _reference_tensor(self) -> Tensor:
+        energies = [float(self.statistics.atom_references[number]) for number in self.elements]
+        return torch.tensor(energies, dtype=torch.float64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Potential:
+        # Reference energies keep their digits whatever dtype the network is cast to.
+        super()._apply(fn, recurse)
+        self.atom_references = self._reference_tensor().to(self.atom_references.device)
+        return self
+
+    @property
+    def cutoff(self) -> float:
+        """Distance beyond which two atoms are not neighbours [Å]."""
+        return self.host.cutoff
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return next(self.host.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.atom_references.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def species(self, numbers: Tensor) -> Tensor:
+        """``[N]`` index into the table of elements.
+
+        Raises:
+            ValueError: an element the potential was not trained on.
+        """
+        species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
+        if bool((species < 0).any()):
+            unknown = sorted({int(number) for number in numbers[species < 0]})
+            raise ValueError(
+                f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
+            )
+        return species
+
+    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
+        """Predict a batch. In training mode the derivatives can be differentiated once more.
+
+        Args:
+            graph: systems with neighbours up to at least :attr:`cutoff`.
+            forces: give forces.
+            stress: give the stress (zero for systems without a cell).
+        """
+        species = self.species(graph.numbers)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress):
+            positions = self._centred(graph).requires_grad_(forces)
+            cell = graph.cell.to(device=self.device, dtype=self.dtype)
+            strain = torch.zeros_like(cell).requires_grad_(stress)
+            strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
+            output = self.host(graph, species, strained, vectors)
+            wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
+            gradients = self._gradients(output.atom_energies, wanted)
+        references = self.atom_references.index_select(0, species)
+        atom_energies = output.atom_energies.to(torch.float64)
+        per_system = atom_energies.new_zeros((2, graph.num_systems))
+        both = torch.stack([atom_energies, references])
+        interaction, reference = per_system.index_add(1, graph.system, both)
+        prediction = Prediction(
+            energy=interaction + reference,
+            atom_energies=atom_energies + references,
+            interaction_energy=interaction,
+            forces=-gradients.pop(0) if forces else None,
+            stress=_stress(gradients.pop(0), cell) if stress else None,
+            gates=output.gates,
+        )
+        return prediction if self.training else _detached(prediction)
+
+    def _centred(self, graph: Graph) -> Tensor:
+        """Positions about the mean of each system: float32 loses nothing far from the origin."""
+        positions = graph.positions.detach().to(device=self.device)
+        if positions.dtype != self.dtype and graph.num_atoms:
+            counts = graph.atoms_per_system.to(positions.dtype).clamp(min=1).unsqueeze(-1)
+            sums = positions.new_zeros((graph.num_systems, 3)).index_add(0, graph.system, positions)
+            positions = positions - (sums / counts).index_select(0, graph.system)
+        return positions.to(self.dtype, copy=True)
+
+    def _geometry(self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Strained positions and edge vectors; the strain acts on positions and cell alike."""
+        if strain is not None:
+            symmetric = 0.5 * (strain + strain.transpose(1, 2))
+            positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
+            cell = cell + cell @ symmetric
+        vectors = positions.index_select(0, graph.senders) - positions.index_select(0, graph.receivers)
+        if bool(graph.pbc.any()):
+            edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
+            vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
+        return positions, vectors
+
+    def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        if not wanted:
+            return []
+        if not atom_energies.requires_grad:
+            return [torch.zeros_like(tensor) for tensor in wanted]
+        found = torch.autograd.grad(
+            atom_energies.sum(), wanted, create_graph=self.training, allow_unused=True, materialize_grads=True
+        )
+        return list(found)
+
+
+def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:
+    """(1/V) dE/d(strain) ``[S, 3, 3]``; zero where there is no cell."""
+    volume = torch.linalg.det(cell).abs()
+    periodic = volume > 0
+    safe = torch.where(periodic, volume, torch.ones_like(volume))
+    return torch.where(periodic[:, None, None], strain_gradient / safe[:, None, None], 0.0)
+
+
+def _detached(prediction: Prediction) -> Prediction:
+    def free(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach()
+
+    return replace(
+        prediction,
+        energy=prediction.energy.detach(),
+        atom_energies=prediction.atom_energies.detach(),
+        interaction_energy=prediction.interaction_energy.detach(),
+        forces=free(prediction.forces),
+        stress=free(prediction.stress),
+        gates=tuple(alpha.detach() for alpha in prediction.gates),
+    )
+
+
+def _symbols(numbers: tuple[int, ...] | list[int]) -> str:
+    from ase.data import chemical_symbols
+
+    known = [chemical_symbols[n] if 0 < n < len(chemical_symbols) else f"atomic number {n}" for n in numbers]
+    return ", ".join(known)

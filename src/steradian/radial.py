@@ -1,0 +1,107 @@
+"""Radial bases, envelopes and networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from steradian.config import RadialConfig
+
+__all__ = ["RadialBasis", "RadialNetwork", "polynomial_envelope", "safe_norm"]
+
+SILU_SECOND_MOMENT = 1.6791767923989418
+"""1 / sqrt(E[silu(z)^2]) for a normal z: makes the activation keep unit variance (e3nn's ``normalize2mom``)."""
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """``[E]`` norms of ``[E, 3]``; at zero length the value and all derivatives are zero instead of NaN."""
+    squared = vectors.square().sum(-1)
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).sqrt(), 0.0)
+
+
+def polynomial_envelope(lengths: Tensor, cutoff: float, p: int) -> Tensor:
+    """Smooth cutoff with value, slope and curvature zero at the cutoff (Gasteiger et al. 2020, equation 8).
+
+    Args:
+        lengths: ``[E]`` [Å].
+        cutoff: [Å].
+        p: order; a larger one stays near 1 for longer.
+    """
+    x = lengths / cutoff
+    # Horner form of 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2)
+    value = 1.0 + x.pow(p) * (-0.5 * (p + 1) * (p + 2) + x * (p * (p + 2) - 0.5 * p * (p + 1) * x))
+    return torch.where(x < 1.0, value, 0.0)
+
+
+class RadialBasis(nn.Module):
+    """Basis functions of the distance, before the envelope: ``[E] -> [E, R]``.
+
+    * ``bessel``: ``sqrt(2 / r_c) sin(n pi r / r_c) / r``, n = 1..R;
+    * ``gaussian``: R Gaussians with equidistant centres in [0, r_c] and a width of one spacing;
+    * ``chebyshev``: Chebyshev polynomials T_1..T_R of the distance.
+
+    Raises:
+        ValueError: trainable Chebyshev polynomials.
+    """
+
+    def __init__(self, config: RadialConfig, cutoff: float) -> None:
+        super().__init__()
+        self.kind, self.num, self.cutoff = config.kind, config.num, cutoff
+        if config.kind == "bessel":
+            start = torch.arange(1, config.num + 1, dtype=torch.float64) * (math.pi / cutoff)
+        elif config.kind == "gaussian":
+            start = torch.linspace(0.0, cutoff, config.num, dtype=torch.float64)
+        else:
+            start = torch.arange(1, config.num + 1, dtype=torch.float64)
+            if config.trainable:
+                raise ValueError("radial basis 'chebyshev' has nothing to train; set model.host.radial.trainable=false")
+        # made in float64 and cast with the whole model, so that a float64 model has all digits
+        self.positions: Tensor
+        if config.trainable:
+            self.positions = nn.Parameter(start)
+        else:
+            self.register_buffer("positions", start)
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        r = lengths.unsqueeze(-1)
+        if self.kind == "bessel":
+            # w sinc(w r) has the right limit and finite derivatives at r = 0
+            return math.sqrt(2.0 / self.cutoff) * self.positions * torch.sinc(r * self.positions / math.pi)
+        if self.kind == "gaussian":
+            spacing = self.cutoff / max(self.num - 1, 1)
+            return torch.exp(-0.5 / spacing**2 * (r - self.positions).square())
+        return _chebyshev(lengths, self.num)
+
+
+def _chebyshev(x: Tensor, num: int) -> Tensor:
+    values = [torch.ones_like(x), x]
+    for _ in range(num - 1):
+        values.append(2.0 * x * values[-1] - values[-2])
+    return torch.stack(values[1 : num + 1], dim=-1)
+
+
+class RadialNetwork(nn.Module):
+    """Bias-free perceptron from the radial basis to the weights of a tensor product: ``[E, R] -> [E, P, C]``.
+
+    Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment, so that unit-variance weights keep unit variance.
+    The last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+    """
+
+    def __init__(self, num_radial: int, hidden: Sequence[int], num_paths: int, num_channels: int) -> None:
+        super().__init__()
+        widths = [num_radial, *hidden, num_paths * num_channels]
+        self.num_paths, self.num_channels = num_paths, num_channels
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, radial: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = radial
+        *hidden, last = self.weights
+        for weight in hidden:
+            x = torch.nn.functional.silu(x @ weight * weight.shape[0] ** -0.5) * SILU_SECOND_MOMENT
+        if gate is not None:
+            x = x * gate.unsqueeze(-1)
+        return (x @ last * last.shape[0] ** -0.5).view(-1, self.num_paths, self.num_channels)
