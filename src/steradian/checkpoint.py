@@ -1,4 +1,4 @@
-"""Model files: one safetensors file with the weights, the resolved configuration and the dataset statistics. No pickle."""
+"""Model files: one safetensors file with weights, resolved configuration and dataset statistics. No pickle."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def read_model_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]
     header = json.loads(metadata["steradian"])
     if header["format_version"] > FORMAT_VERSION:
         raise ModelFileError(
-            f"{path}: written by steradian {header['steradian_version']} in a newer format; upgrade steradian to read it"
+            f"{path}: written by the newer steradian {header['steradian_version']}; upgrade steradian to read it"
         )
     return weights, header

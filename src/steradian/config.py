@@ -94,6 +94,7 @@ class EquiangularGrid(Section):
     kind: Literal["equiangular"] = "equiangular"
     num_lat: int = Field(4, ge=1)
     num_lon: int = Field(8, ge=1)
+    poles: bool = Field(True, description="with points at the poles (torch-harmonics, the paper) or half a cell off")
 
 
 class GaussLegendreGrid(Section):

@@ -14,8 +14,8 @@ P     coupling paths of a tensor product, or weights per path
 ====  =======================================================================
 
 Units inside the package are eV, Å, amu and fs. An edge points from the receiver i (the atom whose environment is
-described) to the sender j (the neighbour that sends the message): ``vectors = x[j] + shift - x[i]``. Edges are sorted by
-receiver.
+described) to the sender j (the neighbour that sends the message): ``vectors = x[j] + shift - x[i]``. Edges are sorted
+by receiver.
 """
 
 from __future__ import annotations

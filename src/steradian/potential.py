@@ -40,6 +40,8 @@ class Potential(nn.Module):
         self.elements: tuple[int, ...] = tuple(sorted(statistics.elements))
         species = torch.full((SYMBOLS_UP_TO + 1,), -1, dtype=torch.int64)
         species[list(self.elements)] = torch.arange(len(self.elements))
+        self.species_of_number: Tensor
+        self.atom_references: Tensor
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.to(POLICIES[config.precision].compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -87,15 +88,15 @@ def _chebyshev(x: Tensor, num: int) -> Tensor:
 class RadialNetwork(nn.Module):
     """Bias-free perceptron from the radial basis to the weights of a tensor product: ``[E, R] -> [E, P, C]``.
 
-    Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment, so that unit-variance weights keep unit variance.
-    The last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+    Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment: unit-variance weights keep unit variance. The
+    last layer is linear, so an edge gate may scale its input instead of its (wider) output.
     """
 
     def __init__(self, num_radial: int, hidden: Sequence[int], num_paths: int, num_channels: int) -> None:
         super().__init__()
         widths = [num_radial, *hidden, num_paths * num_channels]
         self.num_paths, self.num_channels = num_paths, num_channels
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in zip(widths, widths[1:]))
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, radial: Tensor, gate: Tensor | None = None) -> Tensor:
         x = radial

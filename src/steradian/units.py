@@ -28,7 +28,8 @@ STRESS = {
 }
 ALIASES = {
     "ev": "eV", "mev": "meV", "hartree": "Hartree", "ha": "Hartree", "rydberg": "Rydberg", "ry": "Rydberg",
-    "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "ang": "Angstrom",
+    "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol", "angstrom": "Angstrom", "a": "Angstrom",
+    "å": "Angstrom", "ang": "Angstrom",
     "bohr": "Bohr", "a0": "Bohr", "nm": "nm", "gpa": "GPa", "kbar": "kbar", "bar": "bar",
     "ev/angstrom^3": "eV/Angstrom^3", "ev/a^3": "eV/Angstrom^3", "ev/å^3": "eV/Angstrom^3", "ev/ang^3": "eV/Angstrom^3",
     "hartree/bohr^3": "Hartree/Bohr^3", "ha/bohr^3": "Hartree/Bohr^3",

@@ -1,9 +1,9 @@
 """The symmetric contraction of MACE: products of a feature with itself, coupled to irreps, weighted per element.
 
-The published basis of couplings is redundant: of its paths only those independent after symmetrisation over the repeated
-factor matter. For l_max = 3, correlation 3 and outputs ``0e + 1o`` the published form has 86 weights per element and
-channel; the polynomial depends on 29 numbers, which are the parameters here. So parameter counts differ from mace-torch's
-while the functions that can be represented are the same.
+The published basis of couplings is redundant: of its paths only those independent after symmetrisation over the
+repeated factor matter. For l_max = 3, correlation 3 and outputs ``0e + 1o`` the published form has 86 weights per
+element and channel; the polynomial depends on 29 numbers, which are the parameters here. So parameter counts differ
+from mace-torch's while the functions that can be represented are the same.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def published_path_count(degrees_in: Degrees, irrep_out: tuple[int, int], order:
 def _initial_scales(polynomial: Polynomial, degrees_in: Degrees, degrees_out: Degrees) -> np.ndarray:
     """``[P, P]`` lower-triangular map from normal numbers to weights with the published distribution of outputs.
 
-    The published weights are normal with deviation 1/(number of paths) on orthonormal couplings. Symmetrisation projects
-    those onto the symmetric ones, so in any orthonormal basis of these the weights are again independent with the same
-    deviation. The Gram matrix of the descriptor's basis gives the change of basis.
+    The published weights are normal with deviation 1/(number of paths) on orthonormal couplings. Symmetrisation
+    projects those onto the symmetric ones, so in any orthonormal basis of these the weights are again independent with
+    the same deviation. The Gram matrix of the descriptor's basis gives the change of basis.
     """
     num_weights = polynomial.inputs[0].dim
     scales = np.zeros((num_weights, num_weights))

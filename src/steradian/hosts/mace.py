@@ -7,6 +7,7 @@ from receiver to sender here, so the odd harmonics have the opposite sign.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,8 @@ class MACELayer(nn.Module):
     1. mix channels of the features; 2. gather, multiply with harmonics and radial weights, sum over neighbours (A);
     3. mix paths; 4. symmetric contraction (B); 5. mix channels and add the skip connection by element.
 
-    The *residual* block takes the skip connection from the layer's input, the other one applies the element-dependent map
-    to A and has no skip connection.
+    The *residual* block takes the skip connection from the layer's input; the other one applies the element-dependent
+    map to A and has no skip connection.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Readout(nn.Module):
     def __init__(self, num_channels: int, hidden: int | None) -> None:
         super().__init__()
         widths = [num_channels, 1] if hidden is None else [num_channels, hidden, 1]
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in zip(widths, widths[1:]))
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, scalars: Tensor) -> Tensor:
         x = scalars @ self.weights[0] * self.weights[0].shape[0] ** -0.5
@@ -186,6 +187,8 @@ class MACE(Host):
             readouts.append(Readout(config.num_channels, config.readout.mlp if last else None))
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 

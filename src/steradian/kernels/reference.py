@@ -3,7 +3,7 @@
 Derivatives of any order come from autograd. The work is arranged as products of components followed by matrix products,
 so that it is also as fast as plain PyTorch allows:
 
-* factors without channels (spherical harmonics) are contracted with the coefficients first, into one small matrix per row;
+* factors without channels (spherical harmonics) are contracted with the coefficients first, to a small matrix per row;
 * factors with channels are multiplied once per distinct monomial;
 * the outer input (the weights) multiplies last, after the sum over monomials.
 """

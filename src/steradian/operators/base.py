@@ -58,7 +58,7 @@ class EdgeGate(nn.Module, ABC):
 
     * ``rotation = "exact"``: to rounding;
     * ``rotation = "quadrature"``: up to the error of a sphere rule, which falls as the rule is refined;
-    * ``rotation = "lab_frame"``: tied to the laboratory axes (the published form of MARA); only measured, never bounded.
+    * ``rotation = "lab_frame"``: tied to the laboratory axes (the published form of MARA); measured, never bounded.
     """
 
     rotation: Rotation = "exact"
