@@ -1,0 +1,269 @@
+"""MARA: attention on the sphere around an atom decides how much each neighbour's message counts.
+
+Leonardi, Bonev, Riesen, "MARA: Continuous SE(3)-Equivariant Attention for Molecular Force Fields" (2026).
+Equation numbers are those of the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steradian.config import MARAConfig
+from steradian.operators.base import EdgeGate, SlotSpec
+from steradian.operators.mara_kernel import LogitTables, gate_logits_to_pooled
+from steradian.sphere.grids import SphereGrid, equiangular, make_grid
+
+__all__ = ["MARA", "sphere_field"]
+
+#: Size of the field at a usual neighbour distance, [Å] and [Å^2]: only the scale of the random start depends on it.
+TYPICAL_FIELD = {"distance": 4.0, "squared": 20.0}
+
+
+def sphere_field(vectors: Tensor, points: Tensor, kind: Literal["distance", "squared"] = "distance") -> Tensor:
+    """Field of every edge on the grid, ``[E, K]`` (equation 2): ``|x_j - (x_i + r_ij g_k)|`` or its square.
+
+    The distance has the slope discontinuity of |x| where the neighbour lies exactly on a grid direction. There, and
+    closer to it than the root of the machine precision, its derivatives are zero (the mean over both sides), so first
+    and second derivatives are always finite. The square is smooth. An edge of zero length has field zero.
+
+    Args:
+        vectors: ``[E, 3]`` from receiver to sender [Å].
+        points: ``[K, 3]`` unit vectors.
+        kind: ``distance`` [Å] or ``squared`` [Å^2].
+    """
+    squared_lengths = vectors.square().sum(1, keepdim=True)
+    empty = squared_lengths == 0
+    lengths = torch.where(empty, 1.0, squared_lengths).sqrt()
+    # differences, not 2 r^2 (1 - cos): that loses half of the digits near a grid direction
+    squared = torch.zeros_like(lengths)
+    for axis in range(3):
+        squared = squared + (vectors[:, axis : axis + 1] - lengths * points[:, axis]).square()
+    squared = torch.where(empty, 0.0, squared)
+    if kind == "squared":
+        return squared
+    at_kink = squared <= torch.finfo(vectors.dtype).eps * squared_lengths
+    distance = torch.where(at_kink, 1.0, squared).sqrt()
+    return torch.where(at_kink, squared.detach().sqrt(), distance)
+
+
+class MARA(EdgeGate):
+    r"""Modular Angular-Radial Attention in the published, laboratory frame.
+
+    For the edge from neighbour j to centre i with field ``f_k`` on the points of a sphere grid with weights ``w_k``:
+
+    .. math::
+        q_k = W_h h_i + W_f f_k + p_k, \quad k_k = W'_f f_k + p_k, \quad v_k = W''_h h_j + W''_f f_k + p_k
+
+        A_{kl} = \frac{w_l \exp(q_k k_l / \sqrt d)}{\sum_m w_m \exp(q_k k_m / \sqrt d)}, \quad
+        α_{ij} = σ\Big(W_{gate} \sum_k \frac{w_k}{4π} \langle \sum_l A_{kl} v_l \rangle_c\Big)
+
+    with the mean over the channels c of each head. The node term of the paper's keys, ``W'_h h_j``, is the same for
+    every l and cancels in the softmax: a dead parameter, left out (``normalize=True`` brings it back to life).
+
+    The sum is evaluated in a factorised form that equals equations 2-8 to rounding and costs K^2 exponentials per edge
+    and head; no tensor of shape [E, K, hidden_dim] exists (``normalize=True`` needs one, block by block).
+
+    Args:
+        num_features: F, invariant features per atom.
+        grid: sphere rule with positive weights; None for the paper's 4 x 8 equiangular one.
+        hidden_dim: d, attention channels of all heads together.
+        num_heads: H; the scores of a head are divided by ``sqrt(d / H)``.
+        where: ``edge`` weights every message (equation 8); ``node`` gives all messages of one sender its mean gate,
+            ``alpha_j = sum_m c_jm alpha_jm / sum_m c_jm`` with the cutoff envelope c (edges must carry ``envelope``).
+        field: ``distance`` (equation 2) or ``squared``, which has no kinks.
+        gate: ``neutral``: ``alpha = 2 sigma(z)`` with ``W_gate = 0`` at the start, so alpha is exactly 1 and a host is
+            unchanged; ``published``: ``alpha = sigma(z)`` from a random start.
+        positional: False removes ``p`` (ablation).
+        frozen_projections: True keeps the W's (not ``p`` and ``W_gate``) at their random start (ablation).
+        dropout: probability of dropping an entry of A in training mode.
+        normalize: LayerNorm over the channels of q, k and v (figure 5). Costs [block, K, d] and is slower.
+        residual: adds the query embedding to the attention's output (figure 5); no extra cost.
+
+    Not supported: exact rotation invariance. The grid and ``p`` are fixed in the laboratory frame, so alpha turns with
+    the axes (forces stay conservative). See :class:`steradian.operators.mara_intrinsic.IntrinsicMARA`.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or a grid with negative weights.
+    """
+
+    rotation = "lab_frame"
+    supports_pbc = True
+
+    def __init__(
+        self,
+        num_features: int,
+        grid: SphereGrid | None = None,
+        hidden_dim: int = 32,
+        num_heads: int = 1,
+        *,
+        where: Literal["edge", "node"] = "edge",
+        field: Literal["distance", "squared"] = "distance",
+        gate: Literal["neutral", "published"] = "neutral",
+        positional: bool = True,
+        frozen_projections: bool = False,
+        dropout: float = 0.0,
+        normalize: bool = False,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"hidden_dim ({hidden_dim}) must be a multiple of num_heads ({num_heads})")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+        for name, value, known in (
+            ("where", where, ("edge", "node")),
+            ("field", field, ("distance", "squared")),
+            ("gate", gate, ("neutral", "published")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be '{known[0]}' or '{known[1]}', not '{value}'")
+        self.grid = equiangular() if grid is None else grid
+        self.grid.require_positive_weights("MARA's softmax")
+        self.num_features, self.hidden_dim, self.num_heads = num_features, hidden_dim, num_heads
+        self.where, self.field, self.gate = where, field, gate
+        self.dropout, self.normalize, self.residual = dropout, normalize, residual
+
+        field_scale = 0.5 / TYPICAL_FIELD[field]
+        self.W_h = nn.Parameter(nn.init.xavier_uniform_(torch.empty(hidden_dim, num_features)))
+        self.W_f = nn.Parameter(field_scale * torch.randn(hidden_dim))
+        self.Wk_f = nn.Parameter(field_scale * torch.randn(hidden_dim))
+        self.Wv_h = nn.Parameter(nn.init.xavier_uniform_(torch.empty(hidden_dim, num_features)))
+        self.Wv_f = nn.Parameter(field_scale * torch.randn(hidden_dim))
+        self.Wk_h: nn.Parameter | None = None
+        self.p = nn.Parameter(0.5 * torch.randn(self.grid.num_points, hidden_dim)) if positional else None
+        if normalize:
+            self.Wk_h = nn.Parameter(nn.init.xavier_uniform_(torch.empty(hidden_dim, num_features)))
+            self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(hidden_dim) for _ in range(3))
+            # the mean over channels of a normalised value is zero unless channels weigh differently
+            nn.init.uniform_(self.norm_v.weight, 0.0, 2.0)
+        if frozen_projections:
+            for name, parameter in self.named_parameters(recurse=False):
+                parameter.requires_grad_(not name.startswith("W"))
+        start = torch.zeros(num_heads) if gate == "neutral" else torch.randn(num_heads) * num_heads**-0.5
+        self.W_gate = nn.Parameter(start)
+        self._place_grid()
+
+    @classmethod
+    def from_config(cls, config: MARAConfig, spec: SlotSpec) -> MARA:
+        """The gate that a configuration section asks for, in a slot of a host layer."""
+        shared: dict[str, Any] = {
+            name: getattr(config, name)
+            for name in ("hidden_dim", "num_heads", "where", "gate", "frozen_projections", "dropout")
+        }
+        if config.frame == "intrinsic":
+            raise NotImplementedError
+        return MARA(
+            spec.num_channels,
+            make_grid(config.grid),
+            field=config.field or "distance",
+            positional=config.positional,
+            normalize=config.normalize,
+            residual=config.residual,
+            **shared,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the grid
+
+    def _place_grid(self) -> None:
+        """Points and weights / 4 pi in the dtype and on the device of the parameters, always from float64."""
+        like = self.W_gate
+        self.points = self.grid.points.to(device=like.device, dtype=like.dtype)
+        self.weights = (self.grid.weights / (4 * math.pi)).to(device=like.device, dtype=like.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MARA:
+        super()._apply(fn, recurse)
+        self._place_grid()  # casting a rounded grid back to float64 would not restore its digits
+        return self
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, features: Tensor, edges: Any) -> Tensor:
+        """alpha of every edge, ``[E]``.
+
+        Args:
+            features: ``[N, D, F]`` node features, invariants first, or the invariants ``[N, F]`` alone.
+            edges: :class:`steradian.graph.Edges`, or any object with ``senders``, ``receivers`` and ``vectors``.
+
+        Raises:
+            ValueError: features of the wrong width, or ``where="node"`` for edges without an envelope.
+        """
+        if features.shape[-1] != self.num_features:
+            raise ValueError(f"MARA was built for {self.num_features} features per atom, got {features.shape[-1]}")
+        alpha = self.activation(self.pooled(features, edges) @ self.W_gate)
+        return alpha if self.where == "edge" else self._mean_at_senders(alpha, edges, features.shape[0])
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """alpha from ``W_gate . pooled``."""
+        alpha = torch.sigmoid(logits)
+        return 2 * alpha if self.gate == "neutral" else alpha
+
+    def pooled(self, features: Tensor, edges: Any) -> Tensor:
+        """``Pool_{k,c}[o_k]`` of each head, ``[E, H]`` (equation 7)."""
+        scalars = features[:, 0] if features.dim() == 3 else features
+        field = sphere_field(edges.vectors, self.points, self.field)
+        slope, point, value, query = self._node_tables(scalars)
+        tables = self._tables(slope, point)
+        dropout = self.dropout if self.training else 0.0
+        pooled = gate_logits_to_pooled(field, edges.receivers, tables, self.weights, dropout)
+        pooled = pooled + value.index_select(0, edges.senders)
+        if self.residual:
+            mean_field = (field @ self.weights).unsqueeze(1)
+            pooled = pooled + query.index_select(0, edges.receivers) + mean_field * self._head_mean(self.W_f)
+            pooled = pooled + tables.value_point @ self.weights
+        return pooled
+
+    def _per_head(self, table: Tensor) -> Tensor:
+        """``[..., d]`` as ``[..., H, d / H]``."""
+        return table.unflatten(-1, (self.num_heads, -1))
+
+    def _head_mean(self, table: Tensor) -> Tensor:
+        """Mean over the channels of each head: ``[..., d] -> [..., H]``."""
+        return self._per_head(table).mean(-1)
+
+    def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per atom: a_i . u' ``[N, H]``, a_i . p ``[N, H, K]``, mean value ``[N, H]`` and mean query ``[N, H]``.
+
+        The hidden width is contracted on the weights, before any atom is seen: one product with [F, H (K + 3)].
+        """
+        heads, points = self.num_heads, self.grid.num_points
+        scale = (self.hidden_dim // heads) ** -0.5
+        query = self.W_h.unflatten(0, (heads, -1))  # [H, d/H, F]
+        ahead = [torch.einsum("hcf,hc->hf", query, self._per_head(self.Wk_f) * scale).unsqueeze(1)]
+        ahead += [self.Wv_h.unflatten(0, (heads, -1)).mean(1).unsqueeze(1), query.mean(1).unsqueeze(1)]
+        if self.p is not None:
+            ahead.append(torch.einsum("hcf,khc->hkf", query, self._per_head(self.p) * scale))
+        columns = torch.cat(ahead, dim=1)
+        out = (scalars @ columns.flatten(0, 1).T).unflatten(1, (heads, -1))
+        point = out[..., 3:] if self.p is not None else out.new_zeros((*out.shape[:2], points))
+        return out[..., 0], point, out[..., 1], out[..., 2]
+
+    def _tables(self, slope: Tensor, point: Tensor) -> LogitTables:
+        scale = (self.hidden_dim // self.num_heads) ** -0.5
+        query_f, key_f = self._per_head(self.W_f), self._per_head(self.Wk_f) * scale
+        p = self.p if self.p is not None else self.W_f.new_zeros((self.grid.num_points, self.hidden_dim))
+        p_heads = self._per_head(p).transpose(0, 1)  # [H, K, d/H]
+        return LogitTables(
+            node_slope=slope,
+            node_point=point + self.weights.log(),
+            field_field=(query_f * key_f).sum(-1),
+            point_field=torch.einsum("hkc,hc->hk", p_heads, key_f),
+            field_point=torch.einsum("hkc,hc->hk", p_heads, query_f * scale),
+            point_point=torch.bmm(p_heads * scale, p_heads.transpose(1, 2)),
+            value_field=self._head_mean(self.Wv_f),
+            value_point=p_heads.mean(-1),
+        )
+
+    def _mean_at_senders(self, alpha: Tensor, edges: Any, num_atoms: int) -> Tensor:
+        envelope = getattr(edges, "envelope", None)
+        if envelope is None:
+            raise ValueError("where='node' weighs neighbours with edges.envelope, which these edges do not have")
+        total = envelope.new_zeros(num_atoms).index_add(0, edges.receivers, envelope)
+        # the mean of alpha - 1, so that a neutral gate stays exactly 1
+        excess = envelope.new_zeros(num_atoms).index_add(0, edges.receivers, envelope * (alpha - 1))
+        reached = total > torch.finfo(total.dtype).eps
+        mean = torch.where(reached, excess, 0.0) / torch.where(reached, total, 1.0)
+        return (1 + mean).index_select(0, edges.senders)
