@@ -1,0 +1,134 @@
+"""Hosts x operators under contract, and the structures they are tried on. A new one is one line in a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from steradian.build import build_potential
+from steradian.config import EdgeGateConfig, MACEConfig, MARAConfig, ModelConfig, NoGate
+from steradian.data.statistics import DatasetStatistics
+from steradian.data.structures import Structure
+from steradian.graph import Graph, batch_graphs
+from steradian.neighbors import make_graph
+from steradian.operators.base import EdgeGate, SlotSpec
+from steradian.potential import Potential
+
+CUTOFF = 3.5
+
+HOSTS: dict[str, MACEConfig] = {
+    "mace": MACEConfig(num_channels=4, hidden_l=1, l_max=2, correlation=3, cutoff_A=CUTOFF, radial_mlp=[8]),
+    "mace-agnostic": MACEConfig(
+        num_channels=4,
+        hidden_l=2,
+        l_max=3,
+        correlation=2,
+        cutoff_A=CUTOFF,
+        radial_mlp=[8],
+        first_interaction="agnostic",
+        interaction="agnostic",
+    ),
+}
+
+SMALL = {"hidden_dim": 8, "num_heads": 2, "gate": "published"}
+OPERATORS: dict[str, EdgeGateConfig] = {
+    "none": NoGate(),
+    "mara": MARAConfig(**SMALL),
+    "mara-node": MARAConfig(where="node", **SMALL),
+    "mara-intrinsic": MARAConfig(
+        frame="intrinsic", grid={"kind": "lebedev", "num_points": 86}, hidden_dim=8, num_heads=2, gate="published"
+    ),
+    "mara-polynomial": MARAConfig(
+        frame="intrinsic",
+        kernel="polynomial",
+        grid={"kind": "lebedev", "num_points": 110},
+        hidden_dim=8,
+        num_heads=2,
+        gate="published",
+    ),
+}
+# The published frame is tied to the laboratory axes (specification, section 4): measured, not bounded.
+INVARIANT = [name for name in OPERATORS if name not in ("mara", "mara-node")]
+
+STATISTICS = DatasetStatistics(
+    elements=(1, 6, 8),
+    atom_references={1: -13.6, 6: -1029.5, 8: -2042.0},
+    avg_num_neighbors=6.0,
+    energy_shift=0.1,
+    force_rms=1.3,
+    energy_std=1.0,
+    num_frames=1,
+    reference_report="made up",
+)
+
+
+def potential(
+    host: str = "mace",
+    operator: str = "none",
+    dtype: torch.dtype = torch.float64,
+    make_gate: Callable[[SlotSpec], EdgeGate | None] | None = None,
+) -> Potential:
+    """A small potential with random weights; operators have random weights too, so that they do something."""
+    config = ModelConfig(
+        host=HOSTS[host], edge_gate=OPERATORS[operator], precision="float64" if dtype == torch.float64 else "float32"
+    )
+    made = build_potential(config, STATISTICS, make_gate=make_gate, seed=3)
+    return made.eval()
+
+
+def ethanol(seed: int = 0, spread: float = 0.08) -> Structure:
+    """Ethanol, distorted so that nothing is symmetric."""
+    positions = np.array(
+        [
+            [1.17, -0.38, 0.00],
+            [0.00, 0.56, 0.00],
+            [-1.20, -0.22, 0.00],
+            [2.11, 0.18, 0.00],
+            [1.14, -1.02, 0.89],
+            [1.14, -1.02, -0.89],
+            [0.05, 1.20, 0.88],
+            [0.05, 1.20, -0.88],
+            [-1.97, 0.36, 0.00],
+        ]
+    )
+    noise = np.random.default_rng(seed).normal(scale=spread, size=positions.shape)
+    numbers = np.array([6, 6, 8, 1, 1, 1, 1, 1, 1])
+    return Structure(numbers=numbers, positions=positions + noise)
+
+
+def crystal(seed: int = 1) -> Structure:
+    """A triclinic cell of six atoms, periodic in all directions."""
+    generator = np.random.default_rng(seed)
+    cell = np.array([[4.1, 0.0, 0.0], [0.7, 3.9, 0.0], [-0.4, 0.6, 4.4]])
+    positions = generator.uniform(size=(6, 3)) @ cell
+    return Structure(
+        numbers=np.array([6, 8, 1, 1, 6, 1]), positions=positions, cell=cell, pbc=np.array([True, True, True])
+    )
+
+
+def graph(structure: Structure) -> Graph:
+    return make_graph(structure, CUTOFF)
+
+
+def batch(*structures: Structure) -> Graph:
+    return batch_graphs([graph(structure) for structure in structures])
+
+
+def moved(structure: Structure, matrix: np.ndarray | None = None, shift: np.ndarray | None = None) -> Structure:
+    """The structure turned by an orthogonal matrix and translated."""
+    matrix = np.eye(3) if matrix is None else matrix
+    shift = np.zeros(3) if shift is None else shift
+    return dataclasses.replace(
+        structure, positions=structure.positions @ matrix.T + shift, cell=structure.cell @ matrix.T
+    )
+
+
+def random_orthogonal(seed: int, improper: bool) -> np.ndarray:
+    """A Haar-random rotation, or a rotation times an inversion."""
+    generator = np.random.default_rng(seed)
+    q, r = np.linalg.qr(generator.normal(size=(3, 3)))
+    q = q * np.sign(np.diag(r))
+    return q if (np.linalg.det(q) > 0) != improper else -q

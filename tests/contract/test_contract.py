@@ -1,0 +1,305 @@
+"""What every host with every operator must pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cases
+import numpy as np
+import pytest
+import tolerances
+import torch
+
+from steradian.build import load_potential, save_potential
+from steradian.graph import Edges
+from steradian.operators.base import EdgeGate
+
+HOSTS = list(cases.HOSTS)
+OPERATORS = list(cases.OPERATORS)
+
+
+def assert_turns(potential, structure, matrix, energy_tol, forces_tol):
+    before = potential(cases.graph(structure))
+    after = potential(cases.graph(cases.moved(structure, matrix)))
+    assert before.forces.norm(dim=1).min() > tolerances.SIGNAL * forces_tol, "forces too small to compare"
+    turned = before.forces @ torch.as_tensor(matrix, dtype=before.forces.dtype).T
+    assert torch.allclose(after.energy, before.energy, rtol=0, atol=energy_tol)
+    assert torch.allclose(after.forces, turned, rtol=0, atol=forces_tol)
+
+
+def rotation_tolerance(potential, dtype):
+    """Rounding for exact operators; what an operator declares where it uses a sphere rule."""
+    bounds = [layer.gate.rotation_bound for layer in potential.host.layers if layer.gate is not None]
+    declared = max(bounds, default=0.0)
+    return max(tolerances.ENERGY[dtype], declared), max(tolerances.FORCES[dtype], declared)
+
+
+@pytest.mark.parametrize("improper", [False, True], ids=["rotation", "reflection"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("operator", cases.INVARIANT)
+@pytest.mark.parametrize("host", HOSTS)
+def test_energy_stays_and_forces_turn(host, operator, dtype, improper):
+    potential = cases.potential(host, operator, dtype)
+    matrix = cases.random_orthogonal(seed=5, improper=improper)
+    assert_turns(potential, cases.ethanol(), matrix, *rotation_tolerance(potential, dtype))
+
+
+class LeaksDirection(EdgeGate):
+    """A broken operator: its gate depends on the x component of the edge."""
+
+    def forward(self, features, edges: Edges):
+        return 1.0 + 0.1 * edges.vectors[:, 0]
+
+
+def test_the_symmetry_test_notices_a_broken_operator():
+    broken = cases.potential(make_gate=lambda spec: LeaksDirection())
+    matrix = cases.random_orthogonal(seed=5, improper=False)
+    with pytest.raises(AssertionError):
+        assert_turns(broken, cases.ethanol(), matrix, 1e-10, 1e-10)
+
+
+def test_an_operator_that_breaks_only_reflections_is_noticed():
+    class Chiral(EdgeGate):
+        def forward(self, features, edges):
+            # a pseudoscalar of the edge and the first two edges of the system
+            triple = torch.linalg.det(
+                torch.stack([edges.vectors, *edges.vectors[:2, None].expand(2, *edges.vectors.shape)], 1)
+            )
+            return 1.0 + 0.01 * triple
+
+    broken = cases.potential(make_gate=lambda spec: Chiral())
+    with pytest.raises(AssertionError):
+        assert_turns(broken, cases.ethanol(), cases.random_orthogonal(5, improper=True), 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("operator", ["mara", "mara-node"])
+def test_the_published_frame_is_declared_as_tied_to_the_laboratory(operator):
+    potential = cases.potential("mace", operator)
+    assert {layer.gate.rotation for layer in potential.host.layers} == {"lab_frame"}
+    matrix = cases.random_orthogonal(seed=5, improper=False)
+    before = potential(cases.graph(cases.ethanol()))
+    after = potential(cases.graph(cases.moved(cases.ethanol(), matrix)))
+    assert abs(float(after.energy - before.energy)) > 1e-8, "the published form is not invariant; this says it is"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_translation(host, operator):
+    potential = cases.potential(host, operator)
+    before = potential(cases.graph(cases.ethanol()))
+    after = potential(cases.graph(cases.moved(cases.ethanol(), shift=np.array([3.0, -20.0, 0.7]))))
+    assert torch.allclose(after.energy, before.energy, rtol=0, atol=tolerances.ENERGY[torch.float64])
+    assert torch.allclose(after.forces, before.forces, rtol=0, atol=tolerances.FORCES[torch.float64])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_permutation(host, operator):
+    potential = cases.potential(host, operator)
+    structure = cases.ethanol()
+    order = np.random.default_rng(0).permutation(len(structure.numbers))
+    shuffled = dataclasses.replace(structure, numbers=structure.numbers[order], positions=structure.positions[order])
+    before, after = potential(cases.graph(structure)), potential(cases.graph(shuffled))
+    assert torch.allclose(after.energy, before.energy, rtol=0, atol=tolerances.ENERGY[torch.float64])
+    assert torch.allclose(after.forces, before.forces[order], rtol=0, atol=tolerances.FORCES[torch.float64])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_batch_equals_its_singles(host, operator):
+    potential = cases.potential(host, operator)
+    structures = [cases.ethanol(), cases.crystal(), cases.ethanol(seed=4)]
+    together = potential(cases.batch(*structures), stress=True)
+    alone = [potential(cases.graph(structure), stress=True) for structure in structures]
+    assert torch.allclose(together.energy, torch.cat([p.energy for p in alone]), rtol=0, atol=1e-10)
+    assert torch.allclose(together.forces, torch.cat([p.forces for p in alone]), rtol=0, atol=1e-10)
+    assert torch.allclose(together.stress, torch.cat([p.stress for p in alone]), rtol=0, atol=1e-10)
+    assert together.stress[1].abs().max() > 1e-6
+    assert together.stress[0].abs().max() == 0
+
+
+def energy_along(potential, distances):
+    """Energy and slope of a molecule as one hydrogen is pulled away from the rest."""
+    energies, slopes = [], []
+    for distance in distances:
+        structure = cases.ethanol()
+        positions = np.concatenate([structure.positions, structure.positions[2:3] + np.array([[-distance, 0, 0]])])
+        far = dataclasses.replace(structure, positions=positions, numbers=np.append(structure.numbers, 1))
+        prediction = potential(cases.graph(far))
+        energies.append(float(prediction.interaction_energy))
+        slopes.append(float(prediction.forces[-1, 0]))
+    return np.array(energies), np.array(slopes)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_value_and_slope_are_continuous_at_the_cutoff(host, operator):
+    potential = cases.potential(host, operator)
+    step = 1e-5
+    distances = cases.CUTOFF + step * np.array([-1.0, 1.0])  # the oxygen is the nearest atom to the pulled one
+    energies, slopes = energy_along(potential, distances)
+    assert abs(energies[1] - energies[0]) < 1e-8
+    assert abs(slopes[1] - slopes[0]) < 1e-6
+    inside, _ = energy_along(potential, [cases.CUTOFF - 1.0, cases.CUTOFF + 1.0])
+    assert abs(inside[1] - inside[0]) > 1e-5, "the pulled atom does not matter, so nothing was tested"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_one_isolated_atom(host, operator):
+    potential = cases.potential(host, operator)
+    atom = dataclasses.replace(cases.ethanol(), numbers=np.array([6]), positions=np.zeros((1, 3)))
+    prediction = potential(cases.graph(atom), stress=True)
+    assert torch.isfinite(prediction.energy).all()
+    assert prediction.forces.abs().max() == 0
+    together = potential(cases.batch(atom, cases.ethanol()))
+    assert torch.allclose(together.energy[0], prediction.energy[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_two_atoms_along_every_grid_direction(operator):
+    """The distance field has a kink where a neighbour lies on a grid direction: derivatives must stay finite."""
+    potential = cases.potential("mace", operator).train()
+    directions = np.concatenate([np.eye(3), -np.eye(3)])
+    gate = potential.host.layers[0].gate
+    if gate is not None:
+        directions = np.concatenate([directions, gate.grid.points.detach().cpu().double().numpy()])
+    structures = [
+        dataclasses.replace(cases.ethanol(), numbers=np.array([6, 1]), positions=np.stack([np.zeros(3), 1.1 * d]))
+        for d in directions
+    ]
+    prediction = potential(cases.batch(*structures))
+    assert torch.isfinite(prediction.energy).all()
+    assert torch.isfinite(prediction.forces).all()
+    prediction.forces.square().sum().backward()
+    gradients = [p.grad for p in potential.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("structure", ["ethanol", "crystal"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_forces_are_minus_the_central_difference(host, operator, structure):
+    potential = cases.potential(host, operator)
+    made = getattr(cases, structure)()
+    forces = potential(cases.graph(made)).forces
+    assert forces.abs().max() > tolerances.SIGNAL * tolerances.FINITE_DIFFERENCE
+    step = 1e-4
+    for atom, axis in [(0, 0), (2, 1), (4, 2)]:
+        energies = []
+        for sign in (1, -1):
+            positions = made.positions.copy()
+            positions[atom, axis] += sign * step
+            moved = dataclasses.replace(made, positions=positions)
+            energies.append(float(potential(cases.graph(moved), forces=False).interaction_energy))
+        numerical = -(energies[0] - energies[1]) / (2 * step)
+        assert abs(numerical - float(forces[atom, axis])) < tolerances.FINITE_DIFFERENCE
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_stress_is_the_central_difference_in_strain(host, operator):
+    potential = cases.potential(host, operator)
+    made = cases.crystal()
+    stress = potential(cases.graph(made), stress=True).stress[0].numpy()
+    volume = abs(np.linalg.det(made.cell))
+    step = 1e-5
+    for i, j in [(0, 0), (1, 2)]:
+        strain = np.zeros((3, 3))
+        strain[i, j] += 0.5
+        strain[j, i] += 0.5
+        energies = []
+        for sign in (1, -1):
+            deformation = np.eye(3) + sign * step * strain
+            strained = dataclasses.replace(made, positions=made.positions @ deformation, cell=made.cell @ deformation)
+            energies.append(float(potential(cases.graph(strained), forces=False).interaction_energy))
+        numerical = (energies[0] - energies[1]) / (2 * step) / volume
+        assert abs(numerical - stress[i, j]) < 1e-7
+    assert np.abs(stress).max() > 1e-5
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_second_derivatives(host, operator):
+    """Training on forces needs d(forces)/d(positions): the double backward against differences of forces."""
+    potential = cases.potential(host, operator)
+    graph = cases.graph(cases.ethanol())
+    species = potential.species(graph.numbers)
+    start = graph.positions.clone().requires_grad_(True)
+
+    def energy(positions):
+        vectors = positions[graph.senders] - positions[graph.receivers]
+        return potential.host(graph, species, positions, vectors).atom_energies.sum()
+
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+    (gradient,) = torch.autograd.grad(energy(start), start, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * direction).sum(), start)
+    step = 1e-5
+    shifted = []
+    for sign in (1, -1):
+        at = (start.detach() + sign * step * direction).requires_grad_(True)
+        shifted.append(torch.autograd.grad(energy(at), at)[0])
+    numerical = (shifted[0] - shifted[1]) / (2 * step)
+    assert product.abs().max() > 1e-3
+    assert torch.allclose(product, numerical, rtol=1e-5, atol=1e-6 * float(product.abs().max()))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host):
+    bare = cases.potential(host)
+    config = bare.config.model_copy(update={"edge_gate": cases.MARAConfig(gate="neutral", hidden_dim=8)})
+    gated = cases.build_potential(config, cases.STATISTICS, seed=3).eval()
+    own = {name: value for name, value in gated.state_dict().items() if ".gate." not in name}
+    assert own.keys() == bare.state_dict().keys(), "an empty slot owns no parameters"
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in own.items())
+    graph = cases.graph(cases.ethanol())
+    a, b = bare(graph), gated(graph)
+    assert torch.equal(a.energy, b.energy)
+    assert torch.equal(a.forces, b.forces)
+    assert len(b.gates) == len(gated.host.layers)
+    assert torch.equal(b.gates[0], torch.ones_like(b.gates[0]))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_save_and_load(host, operator, tmp_path):
+    potential = cases.potential(host, operator, torch.float32)
+    path = tmp_path / "model.safetensors"
+    save_potential(path, potential)
+    loaded = load_potential(path)
+    graph = cases.graph(cases.ethanol())
+    a, b = potential(graph), loaded(graph)
+    assert torch.equal(a.energy, b.energy)
+    assert torch.equal(a.forces, b.forces)
+    assert loaded.elements == potential.elements
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_far_from_the_origin_float32_loses_nothing(operator):
+    potential = cases.potential("mace", operator, torch.float32)
+    near = potential(cases.graph(cases.ethanol()))
+    far = potential(cases.graph(cases.moved(cases.ethanol(), shift=np.array([1e4, -2e4, 3e4]))))
+    assert torch.allclose(far.forces, near.forces, rtol=0, atol=tolerances.FORCES[torch.float32])
+    assert torch.allclose(far.energy, near.energy, rtol=0, atol=tolerances.ENERGY[torch.float32])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gates_are_reported_and_do_something(operator):
+    prediction = cases.potential("mace", operator)(cases.graph(cases.ethanol()))
+    if operator == "none":
+        assert prediction.gates == ()
+        return
+    assert len(prediction.gates) == 2
+    for alpha in prediction.gates:
+        assert alpha.shape == (cases.graph(cases.ethanol()).num_edges,)
+        assert torch.isfinite(alpha).all()
+        assert (alpha > 0).all()
+        assert alpha.std() > 0
+
+
+def test_an_unknown_element_is_named():
+    gold = dataclasses.replace(cases.ethanol(), numbers=np.array([79] + [1] * 8))
+    with pytest.raises(ValueError, match="does not know Au; it was trained on H, C, O"):
+        cases.potential()(cases.graph(gold))

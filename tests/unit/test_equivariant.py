@@ -1,0 +1,216 @@
+"""Harmonics, tensor product and symmetric contraction against independent formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import sph_harm_y
+
+from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
+from steradian.equivariant.irreps import dim, format_degrees, natural_degrees
+from steradian.equivariant.linear import ElementLinear, PathLinear
+from steradian.equivariant.symmetric_contraction import SymmetricContraction, published_path_count
+from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, channelwise_polynomial
+from steradian.graph import Edges
+from steradian.radial import polynomial_envelope, safe_norm
+
+
+def random_directions(count, seed=0):
+    vectors = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+def random_rotation(seed=0):
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
+    q = q * np.sign(np.diag(r))
+    return torch.as_tensor(q if np.linalg.det(q) > 0 else -q)
+
+
+def wigner_d(rotation, l_max):
+    """Block matrix that turns harmonics, found by least squares on many directions."""
+    directions = random_directions(400)
+    before = spherical_harmonics(directions, l_max)
+    after = spherical_harmonics(directions @ rotation.T, l_max)
+    return torch.linalg.lstsq(before, after).solution.T  # after = before @ D.T
+
+
+def test_harmonics_span_the_textbook_ones():
+    """Each degree is an orthogonal mixture of scipy's harmonics, times sqrt(4 pi) ("component" normalisation)."""
+    directions = random_directions(300)
+    ours = spherical_harmonics(directions, 4).numpy()
+    theta = np.arccos(directions[:, 2].numpy())
+    phi = np.arctan2(directions[:, 1].numpy(), directions[:, 0].numpy())
+    for degree in range(5):
+        columns = []
+        for m in range(degree + 1):
+            value = sph_harm_y(degree, m, theta, phi)
+            columns += [value.real] if m == 0 else [math.sqrt(2) * value.real, math.sqrt(2) * value.imag]
+        theirs = math.sqrt(4 * math.pi) * np.stack(columns, 1)
+        mixture, *_ = np.linalg.lstsq(theirs, ours[:, degree**2 : (degree + 1) ** 2], rcond=None)
+        assert np.allclose(theirs @ mixture, ours[:, degree**2 : (degree + 1) ** 2], atol=1e-12)
+        assert np.allclose(mixture.T @ mixture, np.eye(2 * degree + 1), atol=1e-12)
+
+
+def test_harmonics_conventions():
+    directions = random_directions(20)
+    values = spherical_harmonics(directions, 5)
+    assert torch.allclose(values[:, 1:4], math.sqrt(3) * directions, atol=1e-13)
+    for degree in range(6):
+        norm = values[:, degree**2 : (degree + 1) ** 2].square().sum(1)
+        assert torch.allclose(norm, torch.full_like(norm, 2 * degree + 1), atol=1e-11)
+
+
+def test_a_zero_vector_has_no_direction_and_finite_derivatives():
+    vectors = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    lengths = safe_norm(vectors)
+    value = spherical_harmonics(unit_vectors(vectors, lengths), 3).sum() + lengths.sum()
+    (first,) = torch.autograd.grad(value, vectors, create_graph=True)
+    assert torch.isfinite(first).all()
+    if first.requires_grad:
+        (second,) = torch.autograd.grad(first.sum(), vectors, allow_unused=True)
+        assert second is None or torch.isfinite(second).all()
+
+
+def make_edges(directions, num_atoms, l_max):
+    generator = torch.Generator().manual_seed(1)
+    count = len(directions)
+    receivers = torch.randint(num_atoms, (count,), generator=generator).sort().values
+    senders = torch.randint(num_atoms, (count,), generator=generator)
+    ones = torch.ones(count, dtype=torch.float64)
+    return Edges(
+        senders,
+        receivers,
+        directions,
+        ones,
+        ones[:, None],
+        ones,
+        spherical_harmonics(directions, l_max),
+        num_atoms,
+        torch.zeros(num_atoms, dtype=torch.int64),
+        1,
+    )
+
+
+def path_representation(table, wigner):
+    """Matrix that turns ``[D_paths]``: the component index is outer, the path index inner."""
+    blocks = []
+    for (degree, _), count in zip(table.degrees_out, table.counts):
+        block = wigner[degree**2 : (degree + 1) ** 2, degree**2 : (degree + 1) ** 2]
+        blocks.append(torch.kron(block, torch.eye(count, dtype=block.dtype)))
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize(("hidden_l", "l_max"), [(0, 3), (1, 2), (2, 3)])
+def test_tensor_product_is_equivariant(hidden_l, l_max):
+    generator = torch.Generator().manual_seed(0)
+    degrees = natural_degrees(hidden_l)
+    product = ChannelwiseTensorProduct(degrees, l_max, natural_degrees(l_max))
+    directions = random_directions(12)
+    features = torch.randn(5, dim(degrees), 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(12, product.num_paths, 3, generator=generator, dtype=torch.float64)
+    rotation = random_rotation()
+    wigner = wigner_d(rotation, l_max)
+    before = product(features, make_edges(directions, 5, l_max), weights)
+    turned_features = torch.einsum("ij,njc->nic", wigner[: dim(degrees), : dim(degrees)], features)
+    after = product(turned_features, make_edges(directions @ rotation.T, 5, l_max), weights)
+    expected = torch.einsum("ij,njc->nic", path_representation(product.table, wigner), before)
+    assert expected.abs().max() > 1e-2
+    assert torch.allclose(after, expected, atol=1e-10)
+    inverted = product(features, make_edges(-directions, 5, l_max), weights)
+    assert not torch.allclose(inverted, before, atol=1e-3)
+
+
+def test_tensor_product_paths_and_variance():
+    polynomial, table = channelwise_polynomial(natural_degrees(1), 3, natural_degrees(3))
+    assert len(table.paths) == 10
+    assert format_degrees(table.degrees_out) == "0e + 1o + 2e + 3o"
+    assert table.counts == (2, 3, 3, 2)
+    assert polynomial.output.dim == table.dim == 40
+    # unit-variance inputs give unit variance to every component of every path
+    (group,) = polynomial.terms
+    power = np.zeros(table.dim)
+    np.add.at(power, group.outputs, group.coefficients**2)
+    assert np.allclose(power, 1.0)
+
+
+def test_an_impossible_product_is_refused():
+    with pytest.raises(ValueError, match="no coupling"):
+        channelwise_polynomial(((0, -1),), 0, ((0, 1),))
+
+
+@pytest.mark.parametrize(("l_max", "hidden_l", "correlation"), [(3, 1, 3), (2, 2, 2), (1, 1, 4)])
+def test_contraction_is_equivariant(l_max, hidden_l, correlation):
+    torch.manual_seed(0)
+    contraction = SymmetricContraction(natural_degrees(l_max), natural_degrees(hidden_l), correlation, 2, 3).double()
+    features = torch.randn(4, (l_max + 1) ** 2, 3, dtype=torch.float64)
+    species = torch.tensor([0, 1, 1, 0])
+    wigner = wigner_d(random_rotation(), l_max)
+    before = contraction(features, species)
+    after = contraction(torch.einsum("ij,njc->nic", wigner, features), species)
+    size = (hidden_l + 1) ** 2
+    expected = torch.einsum("ij,njc->nic", wigner[:size, :size], before)
+    assert before[:, 1:].abs().max() > 1e-2
+    assert torch.allclose(after, expected, atol=1e-9)
+
+
+def test_contraction_has_the_rank_and_the_published_redundancy():
+    contraction = SymmetricContraction(natural_degrees(3), natural_degrees(1), 3, 1, 1)
+    assert contraction.weight.shape[1] == 29
+    counts = [
+        published_path_count(natural_degrees(3), irrep, order) for irrep in ((0, 1), (1, -1)) for order in (3, 2, 1)
+    ]
+    assert counts == [23, 4, 1, 51, 6, 1]
+
+
+def test_contraction_is_homogeneous_of_each_order():
+    """Scaling the input by t gives a cubic in t without a constant term."""
+    torch.manual_seed(1)
+    contraction = SymmetricContraction(natural_degrees(2), natural_degrees(0), 3, 1, 2).double()
+    features = torch.randn(3, 9, 2, dtype=torch.float64)
+    species = torch.zeros(3, dtype=torch.int64)
+    scales = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    values = torch.stack([contraction(t * features, species).flatten() for t in scales])
+    powers = torch.stack([scales, scales**2, scales**3], 1)
+    fit = torch.linalg.lstsq(powers, values).solution
+    assert torch.allclose(powers @ fit, values, atol=1e-9)
+    assert fit.abs().max(dim=1).values.min() > 1e-3
+
+
+def test_element_linear_uses_each_elements_own_matrix():
+    torch.manual_seed(0)
+    linear = ElementLinear(natural_degrees(1), 3, 4, 5).double()
+    features = torch.randn(6, 4, 4, dtype=torch.float64)
+    species = torch.tensor([2, 0, 2, 1, 0, 2])
+    out = linear(features, species)
+    for atom, element in enumerate(species.tolist()):
+        scale = (3 * 4) ** -0.5
+        expected = torch.cat(
+            [features[atom, :1] @ linear.weight[element, 0], features[atom, 1:] @ linear.weight[element, 1]]
+        )
+        assert torch.allclose(out[atom], scale * expected, atol=1e-12)
+    assert linear(features[:0], species[:0]).shape == (0, 4, 5)
+
+
+def test_path_linear_fills_missing_irreps_with_zeros():
+    _, table = channelwise_polynomial(natural_degrees(0), 1, natural_degrees(1))
+    linear = PathLinear(table, 2, natural_degrees(2))
+    out = linear(torch.randn(3, table.dim, 2))
+    assert out.shape == (3, 9, 2)
+    assert out[:, 4:].abs().max() == 0
+
+
+@pytest.mark.parametrize("p", [5, 6])
+def test_envelope_is_smooth_at_the_cutoff(p):
+    r = torch.tensor([0.0, 1.0, 5.0 - 1e-6, 5.0, 6.0], dtype=torch.float64, requires_grad=True)
+    value = polynomial_envelope(r, 5.0, p)
+    assert value[0] == 1.0
+    assert value[3] == 0.0
+    assert value[4] == 0.0
+    (slope,) = torch.autograd.grad(value.sum(), r, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), r)
+    assert abs(slope[2]) < 1e-10
+    assert abs(curvature[2]) < 1e-4
+    assert value[1] > 0.9
