@@ -62,6 +62,8 @@ class EdgeGate(nn.Module, ABC):
     """
 
     rotation: Rotation = "exact"
+    rotation_bound: float = 0.0
+    """Largest change of alpha under a rotation or reflection that a ``quadrature`` operator promises (0 if exact)."""
     supports_pbc: bool = True
 
     @abstractmethod
