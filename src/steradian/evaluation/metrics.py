@@ -26,8 +26,8 @@ stress                 eV/Å^3      9 components per structure with a known cell
 =====================  ==========  =============================================  =================================
 
 So the mean errors are those of papers (per component) and the tails are those of atoms (vector norm), unless the name
-says otherwise. Errors are kept, not averaged batch by batch, and sorted before they are summed: no figure depends on how
-the structures were put into batches, in which order they came, or on how many processes saw them.
+says otherwise. Errors are kept, not averaged batch by batch, and sorted before they are summed: no figure depends on
+how the structures were put into batches, in which order they came, or on how many processes saw them.
 """
 
 from __future__ import annotations
