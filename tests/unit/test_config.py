@@ -1,0 +1,98 @@
+"""Configuration files: defaults, overrides, and what a mistake is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from steradian.config import ConfigError, RunConfig, dump_config, json_schema, load_config, parse_config
+
+
+def message(content, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(content, overrides, source="file.yaml")
+    return str(caught.value)
+
+
+def test_defaults_round_trip():
+    config = parse_config({})
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_overrides_are_typed_and_nested():
+    config = parse_config({}, ["model.host.num_channels=32", "model.edge_gate.kind=mara", "data.train=[a.xyz, b.xyz]"])
+    assert config.model.host.num_channels == 32
+    assert config.model.edge_gate.kind == "mara"
+    assert [str(path) for path in config.data.train] == ["a.xyz", "b.xyz"]
+
+
+def test_the_default_training_set_is_the_bundled_one():
+    assert parse_config({}).data.train == "bundled:malonaldehyde"
+    assert parse_config(yaml.safe_load(dump_config(parse_config({})))).data.train == "bundled:malonaldehyde"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"fiting": 1}, "fiting: unknown key; did you mean 'training'?"),
+        ({"model": {"host": {"num_chanels": 3}}}, "model.host.num_chanels: unknown key; did you mean 'num_channels'?"),
+        (
+            {"model": {"edge_gate": {"kind": "mara", "grid": {"kind": "lebedev", "num_pts": 26}}}},
+            "num_pts: unknown key; did you mean 'num_points'?",
+        ),
+        ({"model": {"host": {"cutoff_A": -1}}}, "model.host.cutoff_A: input should be greater than 0 (got -1)"),
+        ({"model": {"host": {"correlation": 7}}}, "correlation must be between 1 and 4, not 7"),
+        ({"model": {"host": {"correlation": [3]}}}, "correlation lists 1 orders for 2 layers"),
+        (
+            {"model": {"edge_gate": {"kind": "mara", "hidden_dim": 30, "num_heads": 4}}},
+            "must be a multiple of num_heads",
+        ),
+        ({"model": {"edge_gate": {"kind": "mara", "frame": "intrinsic", "field": "distance"}}}, "squared field"),
+        ({"training": {"loss": {"kind": "mae"}}}, "input should be 'mse', 'huber' or 'l1' (got 'mae')"),
+    ],
+)
+def test_mistakes_are_explained(content, expected):
+    assert expected in message(content)
+
+
+def test_every_mistake_is_listed():
+    text = message({"model": {"hst": {}}, "training": {"max_epochs": 0}})
+    assert text.startswith("file.yaml: 2 mistakes")
+    assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "name.x=3", "model.host.num_channels=[1"])
+def test_bad_overrides(override):
+    with pytest.raises(ConfigError):
+        parse_config({"name": "a"}, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", "is empty"), ("a: [1", "not valid YAML"), ("- 1\n- 2\n", "expected sections")]
+)
+def test_files_that_are_not_configurations(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_schema_is_json():
+    schema = json.loads(json.dumps(json_schema()))
+    assert "model" in schema["properties"]
+    assert set(schema["properties"]) == set(RunConfig.model_fields)
+
+
+def test_importing_the_schema_imports_no_torch():
+    code = "import sys, steradian.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
