@@ -206,9 +206,10 @@ class MARA(EdgeGate):
         scalars = features[:, 0] if features.dim() == 3 else features
         field = sphere_field(edges.vectors, self.points, self.field)
         slope, point, value, query = self._node_tables(scalars)
-        tables = self._tables(slope, point)
+        slope, point = slope.index_select(0, edges.receivers), point.index_select(0, edges.receivers)
+        tables = self._tables()
         dropout = self.dropout if self.training else 0.0
-        pooled = gate_logits_to_pooled(field, edges.receivers, tables, self.weights, dropout)
+        pooled = gate_logits_to_pooled(field, slope, point, tables, self.weights, dropout)
         pooled = pooled + value.index_select(0, edges.senders)
         if self.residual:
             mean_field = (field @ self.weights).unsqueeze(1)
@@ -225,7 +226,7 @@ class MARA(EdgeGate):
         return self._per_head(table).mean(-1)
 
     def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per atom: a_i . u' ``[N, H]``, a_i . p ``[N, H, K]``, mean value ``[N, H]`` and mean query ``[N, H]``.
+        """Per atom: a_i . u' ``[N, H]``, a_i . p + log w ``[N, H, K]``, mean value ``[N, H]`` and mean query ``[N, H]``.
 
         The hidden width is contracted on the weights, before any atom is seen: one product with [F, H (K + 3)].
         """
@@ -239,16 +240,14 @@ class MARA(EdgeGate):
         columns = torch.cat(ahead, dim=1)
         out = (scalars @ columns.flatten(0, 1).T).unflatten(1, (heads, -1))
         point = out[..., 3:] if self.p is not None else out.new_zeros((*out.shape[:2], points))
-        return out[..., 0], point, out[..., 1], out[..., 2]
+        return out[..., 0], point + self.weights.log(), out[..., 1], out[..., 2]
 
-    def _tables(self, slope: Tensor, point: Tensor) -> LogitTables:
+    def _tables(self) -> LogitTables:
         scale = (self.hidden_dim // self.num_heads) ** -0.5
         query_f, key_f = self._per_head(self.W_f), self._per_head(self.Wk_f) * scale
         p = self.p if self.p is not None else self.W_f.new_zeros((self.grid.num_points, self.hidden_dim))
         p_heads = self._per_head(p).transpose(0, 1)  # [H, K, d/H]
         return LogitTables(
-            node_slope=slope,
-            node_point=point + self.weights.log(),
             field_field=(query_f * key_f).sum(-1),
             point_field=torch.einsum("hkc,hc->hk", p_heads, key_f),
             field_point=torch.einsum("hkc,hc->hk", p_heads, query_f * scale),
