@@ -1,0 +1,90 @@
+"""Batches of an epoch for Lightning, from any position on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+
+from steradian.graph import Graph, batch_graphs
+from steradian.training.state import Position
+
+if TYPE_CHECKING:
+    from steradian.data.batching import BatchSampler, GraphDataset
+
+__all__ = ["Batch", "GraphBatches", "TrainingData"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A graph and the index of each of its systems in their set."""
+
+    graph: Graph
+    frames: tuple[int, ...]
+
+
+class GraphBatches:
+    """The batches that one process sees, in order.
+
+    Args:
+        graphs: the set. plan: frame indices of each batch. start: number of batches to leave out.
+    """
+
+    def __init__(self, graphs: GraphDataset, plan: Sequence[Sequence[int]], start: int = 0) -> None:
+        self.graphs = graphs
+        self.plan = plan[start:]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for frames in self.plan:
+            yield Batch(batch_graphs([self.graphs[index] for index in frames]), tuple(frames))
+
+
+class TrainingData(pl.LightningDataModule):
+    """Gives Lightning the batches of the epoch at hand, from the position at hand.
+
+    Lightning asks for the training batches anew at every epoch, so a resumed epoch is simply a shorter one.
+
+    Args:
+        train, validation: graphs.
+        train_sampler, validation_sampler: the batches of this process.
+        position: where the run stands; read when an epoch starts.
+    """
+
+    def __init__(
+        self,
+        train: GraphDataset,
+        validation: GraphDataset,
+        train_sampler: BatchSampler,
+        validation_sampler: BatchSampler,
+        position: Position,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.validation = validation
+        self.train_sampler = train_sampler
+        self.validation_sampler = validation_sampler
+        self.position = position
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training batches of this process in the epoch at hand."""
+        return len(self.train_sampler.batches(self.position.epoch))
+
+    def train_dataloader(self) -> Any:
+        plan = self.train_sampler.batches(self.position.epoch)
+        return GraphBatches(self.train, plan, start=self.position.batch)
+
+    def val_dataloader(self) -> Any:
+        return GraphBatches(self.validation, self.validation_sampler.batches(0))
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        if batch.graph.positions.device == device:
+            return batch
+        return replace(batch, graph=batch.graph.to(device))

@@ -1,0 +1,144 @@
+"""The potential in Lightning's hands: one training step, one validation step, one optimiser step."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from steradian.config import TrainingConfig
+from steradian.evaluation.metrics import ErrorAccumulator
+from steradian.graph import Prediction
+from steradian.training.ema import MovingAverage
+from steradian.training.loaders import Batch
+from steradian.training.losses import Loss, labels_in_use
+from steradian.training.optimizers import make_optimizer
+from steradian.training.schedules import LearningRate
+
+__all__ = ["DivergenceError", "TrainingModule"]
+
+SHOWN_FRAMES = 8
+
+
+class DivergenceError(ValueError):
+    """A loss or a gradient that is not finite; the message names the frames of the batch."""
+
+
+class TrainingModule(pl.LightningModule):
+    """Trains a potential on energies, forces and stresses.
+
+    Args:
+        potential: called as ``potential(graph, forces=..., stress=...)``.
+        config: the training section.
+        total_steps: optimiser steps of the whole run, for the cosine schedule.
+
+    Attributes:
+        step: optimiser steps so far, over all sessions.
+        losses: sum of the batch losses since it was last set to zero, float64 ``[]``, on the device.
+        metrics: figures of the last validation, named ``validation/...``.
+    """
+
+    def __init__(self, potential: nn.Module, config: TrainingConfig, total_steps: int) -> None:
+        super().__init__()
+        self.potential = potential
+        self.config = config
+        self.loss = Loss(config.loss)
+        self.labels = labels_in_use(config.loss)
+        self.ema = None if config.ema_decay is None else MovingAverage(potential.parameters(), config.ema_decay)
+        self.learning_rate = LearningRate(config.schedule, config.optimizer.learning_rate, total_steps)
+        self.errors = ErrorAccumulator()
+        self.metrics: dict[str, float] = {}
+        self.step = 0
+        self.losses = torch.zeros((), dtype=torch.float64)
+        self._watched: list[tuple[str, Tensor, Batch]] = []
+        self._batch: Batch | None = None
+        self._averaged = ExitStack()
+
+    def predict_batch(self, batch: Batch) -> Prediction:
+        """Prediction with the derivatives that the loss needs."""
+        return self.potential(batch.graph, forces="forces" in self.labels, stress="stress" in self.labels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(self.predict_batch(batch), batch.graph).total
+        self._batch = batch
+        self._watch("the loss", loss.detach(), batch)
+        self.losses = self.losses.to(loss.device) + loss.detach()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.potential, self.config.optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [parameter for parameter in self.potential.parameters() if parameter.grad is not None]
+        largest = self.config.optimizer.clip_norm
+        if largest is None:
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
+        assert self._batch is not None
+        self._watch("the gradient", norm.detach(), self._batch)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        rate = self.learning_rate.at(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step(closure=optimizer_closure)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update()
+
+    def _watch(self, what: str, value: Tensor, batch: Batch) -> None:
+        """Remember a value that must be finite; on a GPU it is looked at two values later, so that nothing waits."""
+        self._watched.append((what, value, batch))
+        self.check_finite(keep=0 if value.device.type == "cpu" else 2)
+
+    def check_finite(self, keep: int = 0) -> None:
+        """Look at the values of past steps.
+
+        Raises:
+            DivergenceError: one is not finite.
+        """
+        while len(self._watched) > keep:
+            what, value, batch = self._watched.pop(0)
+            if not bool(torch.isfinite(value)):
+                self._watched.clear()
+                raise DivergenceError(f"{what} is {value.item()} at step {self.step + 1}, in {name_frames(batch)}")
+
+    def on_validation_epoch_start(self) -> None:
+        self.errors.reset()
+        if self.ema is not None:
+            self._averaged.enter_context(self.ema.averaged_weights())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.enable_grad():
+            prediction = self.predict_batch(batch)
+        self.errors.update(prediction, batch.graph)
+
+    def on_validation_epoch_end(self) -> None:
+        errors = self.errors
+        if self.trainer.world_size > 1:
+            states: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(states, errors.state())
+            errors = ErrorAccumulator.from_states(states)
+        self.metrics = errors.compute("validation/")
+
+    def on_validation_end(self) -> None:
+        # Lightning calls callbacks before the module, so they still see the averaged weights.
+        self._averaged.close()
+
+
+def name_frames(batch: Batch) -> str:
+    """Words for the frames of a batch."""
+    frames = [str(frame) for frame in batch.frames]
+    more = f" and {len(frames) - SHOWN_FRAMES} more" if len(frames) > SHOWN_FRAMES else ""
+    kinds = sorted({kind for kind in batch.graph.config_type if kind})
+    kind = f" (config_type {', '.join(kinds[:3])})" if kinds else ""
+    return f"training frames {', '.join(frames[:SHOWN_FRAMES])}{more}{kind}"

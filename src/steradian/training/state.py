@@ -1,0 +1,120 @@
+"""What a run needs to go on exactly where it stopped, and how it is kept on disk.
+
+The file holds tensors and plain numbers, lists and dictionaries only; it is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steradian.checkpoint import write_atomically
+
+__all__ = ["Position", "ResumeError", "random_state", "read_state", "restore_random_state", "seed_all", "write_state"]
+
+FORMAT = "steradian-run-1"
+
+
+class ResumeError(ValueError):
+    """A run that cannot be resumed; the message says why and what to do."""
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        epoch: finished epochs.
+        batch: batches of the present epoch that this process has done.
+        step: optimiser steps.
+        elapsed_s: seconds of training, all sessions together.
+        best_value: best monitored metric so far; best_epoch: the epoch it belongs to, counted from 1 (0: none yet).
+        stale: validations since then.
+        validated_epoch: epoch of the last validation, counted from 1.
+        rows: rows of the metrics table.
+        loss_sum: sum of the losses of the present epoch's batches.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    elapsed_s: float = 0.0
+    best_value: float = float("inf")
+    best_epoch: int = 0
+    stale: int = 0
+    validated_epoch: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python; the same seed gives the same run on the same machine."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global state)
+    random.seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators of this process: torch (CPU and present GPU), numpy, Python."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss)],
+        "numpy_cached": float(cached),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the generators to a state of :func:`random_state`."""
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss = state["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, state["numpy_cached"])
+    )
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a state so that the file is always whole: the old one stays until the new one is on the disk."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a state on the CPU.
+
+    Raises:
+        ResumeError: the file is missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise ResumeError(f"{path}: there is no saved state to resume from; start again with --overwrite")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ResumeError(f"{path}: cannot be read ({reason}); start again with --overwrite") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ResumeError(f"{path}: format {found!r} is not {FORMAT!r}; resume with the version that wrote it")
+    return state
