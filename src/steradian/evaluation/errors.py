@@ -177,7 +177,7 @@ class ErrorReport:
             if self.intervals:
                 faint.add(len(rows))
                 ends = [[format_number(end * factor) for end in self.intervals[name]] for name in names]
-                rows.append(["", "  95 % interval", *["\u00a0… ".join(pair) for pair in ends]])
+                rows.append(["", "95 % interval", *[" … ".join(pair) for pair in ends]])
             rows.append(["", other_unit, *[format_number(self.total[name] * other_factor) for name in names]])
         title = f"{self.name}: errors on {_count(self.arrays.num_structures, 'structure')}"
         heads = [statistic.upper() for statistic in STATISTICS]

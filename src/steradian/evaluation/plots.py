@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from steradian.checkpoint import write_atomically
 from steradian.evaluation.errors import ErrorReport
@@ -126,7 +126,7 @@ def parity(reports: Sequence[ErrorReport]) -> Figure:
         arrays, color = report.arrays, color_of(row)
         known = arrays.has_energy
         reference, error = _relative_energies(report)
-        _parity_panel(axes[row, 0], reference[known], (reference + error)[known], color, "energy", "meV/atom")
+        _parity_panel(axes[row, 0], reference[known], (reference + error)[known], color, "relative energy", "meV/atom")
         labelled = arrays.has_forces[arrays.structure_of_atom]
         forces = 1e3 * arrays.force_reference[labelled].ravel()
         errors = 1e3 * arrays.force_error[labelled].ravel()
@@ -165,19 +165,22 @@ def _parity_panel(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, what: st
     else:
         axes.scatter(x, y, s=9, color=color, alpha=0.55, linewidths=0, zorder=2, rasterized=True)
     axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     error = 1e3 * (y - x) if unit.startswith("eV") else y - x
     shown = f"MAE {format_number(np.abs(error).mean())} m{unit.removeprefix('m')}"
     rmse = f"RMSE {format_number(float(np.sqrt((error**2).mean())))}"
-    axes.text(0.04, 0.96, f"{shown}\n{rmse}", transform=axes.transAxes, va="top", linespacing=1.5)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.text(0.04, 0.96, f"{shown}\n{rmse}", transform=axes.transAxes, va="top", linespacing=1.5, bbox=paper)
 
 
 def _lighter(color: str, share: float) -> str:
     rgb = np.array(mpl.colors.to_rgb(color))
-    return mpl.colors.to_hex(rgb + (1 - rgb) * share)
+    return mpl.colors.to_hex((rgb + (1 - rgb) * share).tolist())
 
 
 def _darker(color: str, share: float) -> str:
-    return mpl.colors.to_hex(np.array(mpl.colors.to_rgb(color)) * (1 - share))
+    return mpl.colors.to_hex((np.array(mpl.colors.to_rgb(color)) * (1 - share)).tolist())
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
@@ -289,28 +292,30 @@ def _thinned(count: int, points: int = 1500) -> np.ndarray:
 
 @styled
 def element_bars(reports: Sequence[ErrorReport]) -> Figure:
-    """Force MAE (bars) and Q95 of the error norm (ticks) per element and model."""
+    """Mean (bar) and Q95 (line above it) of the norm of the force error per element and model."""
     elements = list(dict.fromkeys(symbol for report in reports for symbol in report.per_element))
-    figure = Figure(figsize=(min(9.0, max(4.6, 1.6 + 0.62 * len(elements) * (0.6 + 0.4 * len(reports)))), 3.3))
+    figure = Figure(figsize=(min(9.0, max(4.8, 1.4 + 0.34 * len(elements) * (1 + len(reports)))), 3.3))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
-    width = 0.78 / max(len(reports), 1)
+    width = 0.8 / max(len(reports), 1)
+    handles: list[Any] = []
     for index, report in enumerate(reports):
         places = np.arange(len(elements)) + (index - (len(reports) - 1) / 2) * width
         found = [report.per_element.get(symbol, {}) for symbol in elements]
-        mae = [1e3 * values.get("forces_mae", np.nan) for values in found]
-        q95 = [1e3 * values.get("forces_q95", np.nan) for values in found]
-        axes.bar(places, mae, width * 0.9, color=color_of(index), label=report.name)
-        axes.plot(
-            places, q95, "_", color=_darker(color_of(index), 0.25), ms=max(6, 60 * width / len(elements)), mew=1.8
-        )
-    axes.plot([], [], "_", color="#444444", ms=9, mew=1.8, label="Q95 of the norm")
+        mean = np.array([1e3 * values.get("forces_vector_mae", np.nan) for values in found])
+        q95 = np.array([1e3 * values.get("forces_q95", np.nan) for values in found])
+        handles.append(axes.bar(places, mean, width * 0.88, color=color_of(index), label=report.name))
+        half = 0.44 * width
+        axes.vlines(places, mean, q95, color=color_of(index), linewidth=0.9)
+        axes.hlines(q95, places - half, places + half, color=color_of(index), linewidth=2.2)
     axes.set_xticks(range(len(elements)), elements)
+    axes.set_xlim(-0.6, len(elements) - 0.4)
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("force error, MAE of components [meV/Å]")
-    figure.legend(loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.6)
+    axes.set_ylabel("norm of the force error [meV/Å]")
+    axes.set_title("bar: mean, line: Q95", fontsize=8.5, color="#555555")
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.6)
     return figure
 
 

@@ -102,8 +102,15 @@ class RotationAudit:
             values = [found.energy_mean, found.energy_max, found.force_mean, found.force_max]
             share = format_number(100 * found.force_mean / self.force_error) if self.force_error else "–"
             rows.append([found.operation, found.dtype, *[format_number(1e3 * value) for value in values], share])
-        energy, force = "energy change [meV/atom]", "force change [meV/Å]"
-        heads = ["", "precision", f"{energy} mean", "max", f"{force} mean", "max", "mean / force error [%]"]
+        heads = [
+            "",
+            "precision",
+            "energy change, mean [meV/atom]",
+            "largest",
+            "force change, mean [meV/Å]",
+            "largest",
+            "mean, in % of force error",
+        ]
         title = f"Rotation audit: {self.num_structures} structures, {self.num_rotations} operations of each kind"
         error = f"; mean force error {format_number(1e3 * self.force_error)} meV/Å" if self.force_error else ""
         note = f"norms of the change of an atom's force vector, turned back{error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ class Table:
         columns: heads.
         rows: cells, as many as there are columns.
         num_labels: leading columns that hold words.
+        heads: indices of rows that name what the rows below belong to.
         faint: indices of rows that are printed less strongly (intervals).
         note: a line below the table.
     """
@@ -50,6 +52,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     num_labels: int = 1
+    heads: frozenset[int] = field(default_factory=frozenset)
     faint: frozenset[int] = field(default_factory=frozenset)
     note: str = ""
 
@@ -66,15 +69,15 @@ class Table:
         )
         for index, column in enumerate(self.columns):
             words = index < self.num_labels
-            # A narrow terminal wraps between words, it never cuts one.
-            longest = max(
-                len(word) for cell in (column, *(row[index] for row in self.rows)) for word in cell.split(" ")
-            )
-            table.add_column(rich.text.Text(column), justify="left" if words else "right", min_width=longest)
+            # A narrow terminal wraps cells, it never cuts one.
+            table.add_column(rich.text.Text(column), justify="left" if words else "right", overflow="fold")
         for index, row in enumerate(self.rows):
             cells = [rich.text.Text(cell) for cell in row]  # Text: brackets in labels are no markup
-            table.add_row(*cells, style="dim" if index in self.faint else None)
+            table.add_row(*cells, style={"head": "bold", "faint": "dim"}.get(self._kind(index)))
         return table
+
+    def _kind(self, index: int) -> str:
+        return "head" if index in self.heads else ("faint" if index in self.faint else "")
 
     def text(self) -> str:
         """Aligned plain text, ending with a line break."""
@@ -90,18 +93,19 @@ class Table:
 
         ruler = "  ".join("-" * width for width in widths)
         body = [self.title, "", aligned(lines[0]), ruler, *map(aligned, lines[1:])]
-        return "\n".join([*body, *([self.note] if self.note else [])]) + "\n"
+        note = textwrap.wrap(self.note, max(len(ruler), 60))
+        return "\n".join([*body, *(["", *note] if note else [])]) + "\n"
 
     def html(self) -> str:
         """A ``<figure>`` with the table and its caption."""
 
         def cells(tag: str, values: Sequence[str]) -> str:
             kinds = ["" if column < self.num_labels else ' class="n"' for column in range(len(values))]
-            return "".join(f"<{tag}{kind}>{html.escape(value)}</{tag}>" for kind, value in zip(kinds, values))
+            return "".join(f"<{tag}{kind}>{html.escape(value.strip())}</{tag}>" for kind, value in zip(kinds, values))
 
         rows = [
-            f"<tr{faint}>{cells('td', row)}</tr>"
-            for faint, row in ((' class="faint"' if i in self.faint else "", row) for i, row in enumerate(self.rows))
+            f'<tr class="{kind}">{cells("td", row)}</tr>' if kind else f"<tr>{cells('td', row)}</tr>"
+            for kind, row in ((self._kind(index), row) for index, row in enumerate(self.rows))
         ]
         note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
         return (

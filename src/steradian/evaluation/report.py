@@ -1,0 +1,209 @@
+"""One HTML file about one or several potentials: pictures inside, no network, no scripts; prints on A4."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from steradian.checkpoint import package_version, write_atomically
+from steradian.evaluation import plots
+from steradian.evaluation.compare import compare
+from steradian.evaluation.errors import ErrorReport
+from steradian.evaluation.rotations import RotationAudit
+from steradian.evaluation.tables import Table, format_number
+
+__all__ = ["Evaluated", "render_report", "write_report"]
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif;
+  color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #d9d9d9; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+p { max-width: 44rem; margin: .5rem 0; }
+.meta { color: #666; font-size: .9rem; margin-bottom: 1.2rem; }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .45em; }
+figure { margin: 1.2rem 0; }
+figcaption { font-weight: 600; margin-bottom: .4rem; }
+figure.picture figcaption { font-weight: 400; color: #444; font-size: .9rem; margin: .4rem 0 0; max-width: 44rem; }
+figure.picture img { max-width: 100%; height: auto; display: block; }
+figure.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; line-height: 1.35; }
+th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: baseline; }
+th.n, td.n { text-align: right; padding: .28rem 0 .28rem .9rem; white-space: nowrap; }
+thead th { border-bottom: 1px solid #444; font-weight: 600; vertical-align: bottom; }
+thead th.n { white-space: normal; max-width: 8.5em; }
+td:first-child { white-space: nowrap; }
+tr.head td { font-weight: 600; padding-top: .7rem; }
+tbody tr:last-child td { border-bottom: 1px solid #bbb; }
+tr.faint td { color: #777; font-size: .8rem; }
+.note { color: #666; font-size: .82rem; max-width: 48rem; margin: .4rem 0 0; }
+pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: #f6f6f4;
+  padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; white-space: pre-wrap; }
+details summary { cursor: pointer; color: #333; }
+@page { size: A4; margin: 16mm 14mm; }
+@media print {
+  body { font-size: 10pt; margin: 0; padding: 0; max-width: none; }
+  h2 { break-after: avoid; } h3 { break-after: avoid; }
+  figure { break-inside: avoid; }
+  table { font-size: 8pt; }
+  th.n, td.n { padding-left: .5rem; }
+  pre { font-size: 7.5pt; background: none; border: 1px solid #ccc; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Everything a report may say about one potential.
+
+    Attributes:
+        report: its errors.
+        audit: its rotation audit, or None.
+        metrics: its training log as :func:`steradian.evaluation.plots.read_metrics` gives it; empty where unknown.
+        settings: facts for the table of settings, such as the number of parameters.
+        config: its configuration as YAML; empty where unknown.
+    """
+
+    report: ErrorReport
+    audit: RotationAudit | None = None
+    metrics: plots.Metrics = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
+
+
+def write_report(path: Path | str, models: Sequence[Evaluated], **kwargs: str) -> None:
+    """Write :func:`render_report` to a file, whole or not at all."""
+    write_atomically(path, render_report(models, **kwargs).encode())
+
+
+def render_report(models: Sequence[Evaluated], *, title: str = "", data: str = "") -> str:
+    """The page as HTML text.
+
+    Args:
+        models: one or several potentials evaluated on the same structures; the first is the one compared with.
+        title: heading. data: what the structures are, in words.
+
+    Raises:
+        ValueError: no models, or models evaluated on different structures.
+    """
+    if not models:
+        raise ValueError("a report needs at least one model")
+    reports = [model.report for model in models]
+    names = " and ".join(filter(None, [", ".join(r.name for r in reports[:-1]), reports[-1].name]))
+    title = title or f"Errors of {names}"
+    arrays = reports[0].arrays
+    facts = [data, f"{arrays.num_structures} structures, {len(arrays.numbers)} atoms", f"steradian {package_version()}"]
+    facts.append(datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"))
+    sections = [
+        _section("Result", _result(reports)),
+        _section("Force errors", _force_pictures(reports)),
+        _section("Parity", _parity(reports)),
+        _section("Rotation audit", _rotations(models)),
+        _section("Training", _training(models)),
+        _section("Details", _details(reports)),
+        _section("Settings", _settings(models)),
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
+        f'<h1>{html.escape(title)}</h1><p class="meta">{html.escape(" · ".join(filter(None, facts)))}</p>\n'
+        f"{''.join(sections)}</body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>\n{content}\n</section>\n" if content else ""
+
+
+def _picture(figure: Figure, caption: str) -> str:
+    """The figure as an image inside the page; the caption is also its alternative text."""
+    encoded = base64.b64encode(plots.png(figure)).decode()
+    width = round(figure.get_figwidth() * 106)
+    text = html.escape(caption)
+    return (
+        f'<figure class="picture"><img alt="{text}" width="{width}" src="data:image/png;base64,{encoded}">'
+        f"<figcaption>{text}</figcaption></figure>\n"
+    )
+
+
+def _name(index: int, name: str) -> str:
+    return f'<span class="swatch" style="background:{plots.color_of(index)}"></span>{html.escape(name)}'
+
+
+def _result(reports: Sequence[ErrorReport]) -> str:
+    if len(reports) == 1:
+        return reports[0].total_table().html()
+    comparison = compare(*reports)
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in comparison.summary())
+    return lines + comparison.table().html()
+
+
+def _force_pictures(reports: Sequence[ErrorReport]) -> str:
+    if not all(report.arrays.has_forces.any() for report in reports):
+        return ""
+    pictures = [
+        _picture(
+            plots.cumulative_errors(reports),
+            "Share of atoms whose force error exceeds a value. Dots: Q95 and Q99; cross: largest error.",
+        ),
+        _picture(plots.violins(reports), "Distribution of the force errors (logarithmic axis)."),
+        _picture(plots.element_bars(reports), "Force errors by element."),
+    ]
+    return "".join(pictures)
+
+
+def _parity(reports: Sequence[ErrorReport]) -> str:
+    caption = (
+        "Predicted against reference values. Energies are per atom, relative to a fit of one energy per element to the "
+        "reference energies. Darker: more points."
+    )
+    return _picture(plots.parity(reports), caption)
+
+
+def _rotations(models: Sequence[Evaluated]) -> str:
+    parts = []
+    for index, model in enumerate(models):
+        if model.audit is not None:
+            parts.append(f"<h3>{_name(index, model.report.name)}</h3><p>{html.escape(model.audit.summary())}</p>")
+            parts.append(model.audit.table().html())
+    return "".join(parts)
+
+
+def _training(models: Sequence[Evaluated]) -> str:
+    if not any(model.metrics for model in models):
+        return ""
+    logs = {model.report.name: model.metrics for model in models}
+    return _picture(plots.learning_curves(logs), "Errors on the validation set during training.")
+
+
+def _details(reports: Sequence[ErrorReport]) -> str:
+    parts = []
+    for index, report in enumerate(reports):
+        tables = report.tables() if len(reports) > 1 else report.tables()[1:]
+        parts.append(f"<h3>{_name(index, report.name)}</h3>" if len(reports) > 1 else "")
+        parts.extend(table.html() for table in tables)
+    return "".join(parts)
+
+
+def _settings(models: Sequence[Evaluated]) -> str:
+    keys = list(dict.fromkeys(key for model in models for key in model.settings))
+    rows = [[key, *[model.settings.get(key, "–") for model in models]] for key in keys]
+    timings = [model.report.seconds_per_structure for model in models]
+    rows.append(["time per structure", *[f"{format_number(1e3 * seconds)} ms" for seconds in timings]])
+    rows.append(["predicted in", *[model.report.batch or "–" for model in models]])
+    columns = ["", *[model.report.name for model in models]]
+    parts = [Table("Models", columns, rows, num_labels=len(columns)).html()]
+    for index, model in enumerate(models):
+        if model.config:
+            summary = f"Configuration of {_name(index, model.report.name)}"
+            parts.append(f"<details open><summary>{summary}</summary><pre>{html.escape(model.config)}</pre></details>")
+    return "".join(parts)
