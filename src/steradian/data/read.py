@@ -1,0 +1,95 @@
+"""Read labelled frames from any supported file or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..config import KeysConfig, UnitsConfig
+from .array_files import deepmd_systems, read_deepmd, read_npz, read_pymatgen_json
+from .ase_files import read_ase, read_ase_db, read_extxyz
+from .labels import RawFrame, keep_uniform_labels, nearest, to_structures
+from .structures import DataError, Structure
+
+__all__ = ["read_raw", "read_structures"]
+
+
+def read_structures(
+    path: Path | str,
+    keys: KeysConfig | None = None,
+    units: UnitsConfig | None = None,
+    *,
+    require: Sequence[str] = ("energy", "forces"),
+    ignore_cell: bool = False,
+) -> list[Structure]:
+    """Read, convert to eV and Å, and check all frames of a file or folder.
+
+    Formats, by suffix: ``.xyz`` and ``.extxyz`` (extended XYZ); ``.npz`` (rMD17, MD17, MD22 and other arrays over
+    frames); a folder (DeePMD npy, one system or several); ``.db`` (ASE database); ``.json`` (lists of pymatgen
+    structures, else ASE); anything else goes to ASE.
+
+    A label comes from ``keys``, or from the usual names (``labels.USUAL_KEYS``). A key of the stress with "virial" in
+    its name is read as minus stress times volume, in units of energy; a stress may have 6 (Voigt: xx, yy, zz, yz, xz,
+    xy), 9 or 3 x 3 numbers and is positive under tension.
+
+    Args:
+        require: labels that every frame must have. Others are kept where every frame has them.
+        ignore_cell: treat every frame as not periodic.
+
+    Raises:
+        DataError: one line with file, frame and way out: a missing or damaged file, a label that is not there, wrong
+            shapes, numbers that are not finite, unknown elements or units.
+    """
+    keys, units = keys or KeysConfig(), units or UnitsConfig()
+    unknown = [label for label in require if label not in ("energy", "forces", "stress")]
+    if unknown:
+        raise ValueError(f"unknown label '{unknown[0]}'; labels are energy, forces and stress")
+    frames = read_raw(path, keys)
+    structures = to_structures(frames, keys, units, require=require, ignore_cell=ignore_cell)
+    return keep_uniform_labels(structures, require)
+
+
+def read_raw(path: Path | str, keys: KeysConfig | None = None) -> list[RawFrame]:
+    """All frames of a file or folder under the names and in the units of the file; see :func:`read_structures`."""
+    path = Path(path)
+    _check_exists(path)
+    try:
+        frames = list(_frames(path, keys or KeysConfig()))
+    except PermissionError:
+        raise DataError(f"{path}: no permission to read it") from None
+    if not frames:
+        raise DataError(f"{path}: no frames; the file is empty")
+    return frames
+
+
+def _check_exists(path: Path) -> None:
+    if path.exists():
+        if path.is_file() and path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty")
+        return
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest([path.name], siblings)
+    if near:
+        hint = f"; did you mean '{path.parent / near}'?"
+    elif not path.parent.is_dir():
+        hint = f"; there is no folder '{path.parent}'"
+    else:
+        hint = ""
+    raise DataError(f"{path}: no such file or folder{hint}")
+
+
+def _frames(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if not deepmd_systems(path):
+            raise DataError(f"{path}: a folder without DeePMD data (no type.raw below it); give a file instead")
+        return read_deepmd(path)
+    if suffix in (".xyz", ".extxyz"):
+        return read_extxyz(path)
+    if suffix == ".npz":
+        return read_npz(path, keys)
+    if suffix == ".db":
+        return read_ase_db(path)
+    if suffix == ".json" and path.read_bytes()[:1] == b"[":
+        return read_pymatgen_json(path)
+    return read_ase(path)
