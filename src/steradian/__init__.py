@@ -1,0 +1,57 @@
+"""steradian: machine-learned force fields with geometric attention.
+
+The names below are imported on first use, so that ``import steradian`` (and the command line) is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steradian.build import build_potential, load_potential, save_potential
+    from steradian.config import RunConfig, load_config, parse_config
+    from steradian.data.read import read_structures
+    from steradian.data.structures import Structure
+    from steradian.evaluation.errors import evaluate
+    from steradian.graph import Edges, Graph, Prediction, batch_graphs
+    from steradian.interfaces.ase import SteradianCalculator
+    from steradian.neighbors import make_graph
+    from steradian.operators.mara import MARA
+    from steradian.operators.mara_attention import SEAttention
+    from steradian.potential import Potential
+    from steradian.training.fit import fit
+
+_HOME = {
+    "build_potential": "steradian.build",
+    "load_potential": "steradian.build",
+    "save_potential": "steradian.build",
+    "RunConfig": "steradian.config",
+    "load_config": "steradian.config",
+    "parse_config": "steradian.config",
+    "read_structures": "steradian.data.read",
+    "Structure": "steradian.data.structures",
+    "evaluate": "steradian.evaluation.errors",
+    "Edges": "steradian.graph",
+    "Graph": "steradian.graph",
+    "Prediction": "steradian.graph",
+    "batch_graphs": "steradian.graph",
+    "SteradianCalculator": "steradian.interfaces.ase",
+    "make_graph": "steradian.neighbors",
+    "MARA": "steradian.operators.mara",
+    "SEAttention": "steradian.operators.mara_attention",
+    "Potential": "steradian.potential",
+    "fit": "steradian.training.fit",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'steradian' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
