@@ -11,7 +11,7 @@ from steradian.graph import Graph, Prediction
 
 
 class PairPotential(nn.Module):
-    """E = sum over pairs of strength * (1 - r / cutoff)^3, plus, where ``tilt`` is not 0, a part that feels the z axis."""
+    """E = sum over pairs of strength * (1 - r / cutoff)^3; where ``tilt`` is not 0, it also feels the z axis."""
 
     cutoff = 3.0
 
