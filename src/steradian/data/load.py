@@ -115,7 +115,8 @@ class _Reader:
             for other in self.files:
                 if other["sha256"] == digest:
                     raise DataError(
-                        f"{path} is given twice, as data.{other['role']} and as data.{role}: the splits must not share frames"
+                        f"{path} is given twice, as data.{other['role']} and as data.{role}: "
+                        "the splits must not share frames"
                     )
             self.files.append({"role": role, "path": name, "sha256": digest, "frames": len(read)})
             frames += read
@@ -181,11 +182,13 @@ def split_indices(
     if train < 0 or train + validation + test > len(free):
         wanted = f"{train} training, " if config.train is not None else ""
         raise DataError(f"data.split asks for {wanted}{validation} validation and {test} test frames of {len(free)}")
-    # Training first: growing the training set of a fixed seed keeps what it had.
+    # Training from the front, the others from the back: with one seed, runs on fewer or more training frames share
+    # their validation and test frames, and the smaller training set lies within the larger.
+    back = len(free) - test
     parts = {
         "train": [*free[:train].tolist(), *fixed],
-        "validation": free[train : train + validation].tolist(),
-        "test": free[train + validation : train + validation + test].tolist(),
+        "validation": free[back - validation : back].tolist(),
+        "test": free[back:].tolist(),
     }
     return {name: sorted(int(index) for index in part) for name, part in parts.items()}
 
@@ -257,7 +260,8 @@ def _note_duplicates(splits: dict[str, list[Structure]], warnings: list[str]) ->
     if repeated:
         warnings.append(f"train: {repeated} of {len(keys['train'])} frames are exact copies of others")
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        shared = sum(key in set(keys[first]) for key in keys[second]) if keys[second] else 0
+        known = set(keys[first])
+        shared = sum(key in known for key in keys[second])
         if shared:
             warnings.append(f"{second}: {shared} of {len(keys[second])} frames are exact copies of frames of {first}")
 
