@@ -117,7 +117,10 @@ class RunKeeper(pl.Callback):
         if self.saved is not None:
             self._restore(trainer, pl_module, self.saved)
             self.saved = None
-        self._started = self._last_save = time.monotonic()
+            self._started = self._last_save = time.monotonic()
+        else:
+            self._started = time.monotonic()
+            self.save(trainer, pl_module)
         self.reporter.start(self.position)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "GraphBatches", "TrainingData"]
 
+SHOWN_FRAMES = 8
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,6 +56,9 @@ class TrainingData(pl.LightningDataModule):
         train, validation: graphs.
         train_sampler, validation_sampler: the batches of this process.
         position: where the run stands; read when an epoch starts.
+
+    Attributes:
+        frame_names: name of each training frame, for messages; empty: its index.
     """
 
     def __init__(
@@ -70,12 +75,17 @@ class TrainingData(pl.LightningDataModule):
         self.train_sampler = train_sampler
         self.validation_sampler = validation_sampler
         self.position = position
+        self.frame_names: list[str] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Training batches of this process in the epoch at hand."""
-        return len(self.train_sampler.batches(self.position.epoch))
+    def name_frames(self, batch: Batch) -> str:
+        """Words for the training frames of a batch."""
+        known = len(self.frame_names)
+        names = [self.frame_names[index] if index < known else str(index) for index in batch.frames]
+        more = f" and {len(names) - SHOWN_FRAMES} more" if len(names) > SHOWN_FRAMES else ""
+        kinds = sorted({kind for kind in batch.graph.config_type if kind})
+        kind = f" (config_type {', '.join(kinds[:SHOWN_FRAMES])})" if kinds else ""
+        return f"training frames {', '.join(names[:SHOWN_FRAMES])}{more}{kind}"
 
     def train_dataloader(self) -> Any:
         plan = self.train_sampler.batches(self.position.epoch)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steradian.config import TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import Prediction
+from steradian.potential import Potential
 from steradian.training.ema import MovingAverage
 from steradian.training.loaders import Batch
 from steradian.training.losses import Loss, labels_in_use
@@ -19,8 +21,6 @@ from steradian.training.optimizers import make_optimizer
 from steradian.training.schedules import LearningRate
 
 __all__ = ["DivergenceError", "TrainingModule"]
-
-SHOWN_FRAMES = 8
 
 
 class DivergenceError(ValueError):
@@ -34,6 +34,7 @@ class TrainingModule(pl.LightningModule):
         potential: called as ``potential(graph, forces=..., stress=...)``.
         config: the training section.
         total_steps: optimiser steps of the whole run, for the cosine schedule.
+        name_frames: words for the frames of a batch, for messages.
 
     Attributes:
         step: optimiser steps so far, over all sessions.
@@ -41,8 +42,17 @@ class TrainingModule(pl.LightningModule):
         metrics: figures of the last validation, named ``validation/...``.
     """
 
-    def __init__(self, potential: nn.Module, config: TrainingConfig, total_steps: int) -> None:
+    potential: Potential
+
+    def __init__(
+        self,
+        potential: Potential,
+        config: TrainingConfig,
+        total_steps: int,
+        name_frames: Callable[[Batch], str] = lambda batch: f"training frames {batch.frames}",
+    ) -> None:
         super().__init__()
+        self.name_frames = name_frames
         self.potential = potential
         self.config = config
         self.loss = Loss(config.loss)
@@ -80,7 +90,8 @@ class TrainingModule(pl.LightningModule):
         parameters = [parameter for parameter in self.potential.parameters() if parameter.grad is not None]
         largest = self.config.optimizer.clip_norm
         if largest is None:
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
         assert self._batch is not None
@@ -110,7 +121,7 @@ class TrainingModule(pl.LightningModule):
             what, value, batch = self._watched.pop(0)
             if not bool(torch.isfinite(value)):
                 self._watched.clear()
-                raise DivergenceError(f"{what} is {value.item()} at step {self.step + 1}, in {name_frames(batch)}")
+                raise DivergenceError(f"{what} is {value.item()} at step {self.step + 1}, in {self.name_frames(batch)}")
 
     def on_validation_epoch_start(self) -> None:
         self.errors.reset()
@@ -133,12 +144,3 @@ class TrainingModule(pl.LightningModule):
     def on_validation_end(self) -> None:
         # Lightning calls callbacks before the module, so they still see the averaged weights.
         self._averaged.close()
-
-
-def name_frames(batch: Batch) -> str:
-    """Words for the frames of a batch."""
-    frames = [str(frame) for frame in batch.frames]
-    more = f" and {len(frames) - SHOWN_FRAMES} more" if len(frames) > SHOWN_FRAMES else ""
-    kinds = sorted({kind for kind in batch.graph.config_type if kind})
-    kind = f" (config_type {', '.join(kinds[:3])})" if kinds else ""
-    return f"training frames {', '.join(frames[:SHOWN_FRAMES])}{more}{kind}"

@@ -17,24 +17,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     scalars (biases, norms, radial frequencies, temperatures) do not, nor do parameters that their module lists in
     ``no_weight_decay`` (a tuple of names), such as embeddings of points.
     """
-    decaying, free = [], []
+    decays: dict[nn.Parameter, bool] = {}  # a shared parameter counts where it is met first
     for module in model.modules():
         exempt = tuple(getattr(module, "no_weight_decay", ()))
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            (decaying if parameter.ndim >= 2 and name not in exempt else free).append(parameter)
-    decaying, free = _unique(decaying), _unique(free)
+            if parameter.requires_grad:
+                decays.setdefault(parameter, parameter.ndim >= 2 and name not in exempt)
+    decaying = [parameter for parameter, decay in decays.items() if decay]
+    free = [parameter for parameter, decay in decays.items() if not decay]
     groups: list[dict[str, object]] = []
     if decaying:
         groups.append({"params": decaying, "weight_decay": weight_decay})
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
     return groups
-
-
-def _unique(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

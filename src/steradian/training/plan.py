@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ase.data import chemical_symbols
@@ -43,7 +43,7 @@ def check_monitor(monitor: str, labels: Sequence[str]) -> None:
 
 def plan_rows(
     config: RunConfig,
-    sets: dict[str, Sequence[Structure]],
+    sets: Mapping[str, Sequence[Structure]],
     statistics: DatasetStatistics,
     potential: Potential,
     batches: tuple[int, int],
@@ -88,7 +88,7 @@ def _set_line(frames: Sequence[Structure]) -> str:
     return f"{len(frames)} frames, {atoms} ({' '.join(chemical_symbols[number] for number in elements)}){kind}"
 
 
-def _coverage(config: RunConfig, sets: dict[str, Sequence[Structure]], label: str) -> str:
+def _coverage(config: RunConfig, sets: Mapping[str, Sequence[Structure]], label: str) -> str:
     weight = getattr(config.training.loss, f"{label}_weight")
     counts = ", ".join(
         f"{name} {sum(getattr(frame, label) is not None for frame in frames)}/{len(frames)}"

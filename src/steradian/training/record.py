@@ -85,6 +85,14 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
 
+    def go_on(self, config: RunConfig, rows: int) -> None:
+        """Make the folder ready to go on: the settings of now, the table cut back, leftovers of a kill removed."""
+        if self.config.read_text(encoding="utf-8") != dump_config(config):
+            write_atomically(self.config, dump_config(config).encode())
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self.keep_rows(rows)
+
     def read_config(self) -> RunConfig:
         return load_config(self.config)
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from steradian.config import TrainingConfig
 
-__all__ = ["Process", "device_line", "make_trainer", "quiet_lightning"]
+__all__ = ["Process", "device_line", "make_trainer", "own_threads", "quiet_lightning"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,18 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextmanager
+def own_threads(count: int | None) -> Iterator[None]:
+    """Use this many CPU threads inside a ``with`` block; None leaves PyTorch's number."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_line(process: Process) -> str:
