@@ -1,0 +1,215 @@
+"""An interrupted and resumed run ends with exactly the weights, table and model of an uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from steradian.build import load_potential
+from steradian.config import dump_config
+from steradian.training.fit import fit
+from steradian.training.keeper import RunKeeper
+from steradian.training.record import RunDirectory, RunExistsError
+from steradian.training.state import ResumeError, read_state
+from training_cases import toy_config, toy_file
+
+STEPS_PER_EPOCH = 4  # seven batches of three, two to a step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("training")
+    toy_file(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> RunDirectory:
+    """An uninterrupted run."""
+    return RunDirectory(fit(toy_config(folder, "whole"), progress=False).run_dir)
+
+
+def rows_without_time(directory: RunDirectory) -> list[dict[str, str]]:
+    with open(directory.metrics, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["time_s"]
+    return rows
+
+
+def assert_same(first: object, second: object, where: str = "state") -> None:
+    """Equal to the last bit, whatever is nested in it."""
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor), where
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert isinstance(second, dict), where
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if key != "elapsed_s":
+                assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert isinstance(second, list | tuple), where
+        assert len(first) == len(second), where
+        for index, (left, right) in enumerate(zip(first, second)):
+            assert_same(left, right, f"{where}[{index}]")
+    else:
+        assert first == second, where
+
+
+def assert_same_run(whole: RunDirectory, other: RunDirectory) -> None:
+    assert_same(read_state(whole.state), read_state(other.state))
+    assert rows_without_time(whole) == rows_without_time(other)
+    left, right = load_potential(whole.model).state_dict(), load_potential(other.model).state_dict()
+    assert_same(left, right)
+
+
+@pytest.mark.parametrize("stops", [(2,), (STEPS_PER_EPOCH,), (1, 6), (3, 7, 8, 13)])
+def test_stopped_and_resumed_equals_whole(
+    whole: RunDirectory, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
+) -> None:
+    config = toy_config(folder, f"stopped{'_'.join(map(str, stops))}")
+    directory = RunDirectory(config.output / config.name)
+    for number, stop in enumerate(stops):
+
+        def wish(keeper: RunKeeper, trainer: object, stop: int = stop) -> int:
+            return 3 if keeper.position.step == stop else 0
+
+        monkeypatch.setattr(RunKeeper, "_wish", wish)
+        result = fit(config, resume=directory.path if number else None, progress=False)
+        assert (result.reason, result.steps) == ("interrupted", stop)
+    monkeypatch.undo()
+    torch.manual_seed(99)  # the state of the generators before a resume must not matter
+    result = fit(config, resume=directory.path, progress=False)
+    assert result.reason == "finished"
+    assert_same_run(whole, directory)
+
+
+def test_random_state_matters(whole: RunDirectory, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: without the generators' states the resumed run has other dropout."""
+    config = toy_config(folder, "careless")
+    directory = RunDirectory(config.output / config.name)
+    monkeypatch.setattr(RunKeeper, "_wish", lambda keeper, trainer: 3 if keeper.position.step == 5 else 0)
+    fit(config, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr("steradian.training.keeper.restore_random_state", lambda state: None)
+    fit(config, resume=directory.path, progress=False)
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, directory)
+
+
+def start(folder: Path, name: str) -> tuple[subprocess.Popen[str], RunDirectory]:
+    """A run in a process of its own."""
+    config = toy_config(folder, name)
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    code = "import sys, typer; from steradian.cli.train import train; sys.argv[0] = 'train'; typer.run(train)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return process, RunDirectory(config.output / config.name)
+
+
+def wait_for_step(process: subprocess.Popen[str], directory: RunDirectory, step: int) -> None:
+    """Wait until a state in the middle of an epoch, at this step or later, is on the disk."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if directory.state.exists():
+            position = read_state(directory.state)["position"]
+            if position["step"] >= step and position["batch"] > 0:
+                return
+        time.sleep(0.002)
+    raise AssertionError("the run did not get there in time")
+
+
+def test_killed_and_resumed_equals_whole(whole: RunDirectory, folder: Path) -> None:
+    process, directory = start(folder, "killed")
+    wait_for_step(process, directory, STEPS_PER_EPOCH + 1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    position = read_state(directory.state)["position"]
+    assert position["epoch"] < 4
+    fit(toy_config(folder, "killed"), resume=directory.path, progress=False)
+    assert_same_run(whole, directory)
+    assert not list(directory.path.glob(".*.tmp"))
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(whole: RunDirectory, folder: Path) -> None:
+    process, directory = start(folder, "ctrl_c")
+    wait_for_step(process, directory, 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, (out, err)
+    assert f"--resume {directory.path}" in out
+    assert "Traceback" not in err
+    fit(toy_config(folder, "ctrl_c"), resume=directory.path, progress=False)
+    assert_same_run(whole, directory)
+
+
+def test_time_limit_counts_over_resumes(folder: Path) -> None:
+    config = toy_config(folder, "limited", "training.max_time_s=0.2", "training.max_epochs=10000")
+    result = fit(config, progress=False)
+    assert result.reason == "time_limit"
+    assert 0.2 <= result.elapsed_s < 5
+    with pytest.raises(ResumeError, match="max_time_s"):
+        fit(config, resume=result.run_dir, progress=False)
+    longer = toy_config(folder, "limited", "training.max_time_s=0.5", "training.max_epochs=10000")
+    again = fit(longer, resume=result.run_dir, progress=False)
+    assert again.elapsed_s >= 0.5
+    assert again.steps > result.steps
+
+
+def test_other_settings_are_refused(whole: RunDirectory, folder: Path) -> None:
+    other = toy_config(folder, "whole", "training.optimizer.learning_rate=0.1")
+    with pytest.raises(ResumeError, match=r"training\.optimizer\.learning_rate \(0\.02 -> 0\.1\)"):
+        fit(other, resume=whole.path, progress=False)
+
+
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    file = toy_file(tmp_path)
+    config = toy_config(tmp_path, "run", "training.max_epochs=1")
+    fit(config, progress=False)
+    file.write_text(file.read_text().replace("0.1", "0.2", 1))
+    with pytest.raises(ResumeError, match="has changed"):
+        fit(
+            toy_config(tmp_path, "run", "training.max_epochs=2"),
+            resume=config.output / "run",
+            progress=False,
+        )
+
+
+def test_existing_run_is_not_overwritten(whole: RunDirectory, folder: Path) -> None:
+    before = whole.model.read_bytes()
+    with pytest.raises(RunExistsError, match="--resume"):
+        fit(toy_config(folder, "whole"), progress=False)
+    assert whole.model.read_bytes() == before
+
+
+def test_damaged_state_is_refused(folder: Path) -> None:
+    config = toy_config(folder, "damaged", "training.max_epochs=1")
+    directory = RunDirectory(fit(config, progress=False).run_dir)
+    content = directory.state.read_bytes()
+    directory.state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ResumeError, match="cannot be read"):
+        fit(config, resume=directory.path, progress=False)
+
+
+def test_finished_run_has_nothing_to_do(whole: RunDirectory, folder: Path) -> None:
+    rows = rows_without_time(whole)
+    result = fit(toy_config(folder, "whole"), resume=whole.path, progress=False)
+    assert result.reason == "finished"
+    assert result.metrics
+    assert rows_without_time(whole) == rows
