@@ -134,6 +134,7 @@ class MARAConfig(Section):
     frame: Literal["lab", "intrinsic"] = Field("lab", description="published form, or the rotation-invariant one")
     field: Literal["distance", "squared"] | None = Field(None, description="null: distance (lab), squared (intrinsic)")
     kernel: Literal["exp", "polynomial"] = "exp"
+    signal_l_max: int = Field(2, ge=1, le=4, description="frame intrinsic: highest degree of the atom's signal")
     gate: Literal["neutral", "published"] = Field("neutral", description="neutral: alpha = 1 at the start")
     positional: bool = Field(True, description="learnable vector per grid point")
     frozen_projections: bool = Field(False, description="ablation: projections stay at their random start")

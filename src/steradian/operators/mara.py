@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import MARAConfig
-from steradian.operators.base import EdgeGate, SlotSpec
-from steradian.operators.mara_kernel import LogitTables, gate_logits_to_pooled
+from steradian.operators.base import EdgeGate, Rotation, SlotSpec
+from steradian.operators.mara_kernel import (
+    NUMBERS_PER_BLOCK,
+    LogitTables,
+    attention_on_sphere,
+    gate_logits_to_pooled,
+)
 from steradian.sphere.grids import SphereGrid, equiangular, make_grid
 
 __all__ = ["MARA", "sphere_field"]
@@ -90,7 +95,7 @@ class MARA(EdgeGate):
         ValueError: arguments that do not fit each other, or a grid with negative weights.
     """
 
-    rotation = "lab_frame"
+    rotation: Rotation = "lab_frame"
     supports_pbc = True
 
     def __init__(
@@ -152,15 +157,27 @@ class MARA(EdgeGate):
         """The gate that a configuration section asks for, in a slot of a host layer."""
         shared: dict[str, Any] = {
             name: getattr(config, name)
-            for name in ("hidden_dim", "num_heads", "where", "gate", "frozen_projections", "dropout")
+            for name in ("hidden_dim", "num_heads", "where", "gate", "positional", "frozen_projections")
         }
         if config.frame == "intrinsic":
-            raise NotImplementedError
+            from steradian.operators.mara_intrinsic import IntrinsicMARA  # it builds on this class
+
+            if config.dropout:
+                raise ValueError("dropout belongs to the published form; set model.edge_gate.dropout to 0")
+            return IntrinsicMARA(
+                spec.num_channels,
+                spec.degrees,
+                spec.num_radial,
+                make_grid(config.grid),
+                kernel=config.kernel,
+                signal_l_max=config.signal_l_max,
+                **shared,
+            )
         return MARA(
             spec.num_channels,
             make_grid(config.grid),
             field=config.field or "distance",
-            positional=config.positional,
+            dropout=config.dropout,
             normalize=config.normalize,
             residual=config.residual,
             **shared,
@@ -170,9 +187,9 @@ class MARA(EdgeGate):
 
     def _place_grid(self) -> None:
         """Points and weights / 4 pi in the dtype and on the device of the parameters, always from float64."""
-        like = self.W_gate
-        self.points = self.grid.points.to(device=like.device, dtype=like.dtype)
-        self.weights = (self.grid.weights / (4 * math.pi)).to(device=like.device, dtype=like.dtype)
+        like = self.W_gate.detach()
+        self.points = self.grid.points.to(like)
+        self.weights = (self.grid.weights / (4 * math.pi)).to(like)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MARA:
         super()._apply(fn, recurse)
@@ -191,8 +208,6 @@ class MARA(EdgeGate):
         Raises:
             ValueError: features of the wrong width, or ``where="node"`` for edges without an envelope.
         """
-        if features.shape[-1] != self.num_features:
-            raise ValueError(f"MARA was built for {self.num_features} features per atom, got {features.shape[-1]}")
         alpha = self.activation(self.pooled(features, edges) @ self.W_gate)
         return alpha if self.where == "edge" else self._mean_at_senders(alpha, edges, features.shape[0])
 
@@ -203,7 +218,9 @@ class MARA(EdgeGate):
 
     def pooled(self, features: Tensor, edges: Any) -> Tensor:
         """``Pool_{k,c}[o_k]`` of each head, ``[E, H]`` (equation 7)."""
-        scalars = features[:, 0] if features.dim() == 3 else features
+        scalars = self._scalars(features)
+        if self.normalize:
+            return self._pooled_normalized(scalars, edges)
         field = sphere_field(edges.vectors, self.points, self.field)
         slope, point, value, query = self._node_tables(scalars)
         slope, point = slope.index_select(0, edges.receivers), point.index_select(0, edges.receivers)
@@ -217,6 +234,41 @@ class MARA(EdgeGate):
             pooled = pooled + tables.value_point @ self.weights
         return pooled
 
+    @torch.no_grad()
+    def attention_maps(self, features: Tensor, edges: Any, chosen: Tensor | None = None) -> dict[str, Any]:
+        """What the gate looked at, for pictures.
+
+        Args:
+            features, edges: as in :meth:`forward`.
+            chosen: indices of the edges e to return maps of; None for all, which takes E * H * K * K numbers.
+
+        Returns:
+            ``attention [e, H, K, K]`` (point k asks, l answers, rows sum to one), ``profile [e, K]`` (how much point l
+            is attended to, mean over asking points and heads, sums to one; divide by ``grid.weights / 4 pi`` for a
+            density that is 1 where all directions count alike), ``alpha [E]`` of all edges, ``chosen [e]``, ``grid``.
+        """
+        alpha = self(features, edges)
+        if chosen is None:
+            chosen = torch.arange(len(alpha), device=alpha.device)
+        attention, profile = self._attention(features, edges, chosen)
+        return {"attention": attention, "profile": profile, "alpha": alpha, "chosen": chosen, "grid": self.grid}
+
+    def _attention(self, features: Tensor, edges: Any, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        scalars, centres = self._scalars(features), edges.receivers[chosen]
+        field = sphere_field(edges.vectors[chosen], self.points, self.field)
+        if self.normalize:
+            attention, _, _ = self._normalized_attention(scalars, field, centres, edges.senders[chosen])
+        else:
+            slope, point, _, _ = self._node_tables(scalars)
+            attention = attention_on_sphere(field, slope[centres], point[centres], self._tables())
+        return attention, (self.weights @ attention).mean(1)
+
+    def _scalars(self, features: Tensor) -> Tensor:
+        """``[N, F]`` invariants of ``[N, D, F]`` features, or what is given if these are the invariants alone."""
+        if features.shape[-1] != self.num_features:
+            raise ValueError(f"MARA was built for {self.num_features} features per atom, got {features.shape[-1]}")
+        return features[:, 0] if features.dim() == 3 else features
+
     def _per_head(self, table: Tensor) -> Tensor:
         """``[..., d]`` as ``[..., H, d / H]``."""
         return table.unflatten(-1, (self.num_heads, -1))
@@ -226,7 +278,7 @@ class MARA(EdgeGate):
         return self._per_head(table).mean(-1)
 
     def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per atom: a_i . u' ``[N, H]``, a_i . p + log w ``[N, H, K]``, mean value ``[N, H]`` and mean query ``[N, H]``.
+        """Per atom a_i . u' ``[N, H]``, a_i . p + log w ``[N, H, K]``, mean value and mean query ``[N, H]``.
 
         The hidden width is contracted on the weights, before any atom is seen: one product with [F, H (K + 3)].
         """
@@ -255,6 +307,39 @@ class MARA(EdgeGate):
             value_field=self._head_mean(self.Wv_f),
             value_point=p_heads.mean(-1),
         )
+
+    # -------------------------------------------------------------------- figure 5: LayerNorm couples all the channels
+
+    def _pooled_normalized(self, scalars: Tensor, edges: Any) -> Tensor:
+        field = sphere_field(edges.vectors, self.points, self.field)
+        block = max(1, NUMBERS_PER_BLOCK // (self.grid.num_points * max(self.grid.num_points, self.hidden_dim)))
+        pooled = []
+        for start in range(0, max(1, len(field)), block):
+            part = slice(start, start + block)
+            attention, value, query = self._normalized_attention(
+                scalars, field[part], edges.receivers[part], edges.senders[part]
+            )
+            if self.training and self.dropout:
+                attention = nn.functional.dropout(attention, self.dropout)
+            output = (attention @ value.unsqueeze(3)).squeeze(3)
+            pooled.append((output + query if self.residual else output) @ self.weights)
+        return torch.cat(pooled)
+
+    def _normalized_attention(
+        self, scalars: Tensor, field: Tensor, receivers: Tensor, senders: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention ``[e, H, K, K]``, channel means of values and of queries before LayerNorm ``[e, H, K]``."""
+        assert self.Wk_h is not None
+        rows, p = field.unsqueeze(2), 0.0 if self.p is None else self.p
+        query = (scalars @ self.W_h.T)[receivers].unsqueeze(1) + rows * self.W_f + p
+        key = (scalars @ self.Wk_h.T)[senders].unsqueeze(1) + rows * self.Wk_f + p
+        value = (scalars @ self.Wv_h.T)[senders].unsqueeze(1) + rows * self.Wv_f + p
+        query_heads = self._per_head(self.norm_q(query)).transpose(1, 2) * (self.hidden_dim // self.num_heads) ** -0.5
+        key_heads = self._per_head(self.norm_k(key)).transpose(1, 2)
+        attention = torch.softmax(query_heads @ key_heads.transpose(2, 3) + self.weights.log(), dim=-1)
+        return attention, self._head_mean(self.norm_v(value)).transpose(1, 2), self._head_mean(query).transpose(1, 2)
+
+    # ---------------------------------------------------------------------------------------------------- where="node"
 
     def _mean_at_senders(self, alpha: Tensor, edges: Any, num_atoms: int) -> Tensor:
         envelope = getattr(edges, "envelope", None)

@@ -5,8 +5,8 @@ An edge has a field ``f_k`` on K grid points; k is the point that asks, l the on
 
 .. math:: s_{kl} = f_l (a u' + u u' f_k + p_k u') + f_k (u p_l) + a p_l + p_k p_l
 
-(over the root of the head's width; terms without l cancel in the softmax and are dropped). All that depends on the hidden
-width is a few tables, gathered in :class:`LogitTables`: a product of rank three plus a K x K table gives the logits.
+(over the root of the head's width; terms without l cancel in the softmax and are dropped). All that depends on the
+hidden width is a few tables (:class:`LogitTables`): a product of rank three plus a K x K table gives the logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LogitTables", "gate_logits_to_pooled"]
+__all__ = ["LogitTables", "attention_on_sphere", "gate_logits_to_pooled"]
 
 #: Numbers in a block of [edges, K, K] logits: small enough to stay in the cache of a core...
 NUMBERS_PER_BLOCK = 2**19
@@ -92,6 +92,17 @@ def gate_logits_to_pooled(
             (result,) = _in_blocks(_pooled, inputs, NUMBERS_PER_BLOCK)
             pooled.append(result)
     return torch.stack(pooled, dim=1)
+
+
+def attention_on_sphere(field: Tensor, slope: Tensor, point: Tensor, tables: LogitTables) -> Tensor:
+    """``[E, H, K, K]`` attention, for pictures: point k asks, l answers. Arguments as above."""
+    heads = []
+    for head in range(slope.shape[1]):
+        # the rule's weights are in ``point`` already; those of the asking points play no role here
+        per_head = _HeadInputs(field, slope[:, head], point[:, head], field[:0], *(table[head] for table in tables))
+        exponentials = _exponentials(per_head)
+        heads.append(exponentials / exponentials.sum(2, keepdim=True))
+    return torch.stack(heads, dim=1)
 
 
 def _in_blocks(

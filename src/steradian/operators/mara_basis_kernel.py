@@ -1,0 +1,109 @@
+"""The inner loop of intrinsic MARA: attention on the sphere for logits and values that are polynomials.
+
+Both are given by coefficients of B spherical harmonics ``Y_b`` of low degree,
+``s(g, g') = sum_bb' Y_b(g) M_bb' Y_b'(g')`` and ``v(g) = sum_b T_b Y_b(g)``. Leading axes (edges, heads) are arbitrary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steradian.operators.mara_kernel import NUMBERS_PER_BLOCK, NUMBERS_PER_KEPT_BLOCK
+
+__all__ = ["basis_attention", "pool_exponential", "pool_polynomial"]
+
+
+def pool_polynomial(logits: Tensor, values: Tensor, first: Tensor, overlap: Tensor, triple: Tensor) -> Tensor:
+    """``sum_kl w_k w_l c(s_kl) v_l / sum_kl w_k w_l c(s_kl)`` with ``c(s) = 1 + s + s^2 / 2``, ``[...]``.
+
+    The sums over the rule are those of products of one, two and three harmonics; the rule enters through these alone.
+
+    Args:
+        logits: ``[..., B, B]`` M.
+        values: ``[..., B]`` T.
+        first, overlap, triple: ``[B]``, ``[B, B]``, ``[B, B, B]`` means over the sphere of Y_b, Y_a Y_b, Y_a Y_b Y_c.
+    """
+    asked = first @ logits  # [..., B] mean over k of s(k, .)
+    squared = logits.transpose(-1, -2) @ (overlap @ logits)  # [..., B, B] mean over k of s(k, .)^2
+    normaliser = 1 + asked @ first + 0.5 * (squared * overlap).sum((-1, -2))
+    with_values = torch.tensordot(values, triple, dims=1)  # [..., B, B]
+    weighted = values @ first + (asked @ overlap * values).sum(-1) + 0.5 * (squared * with_values).sum((-1, -2))
+    return weighted / normaliser
+
+
+def pool_exponential(logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
+    """``sum_k w_k sum_l w_l exp(s_kl) v_l / sum_m w_m exp(s_km)``, ``[...]``; differentiable twice.
+
+    Blocks as in :func:`steradian.operators.mara_kernel.gate_logits_to_pooled`.
+
+    Args:
+        logits: ``[..., B, B]`` M.
+        values: ``[..., B]`` T.
+        basis: ``[K, B]`` harmonics at the points; the first one is 1.
+        weights: ``[K]`` quadrature weights over 4 pi.
+    """
+    leading = values.shape[:-1]
+    flat_logits, flat_values = logits.flatten(0, -3), values.flatten(0, -2)
+    pooled = _PoolOnBasis.apply(flat_logits, flat_values, basis, weights)
+    return pooled.unflatten(0, leading)
+
+
+def basis_attention(logits: Tensor, basis: Tensor, weights: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """For pictures: attention ``[..., K, K]`` (rows sum to one) and what each point receives ``[..., K]``."""
+    scores = basis @ logits @ basis.T
+    if kernel == "exp":
+        attention = torch.softmax(scores + weights.log(), dim=-1)
+        return attention, weights @ attention
+    together = weights.unsqueeze(1) * weights * (1 + scores + 0.5 * scores.square())
+    return together / together.sum(-1, keepdim=True), together.sum(-2) / together.sum((-1, -2)).unsqueeze(-1)
+
+
+def _pooled_and_slopes(logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled value ``[E]`` and its derivatives by M ``[E, B, B]`` and T ``[E, B]``."""
+    in_base_2 = math.log2(math.e)  # exp2 is several times faster than exp
+    scores = (basis @ logits) @ (basis.T * in_base_2)
+    scores = scores.add_(weights.log() * in_base_2)
+    exponentials = scores.sub_(scores.detach().amax(2, keepdim=True)).exp2_()
+    value = values @ basis.T  # [E, K]
+    shift = value.mean(1, keepdim=True)
+    centred = value - shift
+    rows = exponentials @ torch.cat([basis.expand(len(value), -1, -1), centred.unsqueeze(2) * basis], dim=2)
+    answers, valued_answers = rows.chunk(2, dim=2)  # [E, K, B], not yet normalised
+    per_sum = 1 / answers[..., :1]
+    output = valued_answers[..., :1] * per_sum
+    asked = weights.unsqueeze(1) * per_sum  # [E, K, 1]
+    by_logits = basis.T @ (asked * (valued_answers - output * answers))
+    received = torch.bmm(asked.transpose(1, 2), exponentials).squeeze(1)
+    return output.squeeze(2) @ weights + shift.squeeze(1), by_logits, received @ basis
+
+
+def _in_blocks(numbers: int, logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    block = max(1, numbers // len(basis) ** 2)
+    if len(values) <= block:
+        return _pooled_and_slopes(logits, values, basis, weights)
+    results = [
+        _pooled_and_slopes(logits[start : start + block], values[start : start + block], basis, weights)
+        for start in range(0, len(values), block)
+    ]
+    return tuple(torch.cat(pieces) for pieces in zip(*results))
+
+
+class _PoolOnBasis(torch.autograd.Function):
+    """Derivatives are formed with the value; a second derivative forms the attention again and keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
+        pooled, by_logits, by_values = _in_blocks(NUMBERS_PER_BLOCK, logits, values, basis, weights)
+        ctx.save_for_backward(logits, values, basis, weights, by_logits, by_values)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *arguments, by_logits, by_values = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            _, by_logits, by_values = _in_blocks(NUMBERS_PER_KEPT_BLOCK, *arguments)
+        return gradient[:, None, None] * by_logits, gradient[:, None] * by_values, None, None
