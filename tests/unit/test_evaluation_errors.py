@@ -202,7 +202,7 @@ class Chiral(PairPotential):
         found = super().forward(graph, **kwargs)
         vectors = graph.positions[1:4] - graph.positions[0]
         hand = torch.linalg.det(vectors)
-        return replace(found, energy=found.energy + 1e-3 * hand.double())
+        return replace(found, interaction_energy=found.interaction_energy + 1e-3 * hand.double())
 
 
 def test_audit_tells_reflections_from_rotations():

@@ -165,3 +165,22 @@ def test_bootstrap_is_deterministic_and_covers_the_mean():
     assert low < values.mean() < high
     # width of a normal interval of the mean
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(200), rel=0.15)
+
+
+def test_selected_structures_keep_their_atoms():
+    arrays = accumulated(molecules(9), [4, 5]).arrays()
+    order = np.array([7, 2, 2, 0])
+    found = arrays.select(order)
+    for place, index in enumerate(order):
+        old, new = arrays.structure_of_atom == index, found.structure_of_atom == place
+        assert np.array_equal(found.force_error[new], arrays.force_error[old])
+        assert np.array_equal(found.numbers[new], arrays.numbers[old])
+
+
+@pytest.mark.parametrize("quantity", ["energy", "energy_per_atom", "forces_component", "forces_vector"])
+def test_every_error_belongs_to_its_structure(quantity):
+    arrays = accumulated(molecules(9), [4, 5]).arrays()
+    for index in range(9):
+        only = np.eye(9, dtype=np.int64)[index]
+        alone = arrays.select([index]).sample(quantity).statistics()
+        assert arrays.sample(quantity).statistics(only) == pytest.approx(alone, rel=1e-12)

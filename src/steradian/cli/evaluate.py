@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "evaluate"]
 
 BUNDLED = "bundled:"
+SUSPICIOUS = 0.5  # [eV/atom]
 MAX_MODELS = 7  # as many colours as readers can tell apart
 
 DATA_HELP = "Labelled structures: extxyz, npz and others, or bundled:malonaldehyde (its test frames)."
@@ -64,6 +65,7 @@ def evaluate(
     show(found.report.tables() + ([found.audit.table()] if found.audit else []))
     if found.audit is not None:
         typer.echo(found.audit.summary())
+    warn_of_offset(found)
     if json is not None:
         found.report.write_json(json, **extra_entries(found, data))
     if out is not None:
@@ -117,6 +119,7 @@ def compare(
     comparison = compare_reports(*[each.report for each in found], seed=seed)
     show([comparison.table()])
     for each in found:
+        warn_of_offset(each)
         if each.audit is not None:
             typer.echo(f"{each.report.name}: {each.audit.summary()}")
     if out is not None:
@@ -257,6 +260,17 @@ def show(tables: list[Table]) -> None:
             rich.print(table.rich())
     else:
         typer.echo("\n".join(table.text() for table in tables))
+
+
+def warn_of_offset(found: Evaluated) -> None:
+    """Say so where energies are further off than any model can be: the units or the level of theory are others."""
+    offset = found.report.total.get("energy_per_atom_mae", 0.0)
+    if offset > SUSPICIOUS:
+        typer.echo(
+            f"warning: the energies of {found.report.name} are off by {offset:.3g} eV per atom; are --units those of "
+            "the file, and its energies of the level of theory the model was trained on?",
+            err=True,
+        )
 
 
 def extra_entries(found: Evaluated, data: str) -> dict[str, Any]:

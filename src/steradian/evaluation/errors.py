@@ -216,8 +216,10 @@ class ErrorReport:
             force = format_number(1e3 * case.force_error) if case.force_error is not None else "–"
             rows.append([str(case.index), case.config_type or "–", where, force, energy])
         heads = ["structure", "configuration type", "atom", "force error [meV/Å]", "energy error [meV]"]
+        if not any(self.arrays.config_type):
+            heads, rows = [heads[0], *heads[2:]], [[row[0], *row[2:]] for row in rows]
         title = f"The {len(rows)} worst structures" if len(rows) > 1 else "The worst structure"
-        return Table(title, heads, rows, num_labels=3, note="structures and atoms are counted from 0")
+        return Table(title, heads, rows, num_labels=len(heads) - 2, note="structures and atoms are counted from 0")
 
     def tables(self) -> list[Table]:
         """The tables that say something for this set, most important first."""

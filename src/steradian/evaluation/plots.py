@@ -165,8 +165,9 @@ def _parity_panel(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, what: st
     else:
         axes.scatter(x, y, s=9, color=color, alpha=0.55, linewidths=0, zorder=2, rasterized=True)
     axes.set(xlim=limits, ylim=limits, aspect="equal")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    ticks = [tick for tick in MaxNLocator(5).tick_values(*limits) if limits[0] <= tick <= limits[1]]
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
     error = 1e3 * (y - x) if unit.startswith("eV") else y - x
     shown = f"MAE {format_number(np.abs(error).mean())} m{unit.removeprefix('m')}"
     rmse = f"RMSE {format_number(float(np.sqrt((error**2).mean())))}"
@@ -297,7 +298,7 @@ def element_bars(reports: Sequence[ErrorReport]) -> Figure:
     figure = Figure(figsize=(min(9.0, max(4.8, 1.4 + 0.34 * len(elements) * (1 + len(reports)))), 3.3))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
-    width = 0.8 / max(len(reports), 1)
+    width = min(0.4, 0.8 / max(len(reports), 1))
     handles: list[Any] = []
     for index, report in enumerate(reports):
         places = np.arange(len(elements)) + (index - (len(reports) - 1) / 2) * width

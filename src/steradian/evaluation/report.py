@@ -29,7 +29,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.0
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #d9d9d9; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p { max-width: 44rem; margin: .5rem 0; }
-.meta { color: #666; font-size: .9rem; margin-bottom: 1.2rem; }
+.meta { max-width: none; color: #666; font-size: .9rem; margin-bottom: 1.2rem; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .45em; }
 figure { margin: 1.2rem 0; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
@@ -143,7 +143,7 @@ def _result(reports: Sequence[ErrorReport]) -> str:
     if len(reports) == 1:
         return reports[0].total_table().html()
     comparison = compare(*reports)
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in comparison.summary())
+    lines = "".join(f"<p>{html.escape(line).replace(' %', '&nbsp;%')}</p>" for line in comparison.summary())
     return lines + comparison.table().html()
 
 

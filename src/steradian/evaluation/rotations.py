@@ -215,7 +215,7 @@ def _predict(model: torch.nn.Module, graphs: list[Graph], dtype: torch.dtype) ->
     found = model(graph, forces=True)
     return replace(
         found,
-        energy=found.energy.detach().double().cpu(),
+        interaction_energy=found.interaction_energy.detach().double().cpu(),
         forces=found.forces.detach().double().cpu(),
     )
 
@@ -238,7 +238,8 @@ def _changes(
     for part in matrices.split(batch):
         found = _predict(model, [rotated(graph, matrix) for matrix in part], dtype)
         assert found.forces is not None
-        energies.append((found.energy - reference.energy).abs() / max(graph.num_atoms, 1))
+        # without the constant energies of the atoms, which would bury small changes under rounding
+        energies.append((found.interaction_energy - reference.interaction_energy).abs() / max(graph.num_atoms, 1))
         turned_back = torch.einsum("bni,bij->bnj", found.forces.view(len(part), -1, 3), part)
         forces.append((turned_back - reference.forces).norm(dim=-1).flatten())
     return torch.cat(energies), torch.cat(forces)
