@@ -56,6 +56,7 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
         np.broadcast_to(pbc, (count, 3)) if pbc.shape in ((), (1,), (3,), (count, 3)) else _bad_shape("pbc", pbc, path)
     )
     labels = _per_frame(arrays, keys, count, size, path)
+    per_atom = {keys.forces, *USUAL_KEYS["forces"]}
     for index in range(count):
         atoms = mask[index]
         yield RawFrame(
@@ -65,7 +66,8 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
             cell=np.zeros((3, 3)) if cells is None else cells[index],
             pbc=pbc[index] if cells is not None else np.zeros(3, dtype=bool),
             labels={
-                name: values[index][atoms] if values.shape[1:2] == (size,) and values.ndim == 3 else values[index]
+                # By name: with three atoms a stress or a cell has the shape of forces.
+                name: values[index][atoms] if name in per_atom and values.shape[1:2] == (size,) else values[index]
                 for name, values in labels.items()
             },
         )
@@ -73,7 +75,7 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except BROKEN as error:
         if "allow_pickle" in str(error):
