@@ -293,7 +293,7 @@ def test_node_gate_belongs_to_the_sender():
     for atom in range(6):
         own = alpha[edges.senders == atom]
         assert (own == own[0]).all()
-    with pytest.raises(ValueError, match="edges.envelope, which these edges do not have"):
+    with pytest.raises(ValueError, match="envelope, which these edges do not have"):
         random_mara(5, where="node")(
             features, SimpleNamespace(senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors)
         )

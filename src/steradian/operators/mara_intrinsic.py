@@ -210,9 +210,7 @@ class IntrinsicMARA(MARA):
         """``sum_j R(r_ij) Y_lm(r_ij)``, ``[N, (l_max + 1)^2, R]``."""
         radial = getattr(edges, "radial", None)
         if radial is None:
-            raise ValueError(
-                "the intrinsic frame makes its signal from edges.radial here, which these edges do not have"
-            )
+            raise ValueError("the intrinsic frame makes its signal from edges.radial, which these edges do not have")
         harmonics = getattr(edges, "harmonics", None)
         size = (self.l_max + 1) ** 2
         if harmonics is None or harmonics.shape[1] < size:
