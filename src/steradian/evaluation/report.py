@@ -23,7 +23,8 @@ __all__ = ["Evaluated", "render_report", "write_report"]
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { font: 16px/1.5 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif;
+html { font-size: 16px; }
+body { font: 1rem/1.5 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif;
   color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #d9d9d9; }
@@ -51,14 +52,16 @@ pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mo
 details summary { cursor: pointer; color: #333; }
 @page { size: A4; margin: 16mm 14mm; }
 @media print {
-  body { font-size: 10pt; margin: 0; padding: 0; max-width: none; }
-  h2 { break-after: avoid; } h3 { break-after: avoid; }
+  html { font-size: 12.5px; }
+  body { font-size: 1rem; margin: 0; padding: 0; max-width: none; }
+  h2, h3 { break-after: avoid; }
   figure { break-inside: avoid; }
-  table { font-size: 8pt; }
-  th.n, td.n { padding-left: .5rem; }
-  pre { font-size: 7.5pt; background: none; border: 1px solid #ccc; }
+  figure.picture img { max-height: 225mm; object-fit: contain; object-position: left; }
+  th.n, td.n { padding-left: .55rem; }
+  pre { font-size: .72rem; background: none; border: 1px solid #ccc; }
 }
 """
+PAGE_WIDTH = 9.0  # [inch] of the pictures' own scale
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,12 @@ def _section(title: str, content: str) -> str:
 def _picture(figure: Figure, caption: str) -> str:
     """The figure as an image inside the page; the caption is also its alternative text."""
     encoded = base64.b64encode(plots.png(figure)).decode()
-    width = round(figure.get_figwidth() * 106)
+    width = min(
+        100, round(100 * figure.get_figwidth() / PAGE_WIDTH)
+    )  # one scale: letters are as large in every picture
     text = html.escape(caption)
     return (
-        f'<figure class="picture"><img alt="{text}" width="{width}" src="data:image/png;base64,{encoded}">'
+        f'<figure class="picture"><img alt="{text}" style="width:{width}%" src="data:image/png;base64,{encoded}">'
         f"<figcaption>{text}</figcaption></figure>\n"
     )
 
