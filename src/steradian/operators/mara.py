@@ -40,19 +40,42 @@ def sphere_field(vectors: Tensor, points: Tensor, kind: Literal["distance", "squ
         points: ``[K, 3]`` unit vectors.
         kind: ``distance`` [Å] or ``squared`` [Å^2].
     """
-    squared_lengths = vectors.square().sum(1, keepdim=True)
-    empty = squared_lengths == 0
-    lengths = torch.where(empty, 1.0, squared_lengths).sqrt()
-    # differences, not 2 r^2 (1 - cos): that loses half of the digits near a grid direction
-    squared = torch.zeros_like(lengths)
-    for axis in range(3):
-        squared = squared + (vectors[:, axis : axis + 1] - lengths * points[:, axis]).square()
-    squared = torch.where(empty, 0.0, squared)
     if kind == "squared":
-        return squared
-    at_kink = squared <= torch.finfo(vectors.dtype).eps * squared_lengths
-    distance = torch.where(at_kink, 1.0, squared).sqrt()
-    return torch.where(at_kink, squared.detach().sqrt(), distance)
+        return 2 * vectors.square().sum(1, keepdim=True) - 2 * _safe_lengths(vectors) * (vectors @ points.T)
+    return _DistanceField.apply(vectors, points)
+
+
+def _safe_lengths(vectors: Tensor) -> Tensor:
+    """``[E, 1]`` norms; zero, with zero derivatives, for a zero vector."""
+    squared = vectors.square().sum(1, keepdim=True)
+    empty = squared == 0
+    return torch.where(empty, 0.0, torch.where(empty, 1.0, squared).sqrt())
+
+
+class _DistanceField(torch.autograd.Function):
+    """``f_k = |x - |x| g_k|``; the derivatives are a few products with the points, differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, points: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        # differences, not 2 r^2 (1 - cos): that loses half of the digits near a grid direction
+        squared = vectors.new_zeros(vectors.shape[0], points.shape[0])
+        for axis in range(3):
+            difference = torch.addcmul(vectors[:, axis : axis + 1], lengths, points[:, axis], value=-1)
+            squared.addcmul_(difference, difference)
+        field = squared.sqrt_()
+        ctx.save_for_backward(vectors, points, field)
+        return field
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        vectors, points, field = ctx.saved_tensors
+        lengths = _safe_lengths(vectors)
+        at_kink = field <= torch.finfo(field.dtype).eps ** 0.5 * lengths
+        pull = torch.where(at_kink, 0.0, gradient / torch.where(at_kink, 1.0, field))
+        # df_k/dx = (x - r g_k - ((x . g_k) - r) x / r) / f_k
+        along = (pull * (vectors @ points.T)).sum(1, keepdim=True) / torch.where(lengths > 0, lengths, 1.0)
+        return vectors * (2 * pull.sum(1, keepdim=True) - along) - lengths * (pull @ points), None
 
 
 class MARA(EdgeGate):

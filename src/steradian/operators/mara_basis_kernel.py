@@ -7,6 +7,7 @@ Both are given by coefficients of B spherical harmonics ``Y_b`` of low degree,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +42,17 @@ def pool_exponential(logits: Tensor, values: Tensor, basis: Tensor, weights: Ten
     Blocks as in :func:`steradian.operators.mara_kernel.gate_logits_to_pooled`.
 
     Args:
-        logits: ``[..., B, B]`` M.
+        logits: ``[..., B, B]`` M, bounded: s must stay below 80.
         values: ``[..., B]`` T.
         basis: ``[K, B]`` harmonics at the points; the first one is 1.
         weights: ``[K]`` quadrature weights over 4 pi.
     """
     leading = values.shape[:-1]
     flat_logits, flat_values = logits.flatten(0, -3), values.flatten(0, -2)
-    pooled = _PoolOnBasis.apply(flat_logits, flat_values, basis, weights)
+    if torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad):
+        pooled = _PoolOnBasis.apply(flat_logits, flat_values, basis, weights)
+    else:
+        (pooled,) = _in_blocks(_pooled, NUMBERS_PER_BLOCK, flat_logits, flat_values, basis, weights)
     return pooled.unflatten(0, leading)
 
 
@@ -62,31 +66,49 @@ def basis_attention(logits: Tensor, basis: Tensor, weights: Tensor, kernel: str)
     return together / together.sum(-1, keepdim=True), together.sum(-2) / together.sum((-1, -2)).unsqueeze(-1)
 
 
+def _exponentials(logits: Tensor, basis: Tensor) -> Tensor:
+    """``[E, K, K]`` exp(s_kl). The logits are bounded, so no maximum needs to be taken off."""
+    return ((basis @ logits) @ (basis.T * math.log2(math.e))).exp2_()  # exp2 is several times faster than exp
+
+
+def _pooled(logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor]:
+    value = values @ basis.T
+    answers = torch.stack([weights.expand_as(value), weights * value], dim=1)
+    normaliser, output = torch.bmm(answers, _exponentials(logits, basis).transpose(1, 2)).unbind(1)
+    return ((output / normaliser) @ weights,)
+
+
 def _pooled_and_slopes(logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled value ``[E]`` and its derivatives by M ``[E, B, B]`` and T ``[E, B]``."""
-    in_base_2 = math.log2(math.e)  # exp2 is several times faster than exp
-    scores = (basis @ logits) @ (basis.T * in_base_2)
-    scores = scores.add_(weights.log() * in_base_2)
-    exponentials = scores.sub_(scores.detach().amax(2, keepdim=True)).exp2_()
+    exponentials = _exponentials(logits, basis)
     value = values @ basis.T  # [E, K]
     shift = value.mean(1, keepdim=True)
     centred = value - shift
-    rows = exponentials @ torch.cat([basis.expand(len(value), -1, -1), centred.unsqueeze(2) * basis], dim=2)
-    answers, valued_answers = rows.chunk(2, dim=2)  # [E, K, B], not yet normalised
-    per_sum = 1 / answers[..., :1]
-    output = valued_answers[..., :1] * per_sum
-    asked = weights.unsqueeze(1) * per_sum  # [E, K, 1]
-    by_logits = basis.T @ (asked * (valued_answers - output * answers))
-    received = torch.bmm(asked.transpose(1, 2), exponentials).squeeze(1)
-    return output.squeeze(2) @ weights + shift.squeeze(1), by_logits, received @ basis
+    weighted = (weights.unsqueeze(1) * basis).T  # [B, K]
+    answering = torch.cat([weighted.expand(len(value), -1, -1), centred.unsqueeze(1) * weighted], dim=1)
+    rows = torch.bmm(answering, exponentials.transpose(1, 2))  # [E, 2 B, K]
+    answers, valued_answers = rows.chunk(2, dim=1)  # the first row, of the constant harmonic, is the plain sum
+    per_sum = 1 / answers[:, :1]
+    output = valued_answers[:, :1] * per_sum
+    asked = weights * per_sum  # [E, 1, K]
+    by_logits = ((asked * (valued_answers - output * answers)) @ basis).transpose(1, 2)
+    received = torch.bmm(asked, exponentials).squeeze(1) * weights
+    return output.squeeze(1) @ weights + shift.squeeze(1), by_logits, received @ basis
 
 
-def _in_blocks(numbers: int, logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+def _in_blocks(
+    function: Callable[..., tuple[Tensor, ...]],
+    numbers: int,
+    logits: Tensor,
+    values: Tensor,
+    basis: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, ...]:
     block = max(1, numbers // len(basis) ** 2)
     if len(values) <= block:
-        return _pooled_and_slopes(logits, values, basis, weights)
+        return function(logits, values, basis, weights)
     results = [
-        _pooled_and_slopes(logits[start : start + block], values[start : start + block], basis, weights)
+        function(logits[start : start + block], values[start : start + block], basis, weights)
         for start in range(0, len(values), block)
     ]
     return tuple(torch.cat(pieces) for pieces in zip(*results))
@@ -97,7 +119,7 @@ class _PoolOnBasis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
-        pooled, by_logits, by_values = _in_blocks(NUMBERS_PER_BLOCK, logits, values, basis, weights)
+        pooled, by_logits, by_values = _in_blocks(_pooled_and_slopes, NUMBERS_PER_BLOCK, logits, values, basis, weights)
         ctx.save_for_backward(logits, values, basis, weights, by_logits, by_values)
         return pooled
 
@@ -105,5 +127,5 @@ class _PoolOnBasis(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *arguments, by_logits, by_values = ctx.saved_tensors
         if torch.is_grad_enabled():
-            _, by_logits, by_values = _in_blocks(NUMBERS_PER_KEPT_BLOCK, *arguments)
+            _, by_logits, by_values = _in_blocks(_pooled_and_slopes, NUMBERS_PER_KEPT_BLOCK, *arguments)
         return gradient[:, None, None] * by_logits, gradient[:, None] * by_values, None, None

@@ -20,9 +20,9 @@ from torch import Tensor
 
 __all__ = ["LogitTables", "attention_on_sphere", "gate_logits_to_pooled"]
 
-#: Numbers in a block of [edges, K, K] logits: small enough to stay in the cache of a core...
-NUMBERS_PER_BLOCK = 2**19
-#: ... and, where autograd keeps every intermediate anyway, large enough for few calls.
+#: Numbers in a block of [edges, K, K] logits: small enough for the cache, large enough for few calls...
+NUMBERS_PER_BLOCK = 2**20
+#: ... and where autograd keeps every intermediate anyway.
 NUMBERS_PER_KEPT_BLOCK = 2**21
 
 
@@ -130,9 +130,9 @@ def _exponentials(inputs: _HeadInputs) -> Tensor:
     """``[E, K, K]`` exp(logits), rows ask and columns answer, up to a factor per row (sums of rows normalise)."""
     # PyTorch's exp2 is several times faster than its exp or softmax on CPUs, so logits are in base 2
     field, in_base_2 = inputs.field, math.log2(math.e)
-    asking = torch.stack([field * in_base_2, torch.full_like(field, in_base_2), _answer_slope(inputs) * in_base_2], 2)
+    asking = torch.stack([field * in_base_2, torch.full_like(field, in_base_2), _answer_slope(inputs) * in_base_2], 1)
     answering = torch.stack([inputs.field_point.expand_as(field), inputs.point, field], dim=1)
-    logits = torch.baddbmm(inputs.point_point, asking, answering, beta=in_base_2)
+    logits = torch.baddbmm(inputs.point_point, asking.transpose(1, 2), answering, beta=in_base_2)
     return logits.sub_(logits.detach().amax(2, keepdim=True)).exp2_()
 
 
@@ -197,7 +197,8 @@ def _table_gradients(inputs: _HeadInputs, gradient: Tensor) -> tuple[Tensor, ...
     rows = torch.bmm(torch.stack([value, torch.ones_like(value)], 1), exponentials.transpose(1, 2))
     output = rows[:, 0] / rows[:, 1]
     asked = gradient.unsqueeze(1) * inputs.weights / rows[:, 1]  # [E, K]
-    by_logit = exponentials * (value.unsqueeze(1) - output.unsqueeze(2)) * asked.unsqueeze(2)
+    asking, answering = torch.stack([asked, -asked * output], 1), torch.stack([value, torch.ones_like(value)], 1)
+    by_logit = torch.bmm(asking.transpose(1, 2), answering) * exponentials
     by_answer_slope = torch.bmm(by_logit, field.unsqueeze(2)).squeeze(2)
     by_column = torch.bmm(field.unsqueeze(1), by_logit).squeeze(1)
     received = torch.bmm(asked.unsqueeze(1), exponentials).squeeze(1)
