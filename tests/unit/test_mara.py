@@ -299,6 +299,21 @@ def test_node_gate_belongs_to_the_sender():
         )
 
 
+def test_node_gate_without_a_neighbour_inside_the_cutoff_is_one():
+    """At the cutoff the envelope is zero, or what rounding makes of it."""
+    features, positions = system(2)
+    for rounding in (0.0, 1e-17, -1e-17):
+        edges = edges_of(positions, 20.0)
+        envelope = torch.full((2,), rounding, dtype=DOUBLE, requires_grad=True)
+        pair = SimpleNamespace(
+            senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors, envelope=envelope
+        )
+        alpha = random_mara(5, where="node")(features, pair)
+        (slope,) = torch.autograd.grad(alpha.sum(), envelope)
+        assert torch.equal(alpha, torch.ones(2, dtype=DOUBLE))
+        assert torch.equal(slope, torch.zeros(2, dtype=DOUBLE))
+
+
 def test_node_gate_is_smooth_when_a_neighbour_leaves():
     """Value and slope of a gated sum of messages across the cutoff; without the envelope the same test fails."""
     cutoff = 4.0

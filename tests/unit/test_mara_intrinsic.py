@@ -118,7 +118,7 @@ def test_exp_kernel_converges_and_is_below_1e_6_at_86_points(degrees, size):
         (UP_TO_TWO, lebedev(26), 2),
         (UP_TO_TWO, gauss_legendre(4, 8), 2),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_polynomial_kernel_is_exact(degrees, grid, l_max, size):
     gate = random_gate(degrees, grid, size=size, kernel="polynomial", signal_l_max=l_max)
