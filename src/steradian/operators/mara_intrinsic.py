@@ -20,7 +20,8 @@ from steradian.sphere.grids import SphereGrid, lebedev
 
 __all__ = ["IntrinsicMARA"]
 
-#: Bound of the temperature: with it the exp kernel is invariant to 1e-6 with 86 points whatever the weights become.
+#: Bound of the temperature. With it and 86 Lebedev points gates with random weights of any size turn by less than 1e-7 of
+#: their spread over edges; the worst case found, a signal of one degree and one channel, by 6e-6 (degrees up to 3).
 MAX_TEMPERATURE = 1.0
 
 
@@ -54,7 +55,7 @@ class IntrinsicMARA(MARA):
     times, because high degrees are what a rule resolves badly.
 
     * ``kernel="exp"``: softmax over the answering points, as published. Invariant up to the error of the rule
-      (``rotation = "quadrature"``): below 1e-6 from 86 Lebedev points on.
+      (``rotation = "quadrature"``): take 50 or 86 Lebedev points, and measure the trained model.
     * ``kernel="polynomial"``: ``1 + s + s^2 / 2 > 0`` in place of exp(s), normalised over both points together. All
       sums are polynomials, so a rule of degree 3 L is exact at any logit size (``rotation = "exact"``). They are done
       once, on products of harmonics, and the cost per edge does not depend on the number of points.
