@@ -20,8 +20,8 @@ from steradian.sphere.grids import SphereGrid, lebedev
 
 __all__ = ["IntrinsicMARA"]
 
-#: Bound of the temperature. With it and 86 Lebedev points gates with random weights of any size turn by less than 1e-7 of
-#: their spread over edges; the worst case found, a signal of one degree and one channel, by 6e-6 (degrees up to 3).
+#: Bound of the temperature. With 86 Lebedev points, gates with random weights (0.3 to 30 times their start) turn by
+#: less than 1e-7 of their spread over edges; the worst case found, one degree and one channel alone, by 6e-6.
 MAX_TEMPERATURE = 1.0
 
 
