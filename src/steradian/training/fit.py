@@ -11,7 +11,7 @@ from typing import Any
 from steradian.config import RunConfig
 from steradian.training.keeper import Reason, RunKeeper, StopTraining, stop_on_signals
 from steradian.training.loggers import make_loggers
-from steradian.training.losses import labels_in_use
+from steradian.training.losses import Loss, labels_in_use
 from steradian.training.module import DivergenceError, TrainingModule
 from steradian.training.plan import check_monitor
 from steradian.training.prepare import Prepared, check_resumable, prepare
@@ -155,6 +155,7 @@ def train(
     """Run Lightning until the run ends or is stopped."""
     config, position = prepared.config, prepared.position
     training = config.training
+    idle = process.count > 1 and has_idle_parameters(prepared)
     seed_all(training.seed + process.rank)
     module = TrainingModule(prepared.potential, training, prepared.total_steps, prepared.data.name_frames)
     first = process.rank == 0
@@ -182,7 +183,7 @@ def train(
             saved=saved,
             on_row=on_row if first else None,
         )
-        trainer = make_trainer(training, process, [keeper])
+        trainer = make_trainer(training, process, [keeper], idle=idle)
         # Lightning counts epochs from where the run stands, so that validation falls on the same epochs.
         trainer.fit_loop.epoch_progress.current.processed = position.epoch  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_progress.current.completed = position.epoch
@@ -200,6 +201,18 @@ def train(
     if first:
         directory.log(closing_line(result, training.monitor))
     return result
+
+
+def has_idle_parameters(prepared: Prepared) -> bool:
+    """Whether the loss leaves some parameters without a gradient, found on one training frame."""
+    potential, loss = prepared.potential, prepared.config.training.loss
+    labels = labels_in_use(loss)
+    graph = prepared.data.train[0]
+    prediction = potential.train()(graph, forces="forces" in labels, stress="stress" in labels)
+    Loss(loss)(prediction, graph).total.backward()
+    idle = any(parameter.grad is None for parameter in potential.parameters() if parameter.requires_grad)
+    potential.zero_grad(set_to_none=True)
+    return idle
 
 
 def diverged(error: DivergenceError, directory: RunDirectory, position: Position) -> DivergenceError:

@@ -22,10 +22,11 @@ SHOWN_FRAMES = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """A graph and the index of each of its systems in their set."""
+    """A graph and the index of each of its systems in their set; ``counts`` is off for a batch that only keeps step."""
 
     graph: Graph
     frames: tuple[int, ...]
+    counts: bool = True
 
 
 class GraphBatches:
@@ -33,18 +34,22 @@ class GraphBatches:
 
     Args:
         graphs: the set. plan: frame indices of each batch. start: number of batches to leave out.
+        counts: passed on to the batches.
     """
 
-    def __init__(self, graphs: GraphDataset, plan: Sequence[Sequence[int]], start: int = 0) -> None:
+    def __init__(
+        self, graphs: GraphDataset, plan: Sequence[Sequence[int]], start: int = 0, counts: bool = True
+    ) -> None:
         self.graphs = graphs
         self.plan = plan[start:]
+        self.counts = counts
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
         for frames in self.plan:
-            yield Batch(batch_graphs([self.graphs[index] for index in frames]), tuple(frames))
+            yield Batch(batch_graphs([self.graphs[index] for index in frames]), tuple(frames), self.counts)
 
 
 class TrainingData(pl.LightningDataModule):
@@ -92,7 +97,11 @@ class TrainingData(pl.LightningDataModule):
         return GraphBatches(self.train, plan, start=self.position.batch)
 
     def val_dataloader(self) -> Any:
-        return GraphBatches(self.validation, self.validation_sampler.batches(0))
+        plan = self.validation_sampler.batches(0)
+        if plan:
+            return GraphBatches(self.validation, plan)
+        # Lightning leaves out the whole validation of a process without batches, and the others would wait for it.
+        return GraphBatches(self.validation, [[0]], counts=False)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         if batch.graph.positions.device == device:

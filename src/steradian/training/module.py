@@ -131,7 +131,8 @@ class TrainingModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.enable_grad():
             prediction = self.predict_batch(batch)
-        self.errors.update(prediction, batch.graph)
+        if batch.counts:
+            self.errors.update(prediction, batch.graph)
 
     def on_validation_epoch_end(self) -> None:
         errors = self.errors

@@ -39,14 +39,22 @@ class Process:
         )
 
 
-def make_trainer(config: TrainingConfig, process: Process, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    """Lightning's loop with everything switched off that this package does itself."""
+def make_trainer(
+    config: TrainingConfig, process: Process, callbacks: list[pl.Callback], *, idle: bool = False, **options: Any
+) -> pl.Trainer:
+    """Lightning's loop with everything switched off that this package does itself.
+
+    Args:
+        config: the training section. process: this one. callbacks: for Lightning.
+        idle: some parameters have no gradient; several processes must then look for them at every step.
+        options: replace the trainer's arguments.
+    """
     on_gpu = torch.cuda.is_available()
     strategy: Any = "auto"
     if process.count > 1:
         backend = "nccl" if on_gpu else "gloo"
         strategy = DDPStrategy(
-            process_group_backend=backend, find_unused_parameters=True, broadcast_buffers=False, start_method="popen"
+            process_group_backend=backend, find_unused_parameters=idle, broadcast_buffers=False, start_method="popen"
         )
     settings: dict[str, Any] = {
         "accelerator": "gpu" if on_gpu else "cpu",
