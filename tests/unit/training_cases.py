@@ -64,7 +64,12 @@ def toy_sections(folder: Path, name: str = "run") -> dict[str, Any]:
                 "radial_mlp": [8],
                 "radial": {"num": 4},
             },
-            "edge_gate": {"kind": "mara", "hidden_dim": 4, "grid": {"kind": "equiangular", "num_lat": 2, "num_lon": 4}, "dropout": 0.2},
+            "edge_gate": {
+                "kind": "mara",
+                "hidden_dim": 4,
+                "grid": {"kind": "equiangular", "num_lat": 2, "num_lon": 4},
+                "dropout": 0.2,
+            },
         },
         "data": {
             "train": str(folder / "toy.xyz"),

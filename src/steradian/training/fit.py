@@ -137,7 +137,8 @@ def take_dry_steps(prepared: Prepared, process: Process, directory: RunDirectory
         prepared.potential, prepared.config.training, prepared.total_steps, prepared.data.name_frames
     )
     training = prepared.config.training
-    trainer = make_trainer(training, process, [], max_epochs=1, limit_train_batches=DRY_STEPS, limit_val_batches=1)
+    batches = DRY_STEPS * training.optimizer.accumulate
+    trainer = make_trainer(training, process, [], max_epochs=1, limit_train_batches=batches, limit_val_batches=1)
     started = time.monotonic()
     trainer.fit(module, datamodule=prepared.data)
     module.check_finite()
