@@ -8,8 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from training_cases import toy_config, toy_file, toy_frames
 
@@ -293,3 +297,32 @@ def test_missing_logger_is_one_line(folder: Path) -> None:
     except ModuleNotFoundError:
         with pytest.raises(ConfigError, match=r"pip install 'steradian\[wandb\]'"):
             fit(toy_config(folder, "wandb", "training.loggers=[csv, wandb]"), progress=False)
+
+
+def test_stress_is_learned(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    frames = []
+    for _ in range(12):
+        atoms = bulk("Cu", cubic=True)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.05 * generator.standard_normal((3, 3))), scale_atoms=True)
+        atoms.rattle(0.05, rng=generator)
+        atoms.calc = EMT()
+        stress = atoms.get_stress()
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=atoms.get_potential_energy(), forces=atoms.get_forces(), stress=stress
+        )
+        frames.append(atoms)
+    write(tmp_path / "toy.xyz", frames, format="extxyz")
+    settings = (
+        "training.loss={energy_weight: 10, forces_weight: 10, stress_weight: 1000}",
+        "training.monitor=validation/stress_mae",
+        "training.max_epochs=40",
+        "training.optimizer={learning_rate: 0.02}",
+        "training.schedule={kind: constant}",
+        "model.host.num_channels=8",
+        "model.edge_gate={kind: none}",
+        "data.split={train: 9, validation: 3}",
+    )
+    result = fit(toy_config(tmp_path, "stress", *settings), progress=False)
+    rows = rows_of(RunDirectory(result.run_dir))
+    assert result.metrics["validation/stress_mae"] < 0.5 * float(rows[0]["validation/stress_mae"])

@@ -1,0 +1,140 @@
+"""``steradian train`` and ``steradian config``, and every configuration that the package brings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from ase import Atoms
+from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from typer.testing import CliRunner, Result
+
+from steradian.cli.config import app as config_app
+from steradian.cli.train import train
+from steradian.config import load_config, parse_config
+from steradian.evaluation.metrics import METRICS
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+SMALL = [
+    "--set=model.host={num_channels: 4, hidden_l: 0, l_max: 1, correlation: 1, radial_mlp: [8]}",
+    "--set=training.max_epochs=1",
+]
+
+app = typer.Typer()
+app.command("train")(train)
+app.add_typer(config_app, name="config")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of one's own; the run goes into the same temporary folder."""
+    frames = []
+    for index in range(24):
+        atoms = Atoms("Ar3", [[0, 0, 0], [1.1, 0.02 * index, 0], [0, 1.2, 0.01 * index]])
+        atoms.calc = LennardJones()
+        labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        frames.append(atoms)
+    write(tmp_path / "argon.xyz", frames, format="extxyz")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "argon.xyz"
+
+
+def test_own_file_needs_no_configuration(own_data: Path) -> None:
+    first = call("train", "--data", "argon.xyz", *SMALL)
+    assert first.exit_code == 0, first.output
+    assert "23 frames, 3 atoms each (Ar)" in first.output
+    assert "runs/argon/model.safetensors" in first.output
+    assert (own_data.parent / "runs/argon/model.safetensors").is_file()
+
+    again = call("train", "--data", "argon.xyz", *SMALL)
+    assert again.exit_code == 1
+    assert "--resume" in again.output
+    assert "--overwrite" in again.output
+    assert call("train", "--data", "argon.xyz", "--overwrite", "--quiet", *SMALL).output == ""
+
+    further = call("train", "--resume", "runs/argon", "--set", "training.max_epochs=2")
+    assert further.exit_code == 0, further.output
+    assert "finished: 2 epochs" in further.output
+    assert load_config("runs/argon/config.yaml").training.max_epochs == 2
+
+
+def test_dry_run(own_data: Path) -> None:
+    result = call("train", "--data", "argon.xyz", "--name", "other", "--dry-run", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "nothing was written" in result.output
+    assert not (own_data.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--data FILE"),
+        (["nowhere.yaml"], "cannot be read"),
+        (["--data", "nowhere.xyz"], "no such file"),
+        (["--resume", "nowhere"], "no run to resume"),
+        (["--resume", "nowhere", "--data", "argon.xyz"], "leave out"),
+        (["--data", "argon.xyz", "--set", "training.epochs=3"], "did you mean"),
+        (["--data", "argon.xyz", "--set", "training.monitor=validation/forces_q90"], "did you mean"),
+        (["--data", "argon.xyz", "--set", "data.keys.forces=dft_forces"], "forces"),
+    ],
+)
+def test_mistakes_are_one_message(own_data: Path, arguments: list[str], expected: str) -> None:
+    result = call("train", *arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert expected in result.output
+    assert "Traceback" not in result.output
+    assert not (own_data.parent / "runs").exists()
+
+
+def test_command_line_starts_without_torch() -> None:
+    code = "import sys, steradian.cli.train, steradian.cli.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_configurations_of_the_package(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.training.monitor.removeprefix("validation/") in METRICS
+
+
+@pytest.mark.parametrize("pair", ["demo", "rmd17_ethanol", "rmd17_aspirin"])
+def test_compared_models_differ_in_the_gate_only(pair: str) -> None:
+    folder = CONFIGS[0].parent
+    plain, gated = (load_config(folder / f"{pair}_{kind}.yaml").model_dump() for kind in ("mace", "mace_mara"))
+    assert plain["model"].pop("edge_gate")["kind"] == "none"
+    assert gated["model"].pop("edge_gate")["kind"] == "mara"
+    assert {**plain, "name": ""} == {**gated, "name": ""}
+
+
+def test_config_schema() -> None:
+    schema = json.loads(call("config", "schema").output)
+    assert "training" in schema["properties"]
+
+
+def test_config_show_and_new(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert call("config", "new", str(path), "--data", "my.xyz").exit_code == 0
+    text = path.read_text(encoding="utf-8")
+    assert load_config(path) == parse_config({"name": "mine", "data": {"train": "my.xyz"}})
+    assert "# CPU threads" in text
+    assert call("config", "new", str(path)).exit_code == 1
+
+    shown = call("config", "show", str(path), "--set", "training.max_epochs=7")
+    assert yaml.safe_load(shown.output)["training"]["max_epochs"] == 7
+    wrong = call("config", "show", str(path), "--set", "training.max_epoch=7")
+    assert wrong.exit_code == 1
+    assert "did you mean 'max_epochs'?" in wrong.output
