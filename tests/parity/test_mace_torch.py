@@ -177,6 +177,22 @@ def test_a_wrong_sign_of_any_single_path_is_noticed(name):
     assert count > 10
 
 
+def test_phases_of_another_version_are_read_from_the_state_dict():
+    """Newer versions of e3nn give some symbols the other sign; the same function then has the other sign of weights."""
+    hyper, state, structures, results = read("published_block")
+    expected = results["molecule", None]["forces"]
+    # the second layer lists its paths by output degree: 0 0 0, 1 1 0, 0 1 1, 1 0 1, 1 2 1 (number 4), ...
+    symbol = next(key for key in state if key.endswith("_w3j_1_2_1"))
+    last = "interactions.1.conv_tp_weights.layer3.weight"
+    turned = state[last].copy()
+    turned[:, 4 * 6 : 5 * 6] *= -1
+    graph = graph_of(structures["molecule"], hyper["r_max"])
+    other = imported(hyper, state | {symbol: -state[symbol], last: turned})
+    assert relative(other(graph).forces, expected) < RELATIVE
+    wrong = imported(hyper, state | {symbol: -state[symbol]})
+    assert relative(wrong(graph).forces, expected) > 1e-6
+
+
 def test_an_imported_model_is_saved_and_read_like_any_other(tmp_path):
     hyper, state, structures, results = read("foundation_style")
     save_potential(tmp_path / "model.safetensors", imported(hyper, state))
