@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def main() -> None:
 
     results = {}
     for label, run in (("energy + forces", energy_and_forces), ("training step", training_step)):
-        times = interleaved({name: (lambda name=name: run(name)) for name in models}, arguments.repeats)
+        times = interleaved({name: partial(run, name) for name in models}, arguments.repeats)
         results[label] = {
             name: {"median_ms": median_ms(values), "over_host": median_ratio(values, times["MACE"])}
             for name, values in times.items()

@@ -6,14 +6,13 @@
 ``train`` starts one process per model (one thread each) and goes on with what it finds in the folder, so it can be
 interrupted and started again. 950 + 50 frames of the training file are used; the test file (1000 frames) is touched by
 ``compare`` only, which evaluates the best model so far of every run and writes ``benchmarks/results/rmd17_small.json``
-and the table ``rmd17_small.md``.
+and the tables ``rmd17_small.txt``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,26 +52,43 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    from steradian.build import load_potential
+    from steradian.config import KeysConfig, UnitsConfig, load_config
+    from steradian.data.read import read_structures
+    from steradian.evaluation.compare import compare as compare_reports
+    from steradian.evaluation.errors import evaluate
+    from steradian.evaluation.rotations import rotation_audit
+
     results: dict[str, dict] = {}
-    lines = ["| molecule | model | epochs | hours | E MAE | F MAE | Q95 | Q99 | MAX |", "| --- " * 9 + "|"]
+    text = []
     for molecule in arguments.molecules:
+        path = arguments.data / f"rmd17_{molecule}_test_01.npz"
+        structures = read_structures(path, KeysConfig(), UnitsConfig(energy="kcal/mol"), ignore_cell=True)
+        reports, entry = [], {}
         for label, kind in MODELS.items():
             run = arguments.runs / f"{molecule}_{kind}"
-            out = run / "test_errors.json"
-            call = [sys.executable, "-m", "steradian", "evaluate", str(run / "model.safetensors")]
-            call += [str(arguments.data / f"rmd17_{molecule}_test_01.npz"), "--energy-unit", "kcal/mol"]
-            call += ["--rotations", "--json", str(out)]
-            subprocess.run(call, check=True, cwd=ROOT)
+            potential = load_potential(run)
+            report = evaluate(potential, structures, name=label, progress=False)
+            audit = rotation_audit(potential, structures)
             with open(run / "metrics.csv") as stream:
-                last = list(csv.DictReader(stream))[-1]
-            results.setdefault(molecule, {})[label] = {
-                "epochs": int(float(last["epoch"])) + 1,
-                "hours_wall": round(float(last["time_s"]) / 3600, 3),
-                "errors": json.loads(out.read_text()),
+                rows = list(csv.DictReader(stream))
+            entry[label] = {
+                "epochs": len(rows),
+                "hours_wall": round(float(rows[-1]["time_s"]) / 3600, 3),
+                "config": load_config(run / "config.yaml").model_dump(mode="json", exclude={"data", "output"}),
+                "test_errors": report.to_dict(),
+                "rotation_audit": audit.to_dict(),
+                "validation_forces_mae": [round(float(row["validation/forces_mae"]), 6) for row in rows],
             }
+            reports.append(report)
+            hours = entry[label]["hours_wall"]
+            text.append(f"{molecule}, {label}: {len(rows)} epochs, {hours} h wall; {audit.summary()}")
+        comparison = compare_reports(*reports)
+        results[molecule] = {"models": entry, "comparison": comparison.to_dict()}
+        text += ["", comparison.table().text(), ""]
     path = write("rmd17_small", {"settings": machine(), "results": results})
-    (RESULTS / "rmd17_small.md").write_text("\n".join(lines) + "\n")
-    print(path)
+    (RESULTS / "rmd17_small.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text), path, sep="\n")
 
 
 def main() -> None:

@@ -1,0 +1,106 @@
+"""``steradian inspect``: what a model file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Model file or folder of a run.", show_default=False)],
+    rotations: Annotated[
+        str | None,
+        typer.Option(
+            "--rotations", metavar="DATA", help="Audit rotations on these structures (or bundled:malonaldehyde)."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show host, operators, elements, parameters and the statistics of the training set.
+
+    steradian inspect runs/demo_mace_mara --rotations bundled:malonaldehyde
+    """
+    from steradian.build import load_potential
+
+    potential = load_potential(model)
+    rows = describe(model, potential)
+    if json:
+        import json as json_module
+
+        typer.echo(json_module.dumps(dict(rows), indent=1, ensure_ascii=False))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False, title=str(model))
+        for name, value in rows:
+            table.add_row(name, value)
+        Console().print(table)
+    if rotations is not None:
+        audit(potential, rotations)
+
+
+def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
+    """Lines of the table: name and value."""
+    import hashlib
+
+    from ase.data import chemical_symbols
+
+    from steradian.equivariant.irreps import format_degrees, natural_degrees
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    host, statistics = potential.config.host, potential.statistics
+    rows = [
+        ("host", f"{host.kind}, {host.num_layers} layers, {host.num_channels} channels"),
+        ("hidden irreps", f"{host.num_channels} x ({format_degrees(natural_degrees(host.hidden_l))})"),
+        ("harmonics, correlation", f"l_max {host.l_max}, correlation {host.correlations}"),
+        ("cutoff", f"{host.cutoff_A} Å"),
+        ("radial basis", f"{host.radial.num} {host.radial.kind}, envelope p = {host.radial.envelope_p}"),
+        ("precision", str(potential.dtype).removeprefix("torch.")),
+    ]
+    for index, layer in enumerate(potential.host.layers):
+        gate = layer.gate
+        if gate is None:
+            rows.append((f"edge gate, layer {index}", "none"))
+        else:
+            rows.append(
+                (f"edge gate, layer {index}", f"{type(gate).__name__}, {gate.grid.name}; rotation: {gate.rotation}")
+            )
+    references = (f"{chemical_symbols[z]} {statistics.atom_references[z]:.4f}" for z in potential.elements)
+    rows += [
+        ("parameters", f"{potential.num_parameters:,}"),
+        ("parameters by part", ", ".join(f"{name} {count:,}" for name, count in parts(potential).items())),
+        ("elements and E0 [eV]", ", ".join(references)),
+        ("E0 from", statistics.reference_report),
+        ("training set", f"{statistics.num_frames} frames; force RMS {statistics.force_rms:.4g} eV/Å"),
+        ("neighbours per atom", f"{statistics.avg_num_neighbors:.2f}"),
+        ("units", "eV, Å, eV/Å, eV/Å^3 (stress positive under tension)"),
+        ("sha256", hashlib.sha256(file.read_bytes()).hexdigest()[:16]),
+    ]
+    return rows
+
+
+def parts(potential: Any) -> dict[str, int]:
+    """Parameters of each kind of module, over all layers."""
+    counts: dict[str, int] = {}
+    for name, parameter in potential.host.named_parameters():
+        pieces = name.split(".")
+        part = pieces[2] if pieces[0] == "layers" else pieces[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def audit(potential: Any, data: str) -> None:
+    from rich.console import Console
+
+    from steradian.cli.evaluate import read
+    from steradian.config import KeysConfig, UnitsConfig
+    from steradian.evaluation.rotations import rotation_audit
+
+    structures = read(data, KeysConfig(), UnitsConfig(), ())
+    found = rotation_audit(potential, structures, num_rotations=8, max_structures=5)
+    Console().print(found.table().rich())

@@ -1,0 +1,1 @@
+"""Configuration files that come with the package: those of the demo."""

@@ -1,0 +1,124 @@
+"""A trained potential as an ASE calculator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from steradian.build import load_potential
+from steradian.data.structures import Structure
+from steradian.graph import Graph
+from steradian.neighbors import make_graph
+from steradian.potential import Potential
+
+__all__ = ["SteradianCalculator"]
+
+
+class SteradianCalculator(Calculator):
+    """ASE calculator: energy and free energy [eV], forces [eV/Å], stress [eV/Å^3, Voigt], energies per atom [eV].
+
+    The stress is given for structures periodic in all directions. With ``skin > 0`` the list of neighbours is made once
+    with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
+    have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
+
+    Args:
+        potential: a :class:`~steradian.potential.Potential`, a model file or the folder of a run.
+        device: where to compute.
+        dtype: overrides the precision of a model that is read from a file.
+        skin: [Å].
+
+    Raises:
+        ValueError: an element the model was not trained on, or a negative skin.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]
+
+    def __init__(
+        self,
+        potential: Potential | Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        skin: float = 0.0,
+        **ase_arguments: Any,
+    ) -> None:
+        super().__init__(**ase_arguments)
+        if skin < 0:
+            raise ValueError(f"skin must not be negative, got {skin} Å")
+        if not isinstance(potential, Potential):
+            potential = load_potential(potential, device=device, dtype=dtype)
+        self.potential = potential.to(device).eval()
+        self.skin = skin
+        self.num_lists = 0
+        self._listed: tuple[Graph, Atoms] | None = None
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Compute all properties of the atoms at once."""
+        super().calculate(atoms, properties, system_changes)
+        periodic = bool(self.atoms.pbc.all())
+        graph = self._graph(self.atoms).to(self.potential.device)
+        prediction = self.potential(graph, forces=True, stress=periodic)
+        energy = float(prediction.energy[0])
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": prediction.atom_energies.cpu().numpy(),
+            "forces": prediction.forces.double().cpu().numpy(),
+        }
+        if periodic:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
+
+    def _graph(self, atoms: Atoms) -> Graph:
+        structure = Structure(
+            numbers=atoms.numbers,
+            positions=atoms.positions,
+            cell=np.asarray(atoms.cell) if atoms.pbc.any() else np.zeros((3, 3)),
+            pbc=atoms.pbc,
+        )
+        if not self.skin:
+            self.num_lists += 1
+            return make_graph(structure, self.potential.cutoff)
+        if self._listed is None or not self._still_valid(atoms, self._listed[1]):
+            self._listed = (make_graph(structure, self.potential.cutoff + self.skin), atoms.copy())
+            self.num_lists += 1
+        return self._within_cutoff(self._listed[0], atoms)
+
+    def _still_valid(self, atoms: Atoms, listed: Atoms) -> bool:
+        same = (
+            len(atoms) == len(listed)
+            and np.array_equal(atoms.numbers, listed.numbers)
+            and np.array_equal(atoms.pbc, listed.pbc)
+            and np.array_equal(np.asarray(atoms.cell), np.asarray(listed.cell))
+        )
+        if not same:
+            return False
+        moved = np.linalg.norm(atoms.positions - listed.positions, axis=1).max(initial=0.0)
+        return bool(moved < 0.5 * self.skin)
+
+    def _within_cutoff(self, graph: Graph, atoms: Atoms) -> Graph:
+        """The listed graph at the present positions, without the edges that are beyond the cutoff now."""
+        from dataclasses import replace
+
+        positions = torch.as_tensor(atoms.positions)
+        vectors = positions[graph.senders] - positions[graph.receivers]
+        if atoms.pbc.any():
+            vectors = vectors + graph.shifts.to(positions.dtype) @ torch.as_tensor(np.asarray(atoms.cell))
+        near = vectors.square().sum(1) < self.potential.cutoff**2
+        return replace(
+            graph,
+            positions=positions,
+            senders=graph.senders[near],
+            receivers=graph.receivers[near],
+            shifts=graph.shifts[near],
+        )
