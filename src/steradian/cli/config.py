@@ -27,10 +27,7 @@ def show(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override.")] = None,
 ) -> None:
     """Print a configuration with every default written out; mistakes are explained."""
-    try:
-        typer.echo(dump_config(load_config(config, settings or [])), nl=False)
-    except ConfigError as error:
-        fail(error)
+    typer.echo(dump_config(load_config(config, settings or [])), nl=False)
 
 
 @app.command()
@@ -40,20 +37,10 @@ def new(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a commented configuration to start from."""
-    try:
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path} exists; choose another name or give --overwrite")
-        path.write_text(commented(path.stem, data), encoding="utf-8")
-    except OSError as error:
-        fail(ConfigError(f"{path}: cannot be written ({error.strerror})"))
-    except ConfigError as error:
-        fail(error)
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; choose another name or give --overwrite")
+    path.write_text(commented(path.stem, data), encoding="utf-8")
     typer.echo(f"wrote {path}; train with: steradian train {path}")
-
-
-def fail(error: Exception) -> None:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)
 
 
 def commented(name: str, data: Path | None) -> str:

@@ -12,7 +12,6 @@ from steradian.config import ConfigError, RunConfig, load_config, parse_config
 
 __all__ = ["train"]
 
-EXIT_MISTAKE = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -40,22 +39,18 @@ def train(
 
     steradian train --resume runs/demo_mace
     """
-    try:
-        run = resolve(config, data, name, settings or [], resume)
-        from steradian.training.fit import fit
-        from steradian.training.progress import spell_seconds
+    run = resolve(config, data, name, settings or [], resume)
+    from steradian.training.fit import fit
+    from steradian.training.progress import spell_seconds
 
-        result = fit(
-            run,
-            resume=resume,
-            overwrite=overwrite,
-            progress=not quiet,
-            dry_run=dry_run,
-            show_plan=None if quiet else print_plan,
-        )
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_MISTAKE) from None
+    result = fit(
+        run,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+        dry_run=dry_run,
+        show_plan=None if quiet else print_plan,
+    )
     if not quiet and is_first():
         print_result(result, dry_run, run.training.monitor, spell_seconds(result.elapsed_s))
     if result.reason == "interrupted":
