@@ -27,7 +27,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
-parity:
+# mace-torch is installed into .venv-parity, never into .venv
+parity: $(STAMP)
 	bash tests/parity/remake.sh
 
 clean:

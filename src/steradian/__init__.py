@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steradian.interfaces.ase import SteradianCalculator
     from steradian.neighbors import make_graph
     from steradian.operators.mara import MARA
-    from steradian.operators.mara_attention import SEAttention
+    from steradian.operators.mara_standalone import SEAttention
     from steradian.potential import Potential
     from steradian.training.fit import fit
 
@@ -39,7 +39,7 @@ _HOME = {
     "SteradianCalculator": "steradian.interfaces.ase",
     "make_graph": "steradian.neighbors",
     "MARA": "steradian.operators.mara",
-    "SEAttention": "steradian.operators.mara_attention",
+    "SEAttention": "steradian.operators.mara_standalone",
     "Potential": "steradian.potential",
     "fit": "steradian.training.fit",
 }
