@@ -250,7 +250,7 @@ class DataConfig(Section):
 
 class LossConfig(Section):
     kind: Literal["mse", "huber", "l1"] = "mse"
-    energy_weight: float = Field(1.0, ge=0)
+    energy_weight: float = Field(10.0, ge=0)
     forces_weight: float = Field(100.0, ge=0)
     stress_weight: float = Field(0.0, ge=0)
     huber_delta: float = Field(0.01, gt=0, description="[eV], [eV/Å], [eV/Å^3]")
@@ -259,7 +259,7 @@ class LossConfig(Section):
 
 class OptimizerConfig(Section):
     kind: Literal["adamw", "adam"] = "adamw"
-    learning_rate: float = Field(0.005, gt=0)
+    learning_rate: float = Field(0.01, gt=0)
     weight_decay: float = Field(1e-7, ge=0, description="of matrices of linear maps and contractions only")
     amsgrad: bool = True
     clip_norm: float | None = Field(10.0, gt=0)

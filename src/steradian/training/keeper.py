@@ -25,6 +25,7 @@ from steradian.training.state import Position, random_state, restore_random_stat
 __all__ = ["RunKeeper", "StopRequest", "StopTraining", "stop_on_signals"]
 
 SHORTEST_SAVE_INTERVAL_S = 20.0  # a state costs a flush to the disk, epochs of small runs take less than a second
+SAME_REQUEST_S = 1.0  # torchrun passes on a Ctrl-C that the terminal has sent to every process already
 AGREE_EVERY = 10  # steps between two questions to the other processes on a GPU, where asking waits for the device
 
 Reason = Literal["finished", "early_stopping", "interrupted", "time_limit"]
@@ -43,12 +44,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._when = 0.0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal is None:
+            self.signal, self._when = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._when > SAME_REQUEST_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        self.signal = number
 
 
 @contextmanager

@@ -159,8 +159,12 @@ def figures_text(row: Mapping[str, float | int]) -> str:
         ("validation/energy_mae", "E mae", "meV"),
         ("validation/stress_mae", "S mae", "meV/Å³"),
     )
-    parts = [f"{name} {1000 * row[key]:.3g} {unit}" for key, name, unit in shown if key in row]
+    parts = [f"{name} {_short(1000 * row[key])} {unit}" for key, name, unit in shown if key in row]
     return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def spell_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in self.files:
                 file.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             write_atomically(self.config, dump_config(config).encode())
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
