@@ -44,7 +44,27 @@ _HOME = {
     "fit": "steradian.training.fit",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "Edges",
+    "Graph",
+    "MARA",
+    "Potential",
+    "Prediction",
+    "RunConfig",
+    "SEAttention",
+    "SteradianCalculator",
+    "Structure",
+    "batch_graphs",
+    "build_potential",
+    "evaluate",
+    "fit",
+    "load_config",
+    "load_potential",
+    "make_graph",
+    "parse_config",
+    "read_structures",
+    "save_potential",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,9 +111,8 @@ def start(folder: Path, name: str) -> tuple[subprocess.Popen[str], RunDirectory]
     config = toy_config(folder, name)
     file = folder / f"{name}.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
-    code = "import sys, typer; from steradian.cli.train import train; sys.argv[0] = 'train'; typer.run(train)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(file)],
+        [sys.executable, "-m", "steradian", "train", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,69 @@
+"""The command ``steradian``.
+
+No module of this folder imports torch, ASE or Lightning at load (commands import what they need when they run), so
+``steradian --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from steradian.cli import attend, config, dataset, demo, evaluate, inspect, md, train
+
+__all__ = ["app", "main"]
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Machine-learned force fields with geometric attention.",
+    epilog="Start with: steradian demo, or: steradian train --data my.xyz",
+)
+app.command()(train.train)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.compare)
+app.command()(md.md)
+app.command()(attend.attend)
+app.command()(inspect.inspect)
+app.command()(demo.demo)
+app.add_typer(dataset.app, name="dataset")
+app.add_typer(config.app, name="config")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"steradian {version('steradian')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Machine-learned force fields with geometric attention."""
+
+
+def main() -> None:
+    """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C exit code 130."""
+    if "--debug" in sys.argv[1:]:
+        app()
+        return
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)

@@ -82,12 +82,15 @@ def make(
         raise typer.Exit(130) from None
     console = Console()
     resumed = f", {report['frames_resumed']} of them from an earlier run" if report["frames_resumed"] else ""
-    console.print(f"wrote {out}: {report['frames']} frames of {report['atoms']} atoms{resumed}", highlight=False)
+    console.print(
+        f"wrote {out}: {report['frames']} frames of {report['atoms']} atoms{resumed}", highlight=False, soft_wrap=True
+    )
     console.print(
         f"temperature {report['temperature_K']:.0f} K, energy {report['energy_mean_eV']:.4f} ± "
         f"{report['energy_std_eV']:.4f} eV, autocorrelation of the energy {report['energy_autocorrelation_fs']} fs at "
         f"a stride of {report['stride_fs']} fs: worth {report['independent_frames']} independent frames",
         highlight=False,
+        soft_wrap=True,
     )
     if report["independent_frames"] < 0.5 * report["frames"]:
         console.print("the frames are correlated: a longer --stride gives more for the same number of frames")
@@ -215,4 +218,4 @@ def print_summary(path: str, summary: Summary) -> None:
 
 def fail(error: Exception) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(2)

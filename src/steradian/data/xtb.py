@@ -149,12 +149,11 @@ def _make(recipe: Recipe, out: Path, progress: bool) -> dict[str, Any]:
     if run is None:
         run = _start(recipe)
         run.save(state_file, recipe)
-    with _progress_bar(recipe.frames, min(resumed, recipe.frames), progress) as advance:
+    with _progress_bar(recipe.frames, min(resumed, recipe.frames), progress) as show:
         while len(run.energies) < recipe.frames:
-            before = len(run.energies)
             run.extend(recipe)
             run.save(state_file, recipe)
-            advance(len(run.energies) - before)
+            show(min(len(run.energies), recipe.frames))
     report = _report(run, recipe, time.monotonic() - started, resumed)
     write_structures(out, run.structures(recipe))
     content = {"recipe": asdict(recipe), "report": report, "versions": _versions()}
@@ -411,4 +410,4 @@ def _progress_bar(total: int, done: int, show: bool) -> Iterator[Callable[[int],
     columns = (TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as bar:
         task = bar.add_task("frames", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+        yield lambda completed: bar.update(task, completed=completed)
