@@ -83,9 +83,9 @@ def runs(folder: Path) -> dict[str, RunDirectory]:
     uneven = toy_config(
         folder, "uneven", "data.split.train=19", "data.split.validation=1", "data.batch.graphs=3", *EXACT
     )
-    stopped = toy_config(folder, "stopped", "training.max_time_s=0.05", "training.max_epochs=60")
-    longer = toy_config(folder, "stopped", "training.max_time_s=1000", "training.max_epochs=60")
-    whole = toy_config(folder, "whole", "training.max_epochs=60")
+    stopped = toy_config(folder, "stopped", "training.max_time_s=0.05", "training.max_epochs=20")
+    longer = toy_config(folder, "stopped", "training.max_time_s=1000", "training.max_epochs=20")
+    whole = toy_config(folder, "whole", "training.max_epochs=20")
     files = [written(folder, even, "even"), written(folder, uneven, "uneven"), written(folder, stopped, "stopped")]
     files += ["resume:" + written(folder, longer, "longer"), written(folder, whole, "whole")]
     script = folder / "script.py"
