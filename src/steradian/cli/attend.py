@@ -68,7 +68,7 @@ def read_one(source: str) -> Structure:
     if not Path(source).is_file():
         raise ValueError(f"{source}: no such file")
     try:
-        atoms = ase.io.read(source, index=0)
+        atoms: Any = ase.io.read(source, index=0)
     except Exception as error:
         raise ValueError(f"{source}: ASE cannot read it ({error})") from None
     return Structure.from_ase(atoms)

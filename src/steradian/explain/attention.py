@@ -80,7 +80,11 @@ def attention_of(potential: Potential, structure: Structure) -> AttentionResult:
     Raises:
         ValueError: the model has no attention, or the structure has no two atoms within the cutoff.
     """
-    gated = {index: layer.gate for index, layer in enumerate(potential.host.layers) if layer.gate is not None}
+    gated: dict[int, Any] = {
+        index: module.gate
+        for index, (_, module) in enumerate(potential.host.get_submodule("layers").named_children())
+        if module.gate is not None
+    }
     if not gated:
         raise ValueError("the model has no attention to show; train one with --set model.edge_gate.kind=mara")
     graph = make_graph(structure, potential.cutoff)

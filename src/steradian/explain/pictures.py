@@ -6,7 +6,8 @@ import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -60,26 +61,24 @@ def molecule_picture(result: AttentionResult) -> Figure:
     panels = figure.subplots(1, count, squeeze=False)[0]
     norm = _range([entry.alpha for entry in result.layers])
     points = _plane(result.structure.positions)
-    lines = None
     for axes, entry in zip(panels, result.layers):
-        lines = _messages(axes, result, entry, points, norm)
+        _messages(axes, result, entry, points, norm)
         _atoms(axes, result.structure, points)
         axes.set_title(f"layer {entry.layer + 1}", color=INK)
         axes.set_aspect("equal")
         axes.axis("off")
-    figure.colorbar(lines, ax=list(panels), shrink=0.75, label="weight of the message, α")
+    colors = ScalarMappable(norm, "coolwarm")
+    figure.colorbar(colors, ax=list(panels), shrink=0.75, label="weight of the message, α")
     figure.supxlabel("the half of a line next to an atom is the message that it receives", color=FAINT, fontsize=9)
     return figure
 
 
-def _messages(
-    axes: Axes, result: AttentionResult, entry: LayerAttention, points: np.ndarray, norm: Normalize
-) -> LineCollection:
+def _messages(axes: Axes, result: AttentionResult, entry: LayerAttention, points: np.ndarray, norm: Normalize) -> None:
     start = points[result.receivers]
     middle = 0.5 * (start + points[result.senders])
     order = np.argsort(np.abs(entry.alpha - np.median(entry.alpha)))  # the telling ones on top
     lines = LineCollection(
-        np.stack([start, middle], 1)[order],
+        list(np.stack([start, middle], 1)[order]),
         array=entry.alpha[order],
         cmap="coolwarm",
         norm=norm,
@@ -87,7 +86,6 @@ def _messages(
         zorder=1,
     )
     axes.add_collection(lines)
-    return lines
 
 
 def _atoms(axes: Axes, structure: Structure, points: np.ndarray) -> None:
@@ -96,11 +94,15 @@ def _atoms(axes: Axes, structure: Structure, points: np.ndarray) -> None:
             *points[[first, second]].T, color="#555555", linewidth=5, alpha=0.35, zorder=2, solid_capstyle="round"
         )
     sizes = 900 * covalent_radii[structure.numbers]
-    axes.scatter(*points.T, s=sizes, c=jmol_colors[structure.numbers], edgecolors=INK, linewidths=0.8, zorder=3)
+    axes.scatter(
+        points[:, 0], points[:, 1], s=sizes, c=jmol_colors[structure.numbers], edgecolors=INK, linewidths=0.8, zorder=3
+    )
     for index, (number, point) in enumerate(zip(structure.numbers, points)):
         dark = jmol_colors[number].mean() < 0.5
         text = f"{chemical_symbols[number]}{index}"
-        axes.text(*point, text, ha="center", va="center", fontsize=8, color="white" if dark else INK, zorder=4)
+        axes.text(
+            point[0], point[1], text, ha="center", va="center", fontsize=8, color="white" if dark else INK, zorder=4
+        )
     axes.margins(0.12)
 
 
@@ -147,7 +149,7 @@ def _angles(directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.arctan2(directions[:, 1], directions[:, 0]), np.arcsin(np.clip(directions[:, 2], -1, 1))
 
 
-def _sphere_map(axes: Axes, points: np.ndarray, values: np.ndarray) -> object:
+def _sphere_map(axes: Axes, points: np.ndarray, values: np.ndarray) -> QuadMesh:
     """The value of the nearest grid point, everywhere on the sphere."""
     longitude = np.linspace(-np.pi, np.pi, 361)
     latitude = np.linspace(-np.pi / 2, np.pi / 2, 181)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,13 @@ class SteradianCalculator(Calculator):
         ValueError: an element the model was not trained on, or a negative skin.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]
+    implemented_properties = [  # noqa: RUF012 (ASE declares it so)
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "energies",
+    ]
 
     def __init__(
         self,
@@ -66,8 +73,9 @@ class SteradianCalculator(Calculator):
     ) -> None:
         """Compute all properties of the atoms at once."""
         super().calculate(atoms, properties, system_changes)
-        periodic = bool(self.atoms.pbc.all())
-        graph = self._graph(self.atoms).to(self.potential.device)
+        present: Atoms = self.atoms  # type: ignore[assignment]
+        periodic = bool(present.pbc.all())
+        graph = self._graph(present).to(self.potential.device)
         prediction = self.potential(graph, forces=True, stress=periodic)
         energy = float(prediction.energy[0])
         self.results = {
@@ -108,8 +116,6 @@ class SteradianCalculator(Calculator):
 
     def _within_cutoff(self, graph: Graph, atoms: Atoms) -> Graph:
         """The listed graph at the present positions, without the edges that are beyond the cutoff now."""
-        from dataclasses import replace
-
         positions = torch.as_tensor(atoms.positions)
         vectors = positions[graph.senders] - positions[graph.receivers]
         if atoms.pbc.any():

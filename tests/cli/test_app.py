@@ -1,0 +1,124 @@
+"""The command line as a whole: quick help, one clear line for a mistake, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.io import write
+
+from steradian.build import build_potential, save_potential
+from steradian.config import MACEConfig, MARAConfig, ModelConfig
+from steradian.data.statistics import DatasetStatistics
+
+STATISTICS = DatasetStatistics(
+    elements=(1, 6, 8),
+    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
+    avg_num_neighbors=5.0,
+    energy_shift=0.0,
+    force_rms=1.0,
+    energy_std=1.0,
+    num_frames=7,
+    reference_report="made up",
+)
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "steradian", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with MARA, one without, and a molecule."""
+    path = tmp_path_factory.mktemp("models")
+    host = MACEConfig(num_channels=4, l_max=2, correlation=2, radial_mlp=[8], cutoff_A=3.0)
+    for name, gate in (("plain", {"kind": "none"}), ("mara", MARAConfig(gate="published", hidden_dim=8))):
+        save_potential(
+            path / f"{name}.safetensors", build_potential(ModelConfig(host=host, edge_gate=gate), STATISTICS, seed=0)
+        )
+    positions = [[0, 0, 0], [1.2, 0.1, 0], [-0.6, 0.9, 0.1], [-0.5, -0.9, 0.2]]
+    write(path / "formaldehyde.xyz", Atoms("COH2", positions))
+    write(path / "gold.xyz", Atoms("Au2", [[0, 0, 0], [2.5, 0, 0]]))
+    (path / "empty.xyz").write_text("")
+    return path
+
+
+def test_importing_the_command_line_imports_nothing_heavy():
+    code = (
+        "import sys, steradian.cli; print([m for m in ('torch', 'ase', 'lightning', 'matplotlib') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_help_is_quick_and_lists_every_command():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        answer = run("--help")
+        times.append(time.perf_counter() - start)
+    assert answer.returncode == 0
+    for command in ("train", "evaluate", "compare", "md", "attend", "inspect", "demo", "dataset", "config"):
+        assert command in answer.stdout
+    assert min(times) < 2.0  # 0.5 s on a quiet machine; the bound allows for a busy one
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "attend", "inspect", "demo"])
+def test_every_command_explains_itself(command):
+    answer = run(command, "--help")
+    assert answer.returncode == 0
+    assert "Usage" in answer.stdout
+
+
+def test_version():
+    assert run("--version").stdout.startswith("steradian ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("inspect", "none.safetensors"), "no such model file"),
+        (("inspect", "empty.xyz"), "not a safetensors file"),
+        (("attend", "plain.safetensors", "formaldehyde.xyz"), "no attention to show"),
+        (("attend", "mara.safetensors", "none.xyz"), "no such file"),
+        (("attend", "mara.safetensors", "gold.xyz"), "does not know Au; it was trained on H, C, O"),
+        (("attend", "mara.safetensors", "formaldehyde.xyz", "--atom", "9"), "there is no atom 9"),
+        (("md", "plain.safetensors", "empty.xyz"), "ASE cannot read it"),
+        (("md", "plain.safetensors", "gold.xyz"), "does not know Au"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "-1"), "timestep must be positive"),
+        (("evaluate", "plain.safetensors", "none.xyz"), "none.xyz"),
+        (("train",), "give a configuration file, or --data FILE"),
+        (("train", "--data", "empty.xyz"), "empty"),
+    ],
+)
+def test_mistakes_get_one_line(folder, arguments, expected):
+    answer = run(*arguments, cwd=folder)
+    assert answer.returncode == 2, answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert expected in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def test_inspect(folder):
+    answer = run("inspect", "mara.safetensors", "--json", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    assert "lab_frame" in answer.stdout
+    assert "C -1000.0000" in answer.stdout
+
+
+def test_attend_writes_pictures_and_numbers(folder):
+    answer = run("attend", "mara.safetensors", "formaldehyde.xyz", "--out", "att", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    names = {entry.name for entry in (folder / "att").iterdir()}
+    assert names == {"messages.png", "sphere.png", "distance.png", "attention.npz"}
+    with np.load(folder / "att" / "attention.npz") as file:
+        assert file["alpha_0"].shape == file["senders"].shape
+        # equal shares average to one: the profile is a density over the sphere
+        assert np.all(file["profile_0"] >= 0)
+        assert file["alpha_0"].std() > 0
