@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steradian.data.statistics import DatasetStatistics
-from steradian.operators.mara import MARA
 
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
 from steradian.config import MARAConfig, ModelConfig
+from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.mace import MACE
 from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.mara import MARA
 from steradian.potential import Potential
 
 __all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]

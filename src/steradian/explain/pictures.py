@@ -43,9 +43,9 @@ def _plane(positions: np.ndarray) -> np.ndarray:
     return centred @ axes[:2].T if len(axes) > 1 else np.pad(centred @ axes[:1].T, ((0, 0), (0, 1)))
 
 
-def _range(alphas: list[np.ndarray]) -> Normalize:
+def _range(alpha: np.ndarray) -> Normalize:
     """Colours that are neutral at alpha = 1 where the values lie on both sides of it."""
-    low, high = min(a.min() for a in alphas), max(a.max() for a in alphas)
+    low, high = alpha.min(), alpha.max()
     if low < 1 < high:
         return TwoSlopeNorm(1.0, low, high)
     return Normalize(low, high if high > low else low + 1e-6)
@@ -57,18 +57,17 @@ def molecule_picture(result: AttentionResult) -> Figure:
     The half of a line next to an atom is the message that this atom receives.
     """
     count = len(result.layers)
-    figure = Figure(figsize=(4.6 * count + 0.9, 4.6), layout="constrained")
+    figure = Figure(figsize=(5.4 * count, 4.6), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
-    norm = _range([entry.alpha for entry in result.layers])
     points = _plane(result.structure.positions)
     for axes, entry in zip(panels, result.layers):
+        norm = _range(entry.alpha)
         _messages(axes, result, entry, points, norm)
         _atoms(axes, result.structure, points)
         axes.set_title(f"layer {entry.layer + 1}", color=INK)
         axes.set_aspect("equal")
         axes.axis("off")
-    colors = ScalarMappable(norm, "coolwarm")
-    figure.colorbar(colors, ax=list(panels), shrink=0.75, label="weight of the message, α")
+        figure.colorbar(ScalarMappable(norm, "coolwarm"), ax=axes, shrink=0.75, label="weight of the message, α")
     figure.supxlabel("the half of a line next to an atom is the message that it receives", color=FAINT, fontsize=9)
     return figure
 
