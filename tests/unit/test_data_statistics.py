@@ -60,6 +60,13 @@ def test_isolated_atoms_from_a_file(tmp_path):
     assert "1 frames of one atom left out" in report
 
 
+def test_a_boxed_atom_that_is_named_isolated_counts_as_such():
+    atoms = [frame([z], cell=np.eye(3) * 20, pbc=True, config_type="IsolatedAtom") for z in E0]
+    references, _, rest = reference_energies([*mixed(), *atoms], ReferenceEnergiesConfig(kind="isolated_atoms"))
+    assert references == E0
+    assert len(rest) == 4
+
+
 def test_one_atom_in_a_periodic_cell_is_a_crystal():
     crystal = frame([6], cell=np.eye(3) * 2, pbc=True)
     with pytest.raises(DataError, match="no isolated atoms"):

@@ -96,6 +96,7 @@ def test_a_killed_run_continues_to_the_same_frames(whole, tmp_path):
     process.stdout.close()
     assert not out.exists()
     assert (tmp_path / "water.npz.state").exists()
+    out.write_bytes(b"")  # as if it had been killed between writing the frames and removing the state
     with pytest.raises(DataError, match=r"another run: temperature was 500\.0 and is 600\.0 now"):
         make_dataset(Recipe(molecule="H2O", frames=12, stride=2.0, equilibration=5.0, seed=3, temperature=600.0), out)
     report = make_dataset(TINY, out, progress=False)
@@ -184,7 +185,7 @@ def test_make_info_convert(tmp_path):
     assert result.exit_code == 0, result.output
     assert "3 frames of 3 atoms" in result.output
     result = runner.invoke(app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.count("\n") == 1
     assert "exists" in result.output
     result = runner.invoke(app, ["convert", str(made), str(tmp_path / "w.extxyz")])
@@ -233,7 +234,7 @@ def test_command_mistakes(tmp_path):
         (["info", "bundled:nothing"], "no such data set"),
     ]:
         result = runner.invoke(app, arguments)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert match in result.output
         assert result.output.startswith("error: ")
         assert result.output.count("\n") == 1

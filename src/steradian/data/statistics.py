@@ -60,8 +60,12 @@ class DatasetStatistics:
 
 
 def is_isolated_atom(structure: Structure) -> bool:
-    """One atom and no periodic direction. (One atom in a periodic cell is a crystal.)"""
-    return len(structure) == 1 and not structure.periodic
+    """One atom that is not periodic, or whose config_type says so (writers often put it into a large periodic box).
+
+    Any other single atom in a periodic cell is a crystal.
+    """
+    named = structure.config_type.replace("_", "").lower() in ("isolatedatom", "isolatedatoms")
+    return len(structure) == 1 and (named or not structure.periodic)
 
 
 def split_isolated_atoms(structures: Sequence[Structure]) -> tuple[dict[int, float], list[Structure]]:

@@ -41,11 +41,14 @@ def write_structures(path: Path | str, structures: Sequence[Structure], *, singl
         if path.suffix.lower() == ".npz":
             with temporary.open("wb") as file:
                 np.savez_compressed(file, **_arrays(structures, single_precision))  # type: ignore[arg-type]
+                os.fsync(file.fileno())
         else:
             from ase.io.extxyz import write_xyz
 
             with temporary.open("w", encoding="utf-8") as text:
                 write_xyz(text, [structure.to_ase() for structure in structures])
+                text.flush()
+                os.fsync(text.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

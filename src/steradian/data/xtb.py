@@ -134,7 +134,8 @@ def make_dataset(recipe: Recipe, out: Path | str, *, progress: bool = True, over
         raise DataError(f"{out}: cannot write this format; end the name with one of {', '.join(WRITABLE)}")
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder '{out.parent}'")
-    if out.exists() and not overwrite:
+    # A state beside it means that this command was killed while it wrote OUT: finish it.
+    if out.exists() and not overwrite and not _state_file(out).exists():
         raise DataError(f"{out} exists; choose another name, or pass --overwrite to replace it")
     with _one_thread():
         _new_calculator(recipe)  # tells at once where tblite is missing or the method is unknown
@@ -142,7 +143,7 @@ def make_dataset(recipe: Recipe, out: Path | str, *, progress: bool = True, over
 
 
 def _make(recipe: Recipe, out: Path, progress: bool) -> dict[str, Any]:
-    state_file = out.with_name(out.name + ".state")
+    state_file = _state_file(out)
     run = _State.load(state_file, recipe) if state_file.exists() else None
     resumed = 0 if run is None else len(run.energies)
     started = time.monotonic()
@@ -155,9 +156,9 @@ def _make(recipe: Recipe, out: Path, progress: bool) -> dict[str, Any]:
             run.save(state_file, recipe)
             show(min(len(run.energies), recipe.frames))
     report = _report(run, recipe, time.monotonic() - started, resumed)
-    write_structures(out, run.structures(recipe))
     content = {"recipe": asdict(recipe), "report": report, "versions": _versions()}
     _replace(out.with_name(out.name + ".recipe.json"), json.dumps(content, indent=2).encode())
+    write_structures(out, run.structures(recipe))
     state_file.unlink()
     return report
 
@@ -371,6 +372,10 @@ def _report(run: _State, recipe: Recipe, seconds: float, resumed: int) -> dict[s
         "seconds": round(seconds, 1),
         "frames_resumed": resumed,
     }
+
+
+def _state_file(out: Path) -> Path:
+    return out.with_name(out.name + ".state")
 
 
 def _fingerprint(recipe: Recipe) -> dict[str, Any]:
