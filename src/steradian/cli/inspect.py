@@ -74,7 +74,7 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
     rows += [
         ("parameters", f"{potential.num_parameters:,}"),
         ("parameters by part", ", ".join(f"{name} {count:,}" for name, count in parts(potential).items())),
-        ("elements and E0 [eV]", ", ".join(references)),
+        ("elements, E0 in eV", ", ".join(references)),
         ("E0 from", statistics.reference_report),
         ("training set", f"{statistics.num_frames} frames; force RMS {statistics.force_rms:.4g} eV/Å"),
         ("neighbours per atom", f"{statistics.avg_num_neighbors:.2f}"),
