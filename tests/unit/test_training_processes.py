@@ -91,7 +91,7 @@ def runs(folder: Path) -> dict[str, RunDirectory]:
     script = folder / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     out = torchrun([str(script), *files])
-    assert out.count("epoch 2/2") == 2, "only one process prints"
+    assert out.count("epoch 2/2 ") == 2, "only one process prints"
     return {config.name: RunDirectory(config.output / config.name) for config in (even, uneven, stopped, whole)}
 
 
