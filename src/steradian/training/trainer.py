@@ -111,3 +111,10 @@ def device_line(process: Process) -> str:
     if torch.cuda.is_available():
         return f"{count}GPU {torch.cuda.get_device_name()}"
     return f"{count}CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def end_processes() -> None:
+    """Leave the group of processes in order; one that dies with its threads running aborts the others' launcher."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
