@@ -14,7 +14,7 @@ MODELS = {"MACE": "demo_mace.yaml", "MACE-MARA": "demo_mace_mara.yaml"}
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for runs, pictures and report.")] = Path("demo_output"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each model.", show_default="30")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each model.", show_default="32")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of going on.")] = False,
 ) -> None:
     """Train MACE with and without MARA on malonaldehyde, compare them, write report.html.
