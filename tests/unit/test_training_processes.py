@@ -36,9 +36,11 @@ import sys
 from pathlib import Path
 from steradian.config import load_config
 from steradian.training.fit import fit
+from steradian.training.trainer import end_processes
 for argument in sys.argv[1:]:
     config = load_config(argument.removeprefix("resume:"))
     fit(config, resume=config.output / config.name if argument.startswith("resume:") else None, progress=True)
+end_processes()
 """
 
 

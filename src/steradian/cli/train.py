@@ -42,6 +42,7 @@ def train(
     run = resolve(config, data, name, settings or [], resume)
     from steradian.training.fit import fit
     from steradian.training.progress import spell_seconds
+    from steradian.training.trainer import end_processes
 
     result = fit(
         run,
@@ -51,6 +52,7 @@ def train(
         dry_run=dry_run,
         show_plan=None if quiet else print_plan,
     )
+    end_processes()
     if not quiet and is_first():
         print_result(result, dry_run, run.training.monitor, spell_seconds(result.elapsed_s))
     if result.reason == "interrupted":
