@@ -1,6 +1,6 @@
 """Evaluation of polynomials: one function, several backends.
 
-``reference`` is plain PyTorch and the truth.
+``reference`` is plain PyTorch and the truth; ``cpu`` runs programs compiled by numba (:mod:`steradian.kernels.cpu`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from steradian.kernels.backend import backend_for, set_backend, use_backend
 from steradian.kernels.polynomial import Operand, Polynomial, Terms
 from steradian.kernels.reference import evaluate_reference
 
-__all__ = ["Operand", "Polynomial", "Terms", "evaluate"]
+__all__ = ["Operand", "Polynomial", "Terms", "backend_for", "evaluate", "set_backend", "use_backend"]
 
 
 def evaluate(
@@ -47,4 +48,8 @@ def evaluate(
     if scatter is not None and num_rows is None:
         raise ValueError("scatter needs num_rows")
     gathers = gathers if gathers is not None else [None] * len(inputs)
+    if backend_for(*inputs) == "cpu":
+        from steradian.kernels.apply import evaluate_cpu
+
+        return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows)
     return evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)
