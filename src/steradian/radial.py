@@ -99,10 +99,12 @@ class RadialNetwork(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, radial: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = radial
+        x = radial  # constants go into the weights, which are smaller than what they multiply
         *hidden, last = self.weights
+        scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
-            x = torch.nn.functional.silu(x @ weight * weight.shape[0] ** -0.5) * SILU_SECOND_MOMENT
+            x = torch.nn.functional.silu(x @ (weight * scale))
+            scale = SILU_SECOND_MOMENT * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)
-        return (x @ last * last.shape[0] ** -0.5).view(-1, self.num_paths, self.num_channels)
+        return (x @ (last * scale)).view(-1, self.num_paths, self.num_channels)

@@ -28,13 +28,18 @@ class IrrepsLinear(nn.Module):
 
 def _per_irrep(features: Tensor, degrees: Degrees, weight: Tensor) -> Tensor:
     if len(degrees) == 1:
-        return features @ weight[0]
+        return _mix(features, weight[0])
     blocks, start = [], 0
     for (degree, _), matrix in zip(degrees, weight):
         stop = start + 2 * degree + 1
-        blocks.append(features[:, start:stop] @ matrix)
+        blocks.append(_mix(features[:, start:stop], matrix))
         start = stop
     return torch.cat(blocks, dim=1)
+
+
+def _mix(block: Tensor, matrix: Tensor) -> Tensor:
+    """``[N, d, C_in] @ [C_in, C_out]`` as one product of matrices; PyTorch would make N small ones of it."""
+    return (block.reshape(-1, block.shape[2]) @ matrix).view(block.shape[0], block.shape[1], matrix.shape[1])
 
 
 class PathLinear(nn.Module):
@@ -57,7 +62,7 @@ class PathLinear(nn.Module):
         for (degree, parity), count, weight in zip(self.table.degrees_out, self.table.counts, self.weights):
             stop = start + (2 * degree + 1) * count
             block = messages[:, start:stop].reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            blocks[degree, parity] = block @ (weight * weight.shape[0] ** -0.5)
+            blocks[degree, parity] = _mix(block, weight * weight.shape[0] ** -0.5)
             start = stop
         out = []
         for degree, parity in self.degrees_out:

@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.kernels.codegen import lanes_of
+from steradian.kernels.native import compiled
 from steradian.kernels.polynomial import Operand, Polynomial
 from steradian.kernels.program import Program, folded, program_of
-from steradian.kernels.tape import Tape, tape_of
 
 __all__ = ["evaluate_cpu"]
 
 #: Multiply-adds below which a second thread costs more than it brings.
 WORTH_A_THREAD = 400_000
+#: Part of the separate work that a shared run may have at most.
+WORTH_SHARING = 0.7
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A row index ``[B]`` and how it sorts the work: rows in order of their target, and where each target's begin."""
+    """A row index ``[B]`` and how it sorts the work: rows in order of their target (None where they are), and where each target's begin."""
 
     index: Tensor
     num_rows: int
-    order: np.ndarray
+    order: np.ndarray | None
     bounds: np.ndarray
-    in_order: bool
 
 
 _ROWS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -47,114 +49,124 @@ def rows_of(index: Tensor, num_rows: int) -> Rows:
         if array.size and not 0 <= array.min() <= array.max() < num_rows:
             raise IndexError(f"row index out of range: {array.min()}..{array.max()} for {num_rows} rows")
         in_order = bool((array[1:] >= array[:-1]).all())
-        order = np.arange(array.size) if in_order else np.argsort(array, kind="stable")
+        order = None if in_order else np.argsort(array, kind="stable")
         bounds = np.zeros(num_rows + 1, dtype=np.int64)
         np.cumsum(np.bincount(array, minlength=num_rows), out=bounds[1:])
-        known = Rows(contiguous, num_rows, order, bounds, in_order)
+        known = Rows(contiguous, num_rows, order, bounds)
         # the entry must not keep its own key alive
-        _ROWS[index] = known if contiguous is not index else Rows(index.detach(), num_rows, order, bounds, in_order)
+        _ROWS[index] = known if contiguous is not index else Rows(index.detach(), num_rows, order, bounds)
         known = _ROWS[index]
     return known
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run over the rows: the outputs that are scattered by one index, or by none."""
+    """One run over the rows: the outputs that are scattered by one index, or by none.
 
-    tape: Tape
+    Attributes:
+        program: with these outputs only.
+        positions: of the outputs in the whole program.
+        index: the row index that sorts the work, or None.
+        written: for each output whether every number of it is written (and not added to).
+        sums_channels: whether an output has no channels, so that a row's channels belong to one thread.
+        weight: multiply-adds per row and channel.
+    """
+
+    program: Program
     positions: tuple[int, ...]
     index: int | None
-    coefficients: dict[torch.dtype, np.ndarray]
+    written: tuple[bool, ...]
+    sums_channels: bool
+    weight: int
 
 
 _PASSES: WeakKeyDictionary[Program, list[Pass]] = WeakKeyDictionary()
 
 
 def passes_of(program: Program) -> list[Pass]:
-    """Split a program by the index of its outputs; outputs without one join the first pass."""
+    """Split the outputs of a program into runs over the rows; those scattered by different indices cannot share one.
+
+    Outputs share a run where that saves a good part of the work: short code keeps its values in registers.
+    """
     if program not in _PASSES:
-        by_index: dict[int | None, list[int]] = {}
+        groups: list[tuple[int | None, tuple[int, ...]]] = []
         for position, slot in enumerate(program.outputs):
-            by_index.setdefault(slot.index, []).append(position)
-        free = by_index.pop(None, [])
-        if free and by_index:
-            by_index[next(iter(by_index))] += free
-        elif free:
-            by_index[None] = free
-        found = []
-        for index, positions in by_index.items():
-            tape = tape_of(program.part(tuple(positions)))
-            kinds = {torch.float32: np.float32, torch.float64: np.float64}
-            coefficients = {dtype: tape.coefficients.astype(kind) for dtype, kind in kinds.items()}
-            found.append(Pass(tape, tuple(positions), index, coefficients))
-        _PASSES[program] = found
+            new = (slot.index, (position,))
+            for place, (index, others) in enumerate(groups):
+                together = program.part((*others, position)).num_terms
+                apart = program.part(others).num_terms + program.part((position,)).num_terms
+                if None in (index, slot.index) or index == slot.index:
+                    if together <= WORTH_SHARING * apart:
+                        new = (slot.index if index is None else index, (*others, position))
+                        groups.pop(place)
+                        break
+            groups.append(new)
+        _PASSES[program] = [_make_pass(program, index, positions) for index, positions in groups]
     return _PASSES[program]
+
+
+def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) -> Pass:
+    part = program.part(positions)
+    written = tuple(
+        slot.index is None and slot.operand.has_channels and None not in nodes
+        for slot, nodes in zip(part.outputs, part.nodes)
+    )
+    sums = any(not slot.operand.has_channels for slot in part.outputs)
+    return Pass(part, positions, index, written, sums, part.num_terms)
 
 
 def run_program(
     program: Program, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], channels: int
 ) -> list[Tensor]:
-    """Outputs of a program; inputs are contiguous, with channels a multiple of a block."""
+    """Outputs of a program; inputs are contiguous, with whole vectors of channels."""
     outputs: list[Tensor | None] = [None] * len(program.outputs)
     like = inputs[0]
     for one in passes_of(program):
-        for position in one.positions:
+        for position, written in zip(one.positions, one.written):
             slot = program.outputs[position]
             count = num_rows if slot.index is None else rows[slot.index].num_rows
             shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
-            written = slot.index is None and slot.operand.has_channels and one.tape.complete[one.positions.index(position)]
             outputs[position] = like.new_empty(shape) if written else like.new_zeros(shape)
-        _run_pass(one, program, rows, num_rows, inputs, outputs, channels)
+        _run_pass(one, rows, num_rows, inputs, [outputs[position] for position in one.positions], channels)
     return outputs  # type: ignore[return-value]
 
 
 def _run_pass(
-    one: Pass, program: Program, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], outputs: list, channels: int
+    one: Pass, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], outputs: list, channels: int
 ) -> None:
-    from steradian.kernels.cpu import run
-
-    width = next(block for block in _blocks() if channels % block == 0)
-    tape = one.tape
-    input_table = np.array(
+    itemsize = inputs[0].element_size()
+    function = compiled(one.program, itemsize, channels)
+    slots = one.program.inputs
+    tables = np.array(
         [
-            (value.data_ptr(), slot.operand.dim, 0 if slot.index is None else rows[slot.index].index.data_ptr(),
-             slot.operand.has_channels)
-            for slot, value in zip(program.inputs, inputs)
+            *(value.data_ptr() for value in inputs),
+            *(0 if slot.index is None else rows[slot.index].index.data_ptr() for slot in slots),
+            *(value.data_ptr() for value in outputs),
         ],
         dtype=np.int64,
-    )  # fmt: skip
-    output_table = np.array(
-        [
-            (outputs[position].data_ptr(), program.outputs[position].operand.dim,
-             program.outputs[position].index is not None, program.outputs[position].operand.has_channels)
-            for position in one.positions
-        ],
-        dtype=np.int64,
-    )  # fmt: skip
+    )
+    start = tables.ctypes.data
+    addresses = (start, start + 8 * len(inputs), start + 16 * len(inputs))
     if one.index is None:
-        order, bounds, in_order = _plain_rows(num_rows)
+        order, bounds = None, _plain_rows(num_rows)
     else:
-        sorted_rows = rows[one.index]
-        order, bounds, in_order = sorted_rows.order, sorted_rows.bounds, sorted_rows.in_order
-    sizes = np.array([tape.num_vectors, tape.num_buffers, tape.num_scalars, channels, in_order], dtype=np.int64)
-    tables = (tape.nodes, tape.factors, one.coefficients[inputs[0].dtype], tape.loads, tape.load_bounds, tape.stores)
-    num_segments, num_blocks = len(bounds) - 1, channels // width
-    lanes = (0,) * (width // 16)
+        order, bounds = rows[one.index].order, rows[one.index].bounds
+    listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
+    num_segments, num_blocks = len(bounds) - 1, channels * itemsize // 64
 
     def work(first: int, last: int, block_first: int, block_last: int) -> None:
-        run(*tables, sizes, input_table, output_table, order, bounds, first, last, block_first, block_last, lanes)
+        function(*addresses, *listing, first, last, block_first, block_last)
 
     threads = torch.get_num_threads()
-    if threads == 1 or tape.weight * num_rows * channels < WORTH_A_THREAD:
+    if threads == 1 or one.weight * num_rows * channels < WORTH_A_THREAD:
         work(0, num_segments, 0, num_blocks)
         return
-    sums_channels = any(not slot.operand.has_channels for slot in (program.outputs[p] for p in one.positions))
-    if num_segments < 4 * threads and num_blocks > 1 and not sums_channels:
+    if num_segments < 4 * threads and num_blocks > 1 and not one.sums_channels:
         cuts = [round(num_blocks * part / threads) for part in range(threads + 1)]
         tasks = [(0, num_segments, a, b) for a, b in zip(cuts, cuts[1:]) if b > a]
     else:
-        targets = [len(order) * part // threads for part in range(threads + 1)]
-        cuts = [0, *np.searchsorted(bounds, targets[1:-1]).tolist(), num_segments]
+        targets = [num_rows * part // threads for part in range(1, threads)]
+        cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in zip(cuts, cuts[1:]) if b > a]
     for future in [_pool(os.getpid(), threads).submit(work, *task) for task in tasks]:
         future.result()
@@ -167,16 +179,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _blocks() -> tuple[int, ...]:
-    from steradian.kernels.cpu import BLOCKS
-
-    return BLOCKS
-
-
-@cache
-def _plain_rows(count: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Rows that are each a segment of their own."""
-    return np.zeros(1, dtype=np.int64), np.arange(count + 1), True
+def _plain_rows(count: int) -> np.ndarray:
+    """Bounds of rows that are each a segment of their own."""
+    return np.arange(count + 1)
 
 
 class _Apply(torch.autograd.Function):
@@ -252,7 +257,7 @@ def evaluate_cpu(
     rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
     work = next((len(index) for index in indices), inputs[0].shape[0])
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
-    missing = -channels % 16
+    missing = -channels % lanes_of(inputs[0].element_size())
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
     (out,) = _Apply.apply(program, rows, work, *inputs)
@@ -268,7 +273,7 @@ def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
     """A polynomial of one input without channels: the rows take the place of the channels."""
     widened = _cached(polynomial, ("rows as channels",), lambda: _with_channels(polynomial))
     across = value.t().unsqueeze(0)
-    missing = -across.shape[2] % 64
+    missing = -across.shape[2] % lanes_of(value.element_size())
     program = _cached(widened, (), lambda: program_of(widened, (None,), None))
     (out,) = _Apply.apply(program, (), 1, torch.nn.functional.pad(across, (0, missing)))
     return out[0, :, : value.shape[0]].t()

@@ -161,6 +161,20 @@ class Program:
                 depends.append(any(depends[a] or (b >= 0 and depends[b]) for _, a, b in terms))
         return depends
 
+    @property
+    def num_terms(self) -> int:
+        """Terms that the outputs need."""
+        seen: set[int] = set()
+        stack = [node for nodes in self.nodes for node in nodes if node is not None]
+        count = 0
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                count += len(self.graph.terms[node])
+                stack += [factor for _, a, b in self.graph.terms[node] for factor in (a, b) if factor >= 0]
+        return count
+
     def part(self, positions: tuple[int, ...]) -> Program:
         """The same program with some of the outputs only."""
         outputs = tuple(self.outputs[position] for position in positions)
@@ -217,11 +231,44 @@ class _Builder:
             return self.horner(weighted)
         terms: list[Term] = []
         for outer, trie in by_outer.items():
+            if outer and self.node_has_channels(outer[0]) and self._mixes(trie):
+                terms += self.scaled(self.node(outer[0]), trie)
+                continue
             inner = self.horner(trie)
             if not outer:
                 terms += inner
             else:
                 terms.append((1.0, self.node(outer[0]), self.graph.sum(inner, self._has_channels(trie))))
+        return terms
+
+    def node_has_channels(self, factor: tuple[int, int]) -> bool:
+        return self.polynomial.inputs[factor[0]].has_channels
+
+    def _mixes(self, trie: dict) -> bool:
+        """Whether every monomial is one factor with channels times some without."""
+        return all(
+            self.node_has_channels(factor)
+            and all(key is not None for key in rest)
+            and not any(self.node_has_channels(key) for key in rest)
+            and not any(self._has_channels(deeper) for deeper in rest.values())
+            for factor, rest in trie.items()
+            if factor is not None
+        ) and None not in trie
+
+    def scaled(self, weight: int, trie: dict) -> list[Term]:
+        """``sum_i (w x_i) (sum_j c_ij y_j)``: one product with channels per i, however many outputs read it.
+
+        Scalars are left as factors of the terms: sums of them would be nodes of their own, and their derivatives one
+        sum over channels each.
+        """
+        terms: list[Term] = []
+        for factor, rest in trie.items():
+            vector = self.graph.sum([(1.0, weight, self.node(factor))], True)
+            for scalars, coefficient in _monomials(rest):
+                product = self.node(scalars[0])
+                for scalar in scalars[1:]:
+                    product = self.graph.sum([(1.0, product, self.node(scalar))], False)
+                terms.append((coefficient, vector, product))
         return terms
 
     def horner(self, trie: dict) -> list[Term]:
@@ -254,6 +301,17 @@ class _Builder:
             if self.polynomial.inputs[factor[0]].has_channels or self._has_channels(rest):
                 return True
         return False
+
+
+def _monomials(trie: dict) -> list[tuple[list[tuple[int, int]], float]]:
+    """Every product of a trie with its coefficient."""
+    found = []
+    for factor, rest in trie.items():
+        if factor is None:
+            found.append(([], rest))
+        else:
+            found += [([factor, *deeper], coefficient) for deeper, coefficient in _monomials(rest)]
+    return found
 
 
 def _is_leaf(trie: dict) -> bool:

@@ -1,0 +1,370 @@
+"""A program as machine code: straight-line vector instructions inside three loops.
+
+The function made of a program runs over segments (rows of the output), over the rows of a segment, and over blocks of
+channels. The body has no branches: every term is one fused multiply-add on a vector of channels, factors are read where
+they lie, scalars are broadcast. Nothing is interpreted at run time, which is what makes a term cost about a cycle.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from steradian.kernels.program import Program, Slot, Term
+
+__all__ = ["FUNCTION", "lanes_of", "module_of"]
+
+FUNCTION = "run"
+I64 = ir.IntType(64)
+#: Sums may be fused and rearranged, once, when the code is made; NaN and infinity keep their meaning.
+FLAGS = ("contract", "reassoc", "nsz")
+#: An input vector with more uses than this in a program with few of them stays in a register.
+MANY_USES = 4
+REGISTERS_FOR_INPUTS = 12
+
+
+def lanes_of(itemsize: int) -> int:
+    """Channels in one vector of 64 bytes."""
+    return 64 // itemsize
+
+
+def module_of(program: Program, itemsize: int, channels: int) -> str:
+    """LLVM's text for a program in float32 (``itemsize`` 4) or float64 (8) and a number of channels.
+
+    Channels are whole vectors, and constant, so that every address is a row's address plus a constant.
+
+    The function takes, all int64: addresses of the tables ``inputs`` (an address each), ``gathers`` (the address of each
+    input's row index), ``outputs``, ``order`` (rows in order of their segment, or 0 where that is 0, 1, 2, ...) and
+    ``bounds`` of the segments; then the first and last segment, and the first and last block of channels.
+    """
+    return str(_Generator(program, itemsize, channels).module)
+
+
+@dataclass
+class _Loop:
+    index: ir.PhiInstr
+    close: Callable[[], None]
+
+
+class _Generator:
+    def __init__(self, program: Program, itemsize: int, channels: int) -> None:
+        self.stride = channels * itemsize
+        self.program, self.graph, self.itemsize = program, program.graph, itemsize
+        self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
+        self.lanes = lanes_of(itemsize)
+        self.vector = ir.VectorType(self.real, self.lanes)
+        self.order = _needed_in_order(program)
+        self.module = ir.Module(name="program")
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
+        self.function = ir.Function(self.module, kind, name=FUNCTION)
+        self.function.attributes.add("nounwind")
+        self.entry = self.function.append_basic_block("entry")
+        self.b = ir.IRBuilder(self.entry)
+        self.values: dict[int, ir.Value] = {}
+        self._generate()
+
+    # ------------------------------------------------------------------------------------------------------- structure
+
+    def _generate(self) -> None:
+        inputs, gathers, outputs, order, bounds, first, last, block_first, block_last = self.function.args
+        b = self.b
+        self.input_bases = [self._load_index(inputs, I64(k)) for k in range(len(self.program.inputs))]
+        self.index_bases = [self._load_index(gathers, I64(k)) for k in range(len(self.program.inputs))]
+        self.output_bases = [self._load_index(outputs, I64(k)) for k in range(len(self.program.outputs))]
+        self.scratch = b.alloca(self.real, max(self._count_products(), 1))
+        self.scratch_used = 0
+        in_order = b.icmp_signed("==", order, I64(0))
+        segments = self._loop(first, last)
+        start = self._load_index(bounds, segments.index)
+        stop = self._load_index(bounds, b.add(segments.index, I64(1)))
+        rows = self._loop(start, stop)
+        listed = b.append_basic_block("listed")
+        known = b.append_basic_block("known")
+        before = b.block
+        b.cbranch(in_order, known, listed)
+        b.position_at_end(listed)
+        from_list = self._load_index(order, rows.index)
+        b.branch(known)
+        b.position_at_end(known)
+        row = b.phi(I64)
+        row.add_incoming(rows.index, before)
+        row.add_incoming(from_list, listed)
+        self._row(segments.index, row, block_first, block_last)
+        rows.close()
+        segments.close()
+        b.ret_void()
+
+    def _loop(self, first: ir.Value, last: ir.Value) -> _Loop:
+        b = self.b
+        before = b.block
+        head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(I64)
+        index.add_incoming(first, before)
+        b.cbranch(b.icmp_signed("<", index, last), body, after)
+        b.position_at_end(body)
+
+        def close() -> None:
+            index.add_incoming(b.add(index, I64(1)), b.block)
+            b.branch(head)
+            b.position_at_end(after)
+
+        return _Loop(index, close)
+
+    def _row(self, segment: ir.Value, row: ir.Value, block_first: ir.Value, block_last: ir.Value) -> None:
+        b, graph = self.b, self.graph
+        self.input_rows = []
+        for slot, base, index in zip(self.program.inputs, self.input_bases, self.index_bases):
+            at = row if slot.index is None else self._load_index(index, row)
+            self.input_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot)))))
+        output_rows = []
+        for slot, base in zip(self.program.outputs, self.output_bases):
+            at = row if slot.index is None else segment
+            output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot)))))
+        summed = self._summed_nodes()
+        for node in self.order:
+            if not graph.vector[node] and node not in summed:
+                self.values[node] = self._scalar(node)
+        self._hoist_products()
+        dots = [node for node in self.order if node in summed and self._is_dot(node)]
+        totals = self._blocks(block_first, block_last, output_rows, dots)
+        for node, total in zip(dots, totals):
+            self.values[node] = self._reduce(total)
+        for node in self.order:
+            if node in summed and node not in dots:
+                self.values[node] = self._scalar(node)
+        for slot, nodes, address in zip(self.program.outputs, self.program.nodes, output_rows):
+            if slot.operand.has_channels:
+                continue
+            for component, node in enumerate(nodes):
+                if node is not None:
+                    pointer = self._pointer(b.add(address, I64(component * self.itemsize)), self.real)
+                    b.store(b.fadd(b.load(pointer), self.values[node], flags=FLAGS), pointer)
+
+    def _blocks(
+        self, block_first: ir.Value, block_last: ir.Value, output_rows: list[ir.Value], dots: list[int]
+    ) -> list[ir.Value]:
+        """The loop over blocks of channels; returns the sums of the dots, a vector each."""
+        b = self.b
+        zero = ir.Constant(self.vector, [0.0] * self.lanes)
+        before = b.block
+        loop = self._loop(block_first, block_last)
+        body = b.block
+        b.position_at_end(loop.index.parent)
+        b.position_after(loop.index)
+        running = []
+        for _ in dots:
+            phi = b.phi(self.vector)
+            phi.add_incoming(zero, before)
+            running.append(phi)
+        b.position_at_end(body)
+        offset = b.mul(loop.index, I64(64))
+        self.input_places = [b.add(base, offset) for base in self.input_rows]
+        output_places = [b.add(base, offset) for base in output_rows]
+        self.registers: dict[int, ir.Value] = {}
+        self.kept = self._kept_inputs()
+        outputs_of: dict[int, list[tuple[int, int]]] = {}
+        for output, nodes in enumerate(self.program.nodes):
+            for component, node in enumerate(nodes):
+                if node is not None and self.graph.vector[node]:
+                    outputs_of.setdefault(node, []).append((output, component))
+        totals = dict(zip(dots, running))
+        for node in self.order:
+            if node in totals:
+                total = self._sum(node, totals[node])
+                totals[node].add_incoming(total, body)
+            elif self.graph.vector[node]:
+                if self.graph.source[node] is None:
+                    self.values[node] = self._sum(node, None)
+                for output, component in outputs_of.get(node, ()):
+                    self._store(output, component, output_places[output], self._vector(node))
+        loop.close()
+        return running
+
+    # -------------------------------------------------------------------------------------------------------- analysis
+
+    def _row_size(self, slot: Slot) -> int:
+        """Bytes of one row."""
+        return slot.operand.dim * (self.stride if slot.operand.has_channels else self.itemsize)
+
+    def _is_dot(self, node: int) -> bool:
+        return any(b >= 0 and self.graph.vector[a] and self.graph.vector[b] for _, a, b in self.graph.terms[node])
+
+    def _summed_nodes(self) -> set[int]:
+        """Scalars that come out of sums over channels; what follows such a sum must be linear in it."""
+        summed: set[int] = set()
+        for node in self.order:
+            if self.graph.vector[node]:
+                parts = [(a in summed) + (b in summed) for _, a, b in self.graph.terms[node]]
+                if any(parts):
+                    raise NotImplementedError("channels that depend on a sum over channels")
+                continue
+            parts = [a in summed or b in summed for _, a, b in self.graph.terms[node]]
+            if self._is_dot(node):
+                if any(parts):
+                    raise NotImplementedError("a sum over channels added to a function of another")
+                summed.add(node)
+            elif any(parts):
+                summed.add(node)
+        return summed
+
+    def _count_products(self) -> int:
+        return sum(len(self.graph.terms[node]) for node in self.order)
+
+    def _kept_inputs(self) -> set[int]:
+        uses: dict[int, int] = {}
+        for node in self.order:
+            for _, a, b in self.graph.terms[node]:
+                for factor in (a, b):
+                    if factor >= 0 and self.graph.vector[factor] and self.graph.source[factor] is not None:
+                        uses[factor] = uses.get(factor, 0) + 1
+        often = sorted((node for node in uses if uses[node] > MANY_USES), key=lambda node: -uses[node])
+        return set(often[:REGISTERS_FOR_INPUTS])
+
+    # ------------------------------------------------------------------------------------------------------- arithmetic
+
+    def _pointer(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        return self.b.inttoptr(address, kind.as_pointer())
+
+    def _load_index(self, base: ir.Value, position: ir.Value) -> ir.Value:
+        return self.b.load(self._pointer(self.b.add(base, self.b.mul(position, I64(8))), I64))
+
+    def _vector(self, node: int) -> ir.Value:
+        """Value of a vector node; inputs are read at each use, which costs no more than a register would."""
+        source = self.graph.source[node]
+        if source is None:
+            return self.values[node]
+        if node in self.registers:
+            return self.registers[node]
+        operand, component = source
+        b = self.b
+        address = b.add(self.input_places[operand], I64(self.stride * component))
+        value = b.load(self._pointer(address, self.vector))
+        value.align = self.itemsize
+        if node in self.kept:
+            self.registers[node] = value
+        return value
+
+    def _store(self, output: int, component: int, place: ir.Value, value: ir.Value) -> None:
+        b = self.b
+        address = b.add(place, I64(self.stride * component))
+        pointer = self._pointer(address, self.vector)
+        if self.program.outputs[output].index is not None:
+            before = b.load(pointer)
+            before.align = self.itemsize
+            value = b.fadd(before, value, flags=FLAGS)
+        b.store(value, pointer).align = self.itemsize
+
+    def _splat(self, value: ir.Value) -> ir.Value:
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        one = self.b.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.b.shuffle_vector(one, undefined, mask)
+
+    def _number(self, value: float) -> ir.Constant:
+        if self.itemsize == 4:
+            value = struct.unpack("f", struct.pack("f", value))[0]
+        return ir.Constant(self.real, value)
+
+    def _hoist_products(self) -> None:
+        """Coefficient times scalar of every term that has both, once per row, in memory to broadcast from."""
+        b = self.b
+        self.hoisted: dict[tuple[float, int], ir.Value] = {}
+        for node in self.order:
+            if not self.graph.vector[node]:
+                continue
+            for coefficient, a, other in self.graph.terms[node]:
+                if other < 0 or (self.graph.vector[a] and self.graph.vector[other]):
+                    continue
+                scalar = other if self.graph.vector[a] else a
+                if (coefficient, scalar) in self.hoisted:
+                    continue
+                value = self.values[scalar]
+                if coefficient != 1.0:
+                    value = b.fmul(value, self._number(coefficient), flags=FLAGS)
+                place = b.gep(self.scratch, [I64(self.scratch_used)])
+                self.scratch_used += 1
+                b.store(value, place)
+                self.hoisted[coefficient, scalar] = place
+
+    def _factors(self, term: Term) -> tuple[ir.Value, ir.Value | None]:
+        """A term in a vector node or a dot as one or two vectors."""
+        coefficient, a, other = term
+        vector = self.graph.vector
+        if other < 0:
+            value = self._vector(a)
+            if coefficient == 1.0:
+                return value, None
+            return value, ir.Constant(self.vector, [self._number(coefficient)] * self.lanes)
+        if vector[a] and vector[other]:
+            one, two = self._vector(a), self._vector(other)
+            if coefficient != 1.0:
+                one = self.b.fmul(one, ir.Constant(self.vector, [self._number(coefficient)] * self.lanes), flags=FLAGS)
+            return one, two
+        scalar = other if vector[a] else a
+        return self._vector(a if vector[a] else other), self._splat(self.b.load(self.hoisted[coefficient, scalar]))
+
+    def _sum(self, node: int, total: ir.Value | None) -> ir.Value:
+        for term in self.graph.terms[node]:
+            one, two = self._factors(term)
+            if total is None:
+                total = one if two is None else self.b.fmul(one, two, flags=FLAGS)
+            elif two is None:
+                total = self.b.fadd(total, one, flags=FLAGS)
+            else:
+                total = self.b.call(self._intrinsic("fma", self.vector, 3), [one, two, total])
+        if total is None:
+            return ir.Constant(self.vector, [0.0] * self.lanes)
+        return total
+
+    def _scalar(self, node: int) -> ir.Value:
+        b = self.b
+        source = self.graph.source[node]
+        if source is not None:
+            operand, component = source
+            return b.load(self._pointer(b.add(self.input_rows[operand], I64(component * self.itemsize)), self.real))
+        total = self._number(0.0)
+        for coefficient, a, other in self.graph.terms[node]:
+            value = self.values[a]
+            if other >= 0:
+                value = b.fmul(value, self.values[other], flags=FLAGS)
+            if coefficient != 1.0:
+                value = b.fmul(value, self._number(coefficient), flags=FLAGS)
+            total = b.fadd(total, value, flags=FLAGS)
+        return total
+
+    def _reduce(self, total: ir.Value) -> ir.Value:
+        reducer = self._intrinsic("vector.reduce.fadd", self.real, 1)
+        return self.b.call(reducer, [self._number(0.0), total], fastmath=FLAGS)
+
+    def _intrinsic(self, name: str, first: ir.Type, count: int) -> ir.Function:
+        """LLVM's function ``name`` of ``count`` vectors, or of a number and ``count`` vectors."""
+        full = f"llvm.{name}.v{self.lanes}f{8 * self.itemsize}"
+        kinds = [self.vector] * count if first is self.vector else [first, *[self.vector] * count]
+        known = self.module.globals.get(full)
+        return known or ir.Function(self.module, ir.FunctionType(first, kinds), name=full)
+
+
+def _needed_in_order(program: Program) -> list[int]:
+    """Nodes that the outputs need, each just before its first use: values live for a short time."""
+    graph, seen = program.graph, set()
+    order: list[int] = []
+    for nodes in program.nodes:
+        for target in nodes:
+            stack = [(target, False)] if target is not None else []
+            while stack:
+                node, ready = stack.pop()
+                if ready:
+                    order.append(node)
+                    continue
+                if node in seen:
+                    continue
+                seen.add(node)
+                stack.append((node, True))
+                for _, a, b in reversed(graph.terms[node]):
+                    stack += [(factor, False) for factor in (b, a) if factor >= 0 and factor not in seen]
+    return order

@@ -1,0 +1,130 @@
+"""Machine code of programs: made by LLVM on first use, kept on disk, loaded by later processes.
+
+The cache is ``$STERADIAN_CACHE`` or ``~/.cache/steradian``; a file is written whole or not at all, and carries its own
+checksum. Where it cannot be written, code is made anew in every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from steradian.kernels.program import Program
+
+__all__ = ["cache_folder", "compiled"]
+
+VERSION = 1
+_LOCK = threading.Lock()
+_FUNCTIONS: WeakKeyDictionary[Program, dict[tuple[int, int], Callable]] = WeakKeyDictionary()
+_ENGINES: list[Any] = []
+_said = False
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept."""
+    chosen = os.environ.get("STERADIAN_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "steradian"
+
+
+def compiled(program: Program, itemsize: int, channels: int) -> Callable:
+    """The function of a program (see :mod:`steradian.kernels.codegen`), in float32 (4) or float64 (8)
+    and with that many channels."""
+    key = (itemsize, channels)
+    known = _FUNCTIONS.get(program, {}).get(key)
+    if known is not None:
+        return known
+    with _LOCK:
+        functions = _FUNCTIONS.setdefault(program, {})
+        if key not in functions:
+            functions[key] = _load(_object_code(program, *key))
+        return functions[key]
+
+
+@cache
+def _target() -> tuple[Any, str]:
+    """LLVM's code generator for this processor, and a description of both."""
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    with contextlib.suppress(RuntimeError):  # newer versions do this by themselves and say so by an error
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features, opt=2, reloc="pic", codemodel="small")
+    return machine, f"{VERSION} {llvmlite.__version__} {target.triple} {name} {features}"
+
+
+def _object_code(program: Program, itemsize: int, channels: int) -> bytes:
+    _, target = _target()
+    key = hashlib.sha256(f"{target} {itemsize} {channels} {_description(program)}".encode()).hexdigest()
+    path = cache_folder() / "kernels" / f"{key}.o"
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return content[32:]
+    code = _compile(program, itemsize, channels)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(hashlib.sha256(code).digest() + code)
+        os.replace(temporary, path)
+    return code
+
+
+def _description(program: Program) -> str:
+    """Everything the code depends on."""
+    from steradian.kernels.codegen import _needed_in_order
+
+    order = _needed_in_order(program)
+    graph = program.graph
+    slots = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.inputs]
+    targets = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.outputs]
+    nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in order]
+    return repr((slots, targets, program.nodes, nodes))
+
+
+def _compile(program: Program, itemsize: int, channels: int) -> bytes:
+    import llvmlite.binding as llvm
+
+    from steradian.kernels.codegen import module_of
+
+    global _said
+    if not _said:
+        _said = True
+        print("steradian: making machine code for this model (once; kept for later runs)", file=sys.stderr)
+    started = time.perf_counter()
+    machine, _ = _target()
+    module = llvm.parse_assembly(module_of(program, itemsize, channels))
+    code = machine.emit_object(module)
+    if os.environ.get("STERADIAN_VERBOSE_KERNELS"):
+        names = ", ".join(slot.operand.name for slot in program.outputs)
+        print(f"steradian: {names}: {time.perf_counter() - started:.2f} s, {len(code)} bytes", file=sys.stderr)
+    return code
+
+
+def _load(code: bytes) -> Callable:
+    import llvmlite.binding as llvm
+
+    from steradian.kernels.codegen import FUNCTION
+
+    machine, _ = _target()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _ENGINES.append(engine)  # the code lives as long as its engine
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
+    return signature(engine.get_function_address(FUNCTION))
