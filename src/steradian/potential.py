@@ -44,6 +44,7 @@ class Potential(nn.Module):
         self.atom_references: Tensor
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
+        self.radial_table_error: float | None = None
         self.to(POLICIES[config.precision].compute)
 
     def _reference_tensor(self) -> Tensor:
@@ -119,6 +120,26 @@ class Potential(nn.Module):
             gates=output.gates,
         )
         return prediction if self.training else _detached(prediction)
+
+    def for_inference(self, radial_table: bool = True, num_intervals: int = 512) -> Potential:
+        """Freeze the weights and prepare what is the same in every call; :meth:`train` undoes it.
+
+        Args:
+            radial_table: interpolate the radial networks from a table. ``radial_table_error`` then holds the largest
+                error of a radial weight, relative to the largest one.
+            num_intervals: of the table.
+        """
+        self.eval().requires_grad_(False)
+        if radial_table:
+            self.radial_table_error = self.host.tabulate_radial(num_intervals)
+        return self
+
+    def train(self, mode: bool = True) -> Potential:
+        """As :meth:`torch.nn.Module.train`; weights frozen by :meth:`for_inference` can be trained again."""
+        if mode and self.radial_table_error is not None:
+            self.requires_grad_(True)
+            self.radial_table_error = None
+        return super().train(mode)
 
     def _centred(self, graph: Graph) -> Tensor:
         """Positions about the mean of each system: float32 loses nothing far from the origin."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steradian.config import RadialConfig
+from steradian.kernels import Operand, Polynomial, Terms, evaluate
 
-__all__ = ["RadialBasis", "RadialNetwork", "polynomial_envelope", "safe_norm"]
+__all__ = ["RadialBasis", "RadialNetwork", "RadialTable", "polynomial_envelope", "safe_norm"]
 
 SILU_SECOND_MOMENT = 1.6791767923989418
 """1 / sqrt(E[silu(z)^2]) for a normal z: makes the activation keep unit variance (e3nn's ``normalize2mom``)."""
@@ -97,8 +101,15 @@ class RadialNetwork(nn.Module):
         widths = [num_radial, *hidden, num_paths * num_channels]
         self.num_paths, self.num_channels = num_paths, num_channels
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
+        self.table: RadialTable | None = None
 
-    def forward(self, radial: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(self, radial: Tensor, gate: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Weights ``[E, P, C]`` from the basis times envelope ``[E, R]``, each edge's times its gate ``[E]``.
+
+        With a table (:meth:`tabulate`) and lengths ``[E]`` [Å] the weights are interpolated instead.
+        """
+        if self.table is not None and lengths is not None:
+            return self.table(lengths, gate)
         x = radial  # constants go into the weights, which are smaller than what they multiply
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
@@ -108,3 +119,80 @@ class RadialNetwork(nn.Module):
         if gate is not None:
             x = x * gate.unsqueeze(-1)
         return (x @ (last * scale)).view(-1, self.num_paths, self.num_channels)
+
+    def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
+        """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).
+
+        Args:
+            radial_of: ``[M]`` lengths to ``[M, R]`` basis times envelope, in float64.
+            cutoff: [Å]; beyond it the weights are zero.
+            num_intervals: of the table; the error of a weight falls with the fourth power of their width.
+
+        Returns:
+            Largest error of a weight half way between knots, relative to the largest weight.
+        """
+        exact = copy.deepcopy(self).double()
+        exact.table = None
+
+        def weights(lengths: Tensor) -> Tensor:
+            return exact(radial_of(lengths)).detach()
+
+        like = self.weights[0]
+        knots = torch.linspace(0.0, cutoff, num_intervals + 1, dtype=torch.float64, device=like.device)
+        width = cutoff / num_intervals
+        # five-point slopes from a grid eight times as fine; forward-mode derivatives need more than every basis offers
+        step = width / 8
+        sides = [weights((knots + factor * step).abs()) for factor in (-2, -1, 1, 2)]
+        slopes = (sides[0] - 8 * sides[1] + 8 * sides[2] - sides[3]) / (12 * step)
+        slopes[0] = (-25 * weights(knots[:1]) + 48 * weights(knots[:1] + step) - 36 * weights(knots[:1] + 2 * step)
+                     + 16 * weights(knots[:1] + 3 * step) - 3 * weights(knots[:1] + 4 * step))[0] / (12 * step)  # fmt: skip
+        self.table = RadialTable(weights(knots), slopes, width, like.dtype)
+        middles = knots[:-1] + 0.5 * width
+        truth = weights(middles)
+        return float((self.table(middles.to(like.dtype)).double() - truth).abs().max() / truth.abs().max())
+
+    def train(self, mode: bool = True) -> RadialNetwork:
+        """Training changes the weights, so it drops the table."""
+        if mode:
+            self.table = None
+        return super().train(mode)
+
+
+class RadialTable:
+    """Radial weights by cubic Hermite interpolation: values and slopes are continuous (so forces are).
+
+    Args:
+        values, slopes: ``[M + 1, P, C]`` at equidistant knots from zero to the cutoff.
+        width: of an interval [Å].
+        dtype: to compute in.
+    """
+
+    def __init__(self, values: Tensor, slopes: Tensor, width: float, dtype: torch.dtype) -> None:
+        low, high = values[:-1], values[1:]
+        slope_low, slope_high = width * slopes[:-1], width * slopes[1:]
+        rise = high - low
+        powers = [low, slope_low, 3 * rise - 2 * slope_low - slope_high, slope_low + slope_high - 2 * rise]
+        table = torch.cat(powers, dim=1)  # [M, 4 P, C]
+        # one more interval of zeros, for edges beyond the cutoff
+        self.table = torch.cat([table, torch.zeros_like(table[:1])]).to(dtype).contiguous()
+        self.width = width
+        self.polynomial = _interpolation(values.shape[1])
+
+    def __call__(self, lengths: Tensor, gate: Tensor | None = None) -> Tensor:
+        position = lengths / self.width
+        interval = position.detach().floor().clamp(max=self.table.shape[0] - 1).long()
+        t = position - interval
+        square = t * t
+        powers = torch.stack([torch.ones_like(t), t, square, square * t], dim=1)
+        if gate is not None:
+            powers = powers * gate.unsqueeze(1)
+        return evaluate(self.polynomial, [self.table, powers], gathers=[interval, None], locality=interval)
+
+
+@cache
+def _interpolation(num_paths: int) -> Polynomial:
+    """``w_p = sum_k t^k table_kp``."""
+    order, path = np.divmod(np.arange(4 * num_paths), num_paths)
+    terms = Terms((0, 1), np.stack([np.arange(4 * num_paths), order], axis=1), path, np.ones(4 * num_paths))
+    operands = (Operand("table", 4 * num_paths), Operand("powers", 4, has_channels=False))
+    return Polynomial(operands, Operand("weights", num_paths), (terms,))

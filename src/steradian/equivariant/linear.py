@@ -29,12 +29,9 @@ class IrrepsLinear(nn.Module):
 def _per_irrep(features: Tensor, degrees: Degrees, weight: Tensor) -> Tensor:
     if len(degrees) == 1:
         return _mix(features, weight[0])
-    blocks, start = [], 0
-    for (degree, _), matrix in zip(degrees, weight):
-        stop = start + 2 * degree + 1
-        blocks.append(_mix(features[:, start:stop], matrix))
-        start = stop
-    return torch.cat(blocks, dim=1)
+    # split, not slices: the derivative of a slice is a tensor of zeros as large as all of them
+    blocks = features.split([2 * degree + 1 for degree, _ in degrees], dim=1)
+    return torch.cat([_mix(block, matrix) for block, matrix in zip(blocks, weight)], dim=1)
 
 
 def _mix(block: Tensor, matrix: Tensor) -> Tensor:
@@ -58,12 +55,13 @@ class PathLinear(nn.Module):
     def forward(self, messages: Tensor) -> Tensor:
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
-        start = 0
-        for (degree, parity), count, weight in zip(self.table.degrees_out, self.table.counts, self.weights):
-            stop = start + (2 * degree + 1) * count
-            block = messages[:, start:stop].reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+        sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
+        parts = messages.split(sizes, dim=1)
+        for (degree, parity), count, weight, part in zip(
+            self.table.degrees_out, self.table.counts, self.weights, parts
+        ):
+            block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
             blocks[degree, parity] = _mix(block, weight * weight.shape[0] ** -0.5)
-            start = stop
         out = []
         for degree, parity in self.degrees_out:
             empty = messages.new_zeros((num_atoms, 2 * degree + 1, self.num_channels))

@@ -35,3 +35,10 @@ class Host(nn.Module, ABC):
             positions: ``[N, 3]`` centred positions [Å], differentiable.
             vectors: ``[E, 3]`` from receiver to sender [Å], differentiable.
         """
+
+    def tabulate_radial(self, num_intervals: int) -> float | None:
+        """Replace the radial networks by tables until :meth:`train`; the largest relative error, None if there is none.
+
+        Hosts whose radial weights depend on the distance alone override this.
+        """
+        return None

@@ -7,6 +7,7 @@ from receiver to sender here, so the odd harmonics have the opposite sign.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class MACELayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
-        weights = self.radial_network(edges.radial, alpha)  # [E, P, C]
+        weights = self.radial_network(edges.radial, alpha, edges.lengths)  # [E, P, C]
         messages = self.product(self.linear_up(features), edges, weights)  # [N, D_paths, C]
         messages = self.linear_message(messages) / self.avg_num_neighbors  # [N, D_message, C]
         if not self.residual:
@@ -191,6 +192,18 @@ class MACE(Host):
         self.shift: Tensor
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+
+    def radial(self, lengths: Tensor) -> Tensor:
+        """Radial basis times envelope ``[E, R]``."""
+        envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
+        return self.radial_basis(lengths) * envelope.unsqueeze(-1)
+
+    def tabulate_radial(self, num_intervals: int) -> float:
+        exact = copy.deepcopy(self).double()
+        return max(
+            layer.radial_network.tabulate(exact.radial, self.cutoff, num_intervals)  # type: ignore[operator, union-attr]
+            for layer in self.layers
+        )
 
     def edges(self, graph: Graph, vectors: Tensor) -> Edges:
         """Lengths, radial basis, envelope and harmonics of the edges."""

@@ -23,6 +23,7 @@ def evaluate(
     gathers: Sequence[Tensor | None] | None = None,
     scatter: Tensor | None = None,
     num_rows: int | None = None,
+    locality: Tensor | None = None,
 ) -> Tensor:
     """Evaluate a polynomial row by row, gathering rows of the inputs and summing rows of the output on the way.
 
@@ -32,6 +33,7 @@ def evaluate(
         gathers: for each input None or ``[B]`` the row to take for row b of the product.
         scatter: ``[B]`` the row of the output to which row b is added, or None.
         num_rows: number of rows of the output; needed with ``scatter``.
+        locality: one of ``gathers`` whose rows are large: work that shares a row is done together. No effect on results.
 
     Returns:
         ``[B, dim, C]`` (``[num_rows, dim, C]`` with ``scatter``), without the last axis for an output without channels.
@@ -51,5 +53,5 @@ def evaluate(
     if backend_for(*inputs) == "cpu":
         from steradian.kernels.apply import evaluate_cpu
 
-        return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows)
+        return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality)
     return evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)

@@ -148,7 +148,8 @@ def _run_pass(
     start = tables.ctypes.data
     addresses = (start, start + 8 * len(inputs), start + 16 * len(inputs))
     if one.index is None:
-        order, bounds = None, _plain_rows(num_rows)
+        locality = one.program.locality
+        order, bounds = None if locality is None else rows[locality].order, _plain_rows(num_rows)
     else:
         order, bounds = rows[one.index].order, rows[one.index].bounds
     listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
@@ -224,6 +225,7 @@ def evaluate_cpu(
     gathers: list[Tensor | None],
     scatter: Tensor | None,
     num_rows: int | None,
+    locality: Tensor | None = None,
 ) -> Tensor:
     """See :func:`steradian.kernels.evaluate`."""
     if not any(operand.has_channels for operand in polynomial.inputs):
@@ -251,8 +253,9 @@ def evaluate_cpu(
 
     gathered = tuple(number(index, value.shape[0]) for index, value in zip(gathers, inputs))
     scattered = number(scatter, num_rows or 0)
+    near = number(locality, 0)
     program = _cached(
-        polynomial, (gathered, scattered), lambda: program_of(polynomial, gathered, scattered)
+        polynomial, (gathered, scattered, near), lambda: program_of(polynomial, gathered, scattered, near)
     )
     rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
     work = next((len(index) for index in indices), inputs[0].shape[0])

@@ -94,12 +94,14 @@ class Program:
         inputs: operand k of the graph is ``inputs[k]``.
         outputs: the slots of the outputs.
         nodes: for each output the node of each component, None where the component is zero.
+        locality: number of a row index; rows that share it are worked on one after the other where no output decides.
     """
 
     graph: Graph
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
     nodes: tuple[tuple[int | None, ...], ...]
+    locality: int | None = None
     _gradients: dict[tuple, Program] = field(default_factory=dict)
 
     def gradient(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Program:
@@ -149,7 +151,7 @@ class Program:
             outputs.append(slot)
             known = [graph._known.get((position, component)) for component in range(slot.operand.dim)]
             nodes_out.append(tuple(None if node is None else results.get(node) for node in known))
-        return Program(graph, tuple(inputs), tuple(outputs), tuple(nodes_out))
+        return Program(graph, tuple(inputs), tuple(outputs), tuple(nodes_out), self.locality)
 
     def _depends_on(self, wanted: tuple[bool, ...]) -> list[bool]:
         """For each node whether it depends on a wanted input."""
@@ -178,11 +180,13 @@ class Program:
     def part(self, positions: tuple[int, ...]) -> Program:
         """The same program with some of the outputs only."""
         outputs = tuple(self.outputs[position] for position in positions)
-        return Program(self.graph, self.inputs, outputs, tuple(self.nodes[position] for position in positions))
+        return Program(self.graph, self.inputs, outputs, tuple(self.nodes[position] for position in positions), self.locality)
 
 
-def program_of(polynomial: Polynomial, gathers: tuple[int | None, ...], scatter: int | None) -> Program:
-    """The program of a polynomial; ``gathers`` and ``scatter`` number the row indices."""
+def program_of(
+    polynomial: Polynomial, gathers: tuple[int | None, ...], scatter: int | None, locality: int | None = None
+) -> Program:
+    """The program of a polynomial; ``gathers``, ``scatter`` and ``locality`` number the row indices."""
     graph = Graph()
     sums: list[list[Term]] = [[] for _ in range(polynomial.output.dim)]
     tries: dict[int, dict] = defaultdict(dict)
@@ -199,7 +203,7 @@ def program_of(polynomial: Polynomial, gathers: tuple[int | None, ...], scatter:
     vector = polynomial.output.has_channels
     nodes = tuple(graph.sum(terms, vector) if terms else None for terms in sums)
     inputs = tuple(Slot(operand, index) for operand, index in zip(polynomial.inputs, gathers))
-    return Program(graph, inputs, (Slot(polynomial.output, scatter),), (nodes,))
+    return Program(graph, inputs, (Slot(polynomial.output, scatter),), (nodes,), locality)
 
 
 def _insert(trie: dict, factors: list[tuple[int, int]], coefficient: float) -> None:
