@@ -140,12 +140,12 @@ class RadialNetwork(nn.Module):
         like = self.weights[0]
         knots = torch.linspace(0.0, cutoff, num_intervals + 1, dtype=torch.float64, device=like.device)
         width = cutoff / num_intervals
-        # five-point slopes from a grid eight times as fine; forward-mode derivatives need more than every basis offers
+        # five-point differences with a step of an eighth: the first knot has one side only
         step = width / 8
         sides = [weights((knots + factor * step).abs()) for factor in (-2, -1, 1, 2)]
         slopes = (sides[0] - 8 * sides[1] + 8 * sides[2] - sides[3]) / (12 * step)
-        slopes[0] = (-25 * weights(knots[:1]) + 48 * weights(knots[:1] + step) - 36 * weights(knots[:1] + 2 * step)
-                     + 16 * weights(knots[:1] + 3 * step) - 3 * weights(knots[:1] + 4 * step))[0] / (12 * step)  # fmt: skip
+        ahead = [weights(knots[:1] + factor * step)[0] for factor in range(5)]
+        slopes[0] = sum(c * value for c, value in zip((-25, 48, -36, 16, -3), ahead)) / (12 * step)  # one-sided
         self.table = RadialTable(weights(knots), slopes, width, like.dtype)
         middles = knots[:-1] + 0.5 * width
         truth = weights(middles)

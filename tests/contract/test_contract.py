@@ -12,6 +12,7 @@ import torch
 
 from steradian.build import load_potential, save_potential
 from steradian.graph import Edges
+from steradian.kernels import use_backend
 from steradian.operators.base import EdgeGate
 
 HOSTS = list(cases.HOSTS)
@@ -304,3 +305,54 @@ def test_an_unknown_element_is_named():
     gold = dataclasses.replace(cases.ethanol(), numbers=np.array([79] + [1] * 8))
     with pytest.raises(ValueError, match="does not know Au; it was trained on H, C, O"):
         cases.potential()(cases.graph(gold))
+
+
+@pytest.mark.parametrize("structure", [cases.ethanol(), cases.crystal()], ids=["molecule", "crystal"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_backend_equals_the_reference(host, operator, structure):
+    potential = cases.potential(host, operator)
+    results = {}
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            results[backend] = potential(cases.graph(structure), stress=True)
+    assert results["reference"].forces.abs().max() > tolerances.SIGNAL * tolerances.FORCES[torch.float64]
+    for quantity in ("energy", "atom_energies", "forces", "stress"):
+        ours, truth = (getattr(results[backend], quantity) for backend in ("cpu", "reference"))
+        # relative to the largest number: sums in another order
+        assert torch.allclose(ours, truth, rtol=0, atol=1e-12 * max(1.0, float(truth.abs().max())))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_training_gradients_of_every_backend_equal_the_reference(host, operator):
+    gradients = {}
+    for backend in ("reference", "cpu"):
+        potential = cases.potential(host, operator).train()
+        with use_backend(backend):
+            prediction = potential(cases.batch(cases.ethanol(0), cases.ethanol(1)))
+            (prediction.interaction_energy.sum() + prediction.forces.square().sum()).backward()
+        gradients[backend] = {name: value.grad for name, value in potential.named_parameters()}
+    for name, truth in gradients["reference"].items():
+        if truth is None:
+            assert gradients["cpu"][name] is None
+            continue
+        scale = max(1e-6, float(truth.abs().max()))
+        assert (gradients["cpu"][name] - truth).abs().max() < 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_prepared_for_inference_stays_the_same_model(host, operator):
+    potential = cases.potential(host, operator)
+    before = potential(cases.graph(cases.ethanol()))
+    prepared = potential.for_inference(num_intervals=2048)
+    after = prepared(cases.graph(cases.ethanol()))
+    # cubic interpolation: slopes err by 16 / (3 sqrt(3)) = 3.1 over the interval times the error of values
+    error = (potential.radial_table_error or 0.0) * 3.1 * 2048 / cases.CUTOFF
+    bound = max(1e-9, error)
+    assert torch.allclose(after.forces, before.forces, rtol=0, atol=bound * float(before.forces.abs().max()))
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+    again = prepared.train().eval()(cases.graph(cases.ethanol()))
+    assert torch.equal(again.forces, before.forces)
+    assert all(parameter.requires_grad for parameter in prepared.parameters())

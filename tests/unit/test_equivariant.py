@@ -9,13 +9,14 @@ import pytest
 import torch
 from scipy.special import sph_harm_y
 
+from steradian.config import RadialConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, format_degrees, natural_degrees
 from steradian.equivariant.linear import ElementLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction, published_path_count
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, channelwise_polynomial
 from steradian.graph import Edges
-from steradian.radial import polynomial_envelope, safe_norm
+from steradian.radial import RadialBasis, RadialNetwork, polynomial_envelope, safe_norm
 
 
 def random_directions(count, seed=0):
@@ -214,3 +215,50 @@ def test_envelope_is_smooth_at_the_cutoff(p):
     assert abs(slope[2]) < 1e-10
     assert abs(curvature[2]) < 1e-4
     assert value[1] > 0.9
+
+
+class TestRadialTable:
+    def network(self):
+        torch.manual_seed(0)
+        return RadialNetwork(6, [16], 3, 4).double()
+
+    def radial(self, lengths):
+        basis = RadialBasis(RadialConfig(num=6), 4.0).double()
+        return basis(lengths) * polynomial_envelope(lengths, 4.0, 5).unsqueeze(-1)
+
+    def test_error_falls_with_the_fourth_power(self):
+        network = self.network()
+        errors = [network.tabulate(self.radial, 4.0, count) for count in (64, 128, 256)]
+        assert errors[0] < 1e-3
+        assert 12 < errors[0] / errors[1] < 20
+        assert 12 < errors[1] / errors[2] < 20
+
+    def test_value_slope_gate_and_cutoff(self):
+        network = self.network()
+        lengths = torch.tensor([0.0, 0.3, 1.0, 2.0, 3.999, 4.0, 4.5], dtype=torch.float64, requires_grad=True)
+        gate = torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
+        exact = network(self.radial(lengths), gate)
+        (slope,) = torch.autograd.grad(exact.square().sum(), lengths)
+        network.tabulate(self.radial, 4.0, 1024)
+        table = network(self.radial(lengths), gate, lengths)
+        (table_slope,) = torch.autograd.grad(table.square().sum(), lengths)
+        scale = float(exact.detach().abs().max())
+        assert torch.allclose(table, exact, rtol=0, atol=1e-7 * scale)
+        assert torch.allclose(table_slope, slope, rtol=0, atol=1e-4 * float(slope.abs().max()))
+        assert torch.equal(table[-2:], torch.zeros_like(table[-2:]))
+
+    def test_slope_is_continuous_at_a_knot(self):
+        network = self.network()
+        network.tabulate(self.radial, 4.0, 32)
+        slopes = []
+        for side in (-1e-9, 1e-9):
+            length = torch.tensor([1.0 + side], dtype=torch.float64, requires_grad=True)  # a knot is at 1.0
+            (slope,) = torch.autograd.grad(network(None, None, length).sum(), length)
+            slopes.append(float(slope))
+        assert abs(slopes[0] - slopes[1]) < 1e-6 * abs(slopes[0])
+
+    def test_training_drops_the_table(self):
+        network = self.network()
+        network.tabulate(self.radial, 4.0, 32)
+        assert network.eval().table is not None
+        assert network.train().table is None

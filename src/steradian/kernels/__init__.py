@@ -1,6 +1,7 @@
 """Evaluation of polynomials: one function, several backends.
 
-``reference`` is plain PyTorch and the truth; ``cpu`` runs programs compiled by numba (:mod:`steradian.kernels.cpu`).
+``reference`` is plain PyTorch and the truth; ``cpu`` runs machine code made from it
+(:mod:`~steradian.kernels.program`, :mod:`~steradian.kernels.codegen`, :mod:`~steradian.kernels.apply`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def evaluate(
         gathers: for each input None or ``[B]`` the row to take for row b of the product.
         scatter: ``[B]`` the row of the output to which row b is added, or None.
         num_rows: number of rows of the output; needed with ``scatter``.
-        locality: one of ``gathers`` whose rows are large: work that shares a row is done together. No effect on results.
+        locality: one of ``gathers`` whose rows are large: work that shares a row is done together; results stay.
 
     Returns:
         ``[B, dim, C]`` (``[num_rows, dim, C]`` with ``scatter``), without the last axis for an output without channels.

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,14 @@ WORTH_SHARING = 0.7
 
 @dataclass(frozen=True)
 class Rows:
-    """A row index ``[B]`` and how it sorts the work: rows in order of their target (None where they are), and where each target's begin."""
+    """A row index ``[B]`` and how it sorts the work.
+
+    Attributes:
+        index: the row index itself.
+        num_rows: of what it indexes.
+        order: rows of the work in order of their target, None where they are in order.
+        bounds: ``[num_rows + 1]`` where the rows of each target begin.
+    """
 
     index: Tensor
     num_rows: int
@@ -91,15 +99,15 @@ def passes_of(program: Program) -> list[Pass]:
     if program not in _PASSES:
         groups: list[tuple[int | None, tuple[int, ...]]] = []
         for position, slot in enumerate(program.outputs):
-            new = (slot.index, (position,))
+            new: tuple[int | None, tuple[int, ...]] = (slot.index, (position,))
             for place, (index, others) in enumerate(groups):
                 together = program.part((*others, position)).num_terms
                 apart = program.part(others).num_terms + program.part((position,)).num_terms
-                if None in (index, slot.index) or index == slot.index:
-                    if together <= WORTH_SHARING * apart:
-                        new = (slot.index if index is None else index, (*others, position))
-                        groups.pop(place)
-                        break
+                possible = None in (index, slot.index) or index == slot.index
+                if possible and together <= WORTH_SHARING * apart:
+                    new = (slot.index if index is None else index, (*others, position))
+                    groups.pop(place)
+                    break
             groups.append(new)
         _PASSES[program] = [_make_pass(program, index, positions) for index, positions in groups]
     return _PASSES[program]
@@ -164,11 +172,11 @@ def _run_pass(
         return
     if num_segments < 4 * threads and num_blocks > 1 and not one.sums_channels:
         cuts = [round(num_blocks * part / threads) for part in range(threads + 1)]
-        tasks = [(0, num_segments, a, b) for a, b in zip(cuts, cuts[1:]) if b > a]
+        tasks = [(0, num_segments, a, b) for a, b in pairwise(cuts) if b > a]
     else:
         targets = [num_rows * part // threads for part in range(1, threads)]
         cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
-        tasks = [(a, b, 0, num_blocks) for a, b in zip(cuts, cuts[1:]) if b > a]
+        tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
     for future in [_pool(os.getpid(), threads).submit(work, *task) for task in tasks]:
         future.result()
 
@@ -193,9 +201,7 @@ class _Apply(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.program, ctx.rows, ctx.num_rows = program, rows, num_rows
         ctx.save_for_backward(*inputs)
-        channels = next(
-            value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels
-        )
+        channels = next(value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels)
         return tuple(run_program(program, rows, num_rows, [value.contiguous() for value in inputs], channels))
 
     @staticmethod
@@ -284,4 +290,6 @@ def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
 
 def _with_channels(polynomial: Polynomial) -> Polynomial:
     inputs = tuple(Operand(operand.name, operand.dim) for operand in polynomial.inputs)
-    return Polynomial(inputs, Operand(polynomial.output.name, polynomial.output.dim), polynomial.terms, polynomial.outer)
+    return Polynomial(
+        inputs, Operand(polynomial.output.name, polynomial.output.dim), polynomial.terms, polynomial.outer
+    )

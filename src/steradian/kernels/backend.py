@@ -1,7 +1,8 @@
 """Which backend evaluates a tensor.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` is numba and takes float32 and float64 tensors on a CPU. The
-choice is automatic; :func:`set_backend` or the environment variable ``STERADIAN_BACKEND`` overrides it.
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` is machine code made by LLVM (which numba brings) and takes
+float32 and float64 tensors on a CPU. The choice is automatic; :func:`set_backend` or the environment variable
+``STERADIAN_BACKEND`` overrides it.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def set_backend(name: str | None) -> None:
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: ``cpu`` where numba cannot be used.
+        RuntimeError: ``cpu`` where no machine code can be made.
     """
     global _chosen
     if name not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not '{name}'")
-    if name == "cpu" and not numba_works():
+    if name == "cpu" and not compiler_works():
         raise RuntimeError("the cpu backend needs numba: pip install numba")
     _chosen = None if name == "auto" else name
 
@@ -60,14 +61,20 @@ def backend_for(*tensors: Tensor) -> str:
     served = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64)
     if not served or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return "reference"
-    return "cpu" if numba_works() else "reference"
+    return "cpu" if compiler_works() else "reference"
+
+
+def import_compiler() -> None:
+    """Import what makes machine code; part of numba."""
+    import llvmlite.binding
+    import llvmlite.ir  # noqa: F401
 
 
 @cache
-def numba_works() -> bool:
-    """Whether numba imports; warns once where it does not."""
+def compiler_works() -> bool:
+    """Whether machine code can be made; warns once where it cannot."""
     try:
-        import numba  # noqa: F401
+        import_compiler()
     except Exception as error:
         warnings.warn(
             f"numba cannot be used ({error}): the slower plain PyTorch kernels run instead. pip install numba",

@@ -36,9 +36,9 @@ def module_of(program: Program, itemsize: int, channels: int) -> str:
 
     Channels are whole vectors, and constant, so that every address is a row's address plus a constant.
 
-    The function takes, all int64: addresses of the tables ``inputs`` (an address each), ``gathers`` (the address of each
-    input's row index), ``outputs``, ``order`` (rows in order of their segment, or 0 where that is 0, 1, 2, ...) and
-    ``bounds`` of the segments; then the first and last segment, and the first and last block of channels.
+    The function takes, all int64: addresses of the tables ``inputs`` (an address each), ``gathers`` (the address of
+    each input's row index), ``outputs``, ``order`` (rows in order of their segment, or 0 where that is 0, 1, 2, ...)
+    and ``bounds`` of the segments; then the first and last segment, and the first and last block of channels.
     """
     return str(_Generator(program, itemsize, channels).module)
 
@@ -137,13 +137,13 @@ class _Generator:
         for node in self.order:
             if node in summed and node not in dots:
                 self.values[node] = self._scalar(node)
-        for slot, nodes, address in zip(self.program.outputs, self.program.nodes, output_rows):
+        for slot, places, address in zip(self.program.outputs, self.program.nodes, output_rows):
             if slot.operand.has_channels:
                 continue
-            for component, node in enumerate(nodes):
-                if node is not None:
+            for component, target in enumerate(places):
+                if target is not None:
                     pointer = self._pointer(b.add(address, I64(component * self.itemsize)), self.real)
-                    b.store(b.fadd(b.load(pointer), self.values[node], flags=FLAGS), pointer)
+                    b.store(b.fadd(b.load(pointer), self.values[target], flags=FLAGS), pointer)
 
     def _blocks(
         self, block_first: ir.Value, block_last: ir.Value, output_rows: list[ir.Value], dots: list[int]
@@ -195,20 +195,14 @@ class _Generator:
         return any(b >= 0 and self.graph.vector[a] and self.graph.vector[b] for _, a, b in self.graph.terms[node])
 
     def _summed_nodes(self) -> set[int]:
-        """Scalars that come out of sums over channels; what follows such a sum must be linear in it."""
+        """Scalars that come out of sums over channels, computed after the loop over blocks."""
         summed: set[int] = set()
         for node in self.order:
-            if self.graph.vector[node]:
-                parts = [(a in summed) + (b in summed) for _, a, b in self.graph.terms[node]]
-                if any(parts):
-                    raise NotImplementedError("channels that depend on a sum over channels")
-                continue
-            parts = [a in summed or b in summed for _, a, b in self.graph.terms[node]]
-            if self._is_dot(node):
-                if any(parts):
-                    raise NotImplementedError("a sum over channels added to a function of another")
-                summed.add(node)
-            elif any(parts):
+            later = any(a in summed or b in summed for _, a, b in self.graph.terms[node])
+            if later and self.graph.vector[node]:
+                # cannot come of differentiating a polynomial: one channel does not depend on another
+                raise NotImplementedError("channels that depend on a sum over channels")
+            if later or (not self.graph.vector[node] and self._is_dot(node)):
                 summed.add(node)
         return summed
 

@@ -25,10 +25,12 @@ from steradian.kernels.program import Program
 __all__ = ["cache_folder", "compiled"]
 
 VERSION = 1
+#: Seconds of work after which the user is told.
+WORTH_A_LINE = 1.0
 _LOCK = threading.Lock()
 _FUNCTIONS: WeakKeyDictionary[Program, dict[tuple[int, int], Callable]] = WeakKeyDictionary()
 _ENGINES: list[Any] = []
-_said = False
+_seconds = 0.0
 
 
 def cache_folder() -> Path:
@@ -102,14 +104,14 @@ def _compile(program: Program, itemsize: int, channels: int) -> bytes:
 
     from steradian.kernels.codegen import module_of
 
-    global _said
-    if not _said:
-        _said = True
-        print("steradian: making machine code for this model (once; kept for later runs)", file=sys.stderr)
+    global _seconds
     started = time.perf_counter()
     machine, _ = _target()
     module = llvm.parse_assembly(module_of(program, itemsize, channels))
     code = machine.emit_object(module)
+    before, _seconds = _seconds, _seconds + time.perf_counter() - started
+    if before < WORTH_A_LINE <= _seconds:
+        print("steradian: making machine code for this model (once; kept for later runs)", file=sys.stderr)
     if os.environ.get("STERADIAN_VERBOSE_KERNELS"):
         names = ", ".join(slot.operand.name for slot in program.outputs)
         print(f"steradian: {names}: {time.perf_counter() - started:.2f} s, {len(code)} bytes", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Polynomials as programs: a graph of sums of products, and its derivatives.
 
-A :class:`Graph` holds nodes, each a number (``scalar``) or a row of channels (``vector``) per row of the work. A node is
-an input component or a sum of terms, each a coefficient times one or two nodes:
+A :class:`Graph` holds nodes, each a number (``scalar``) or a row of channels (``vector``) per row of the work. A node
+is an input component or a sum of terms, each a coefficient times one or two nodes:
 
 ====================  ====================================================
 in a vector node      vector; scalar * vector; vector * vector
@@ -59,11 +59,20 @@ class Graph:
         for coefficient, a, b in terms:
             merged[(a, b) if b < 0 or self._first(a, b) else (b, a)] += coefficient
         cleaned = tuple((coefficient, a, b) for (a, b), coefficient in merged.items() if coefficient != 0.0)
+        if not vector:
+            # a sum over channels is a node of its own
+            dots = tuple(term for term in cleaned if self._is_dot(term))
+            if dots and len(dots) < len(cleaned):
+                rest = tuple(term for term in cleaned if not self._is_dot(term))
+                cleaned = (*rest, (1.0, self._add(("sum", False, tuple(sorted(dots))), False, None, dots), -1))
         if len(cleaned) == 1:
             coefficient, a, b = cleaned[0]
             if coefficient == 1.0 and b < 0 and self.vector[a] == vector:
                 return a
         return self._add(("sum", vector, tuple(sorted(cleaned))), vector, None, cleaned)
+
+    def _is_dot(self, term: Term) -> bool:
+        return term[2] >= 0 and self.vector[term[1]] and self.vector[term[2]]
 
     def _first(self, a: int, b: int) -> bool:
         """Whether a comes first in a product: vectors before scalars, then older nodes."""
@@ -116,9 +125,7 @@ class Program:
 
     def _make_gradient(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Program:
         # Operands are numbered per program, so the derivative gets a graph of its own with this one's nodes first.
-        graph = Graph(
-            list(self.graph.vector), list(self.graph.source), list(self.graph.terms), dict(self.graph._known)
-        )
+        graph = Graph(list(self.graph.vector), list(self.graph.source), list(self.graph.terms), dict(self.graph._known))
         inputs = list(self.inputs)
         adjoint: dict[int, list[Term]] = defaultdict(list)
         for slot, nodes, is_given in zip(self.outputs, self.nodes, given):
@@ -128,7 +135,9 @@ class Program:
                 if node is not None:
                     seed = graph.input(len(inputs), component, slot.operand.has_channels)
                     adjoint[node].append((1.0, seed, -1))
-            inputs.append(Slot(Operand(f"d {slot.operand.name}", slot.operand.dim, slot.operand.has_channels), slot.index))
+            inputs.append(
+                Slot(Operand(f"d {slot.operand.name}", slot.operand.dim, slot.operand.has_channels), slot.index)
+            )
         last = len(self.graph.vector)
         results: dict[int, int] = {}
         needed = self._depends_on(wanted)
@@ -180,7 +189,9 @@ class Program:
     def part(self, positions: tuple[int, ...]) -> Program:
         """The same program with some of the outputs only."""
         outputs = tuple(self.outputs[position] for position in positions)
-        return Program(self.graph, self.inputs, outputs, tuple(self.nodes[position] for position in positions), self.locality)
+        return Program(
+            self.graph, self.inputs, outputs, tuple(self.nodes[position] for position in positions), self.locality
+        )
 
 
 def program_of(
@@ -219,7 +230,7 @@ class _Builder:
         self.graph, self.polynomial = graph, polynomial
 
     def node(self, factor: tuple[int, int]) -> int:
-        return self.graph.input(*factor, self.polynomial.inputs[factor[0]].has_channels)
+        return self.graph.input(*factor, self._channels_of(factor))
 
     def output(self, by_outer: dict[tuple, dict]) -> list[Term]:
         """Terms of one output component."""
@@ -235,45 +246,46 @@ class _Builder:
             return self.horner(weighted)
         terms: list[Term] = []
         for outer, trie in by_outer.items():
-            if outer and self.node_has_channels(outer[0]) and self._mixes(trie):
-                terms += self.scaled(self.node(outer[0]), trie)
-                continue
-            inner = self.horner(trie)
-            if not outer:
-                terms += inner
+            weight = self.node(outer[0]) if outer else None
+            if self._has_scalars(trie) and (self._has_channels(trie) or (outer and self._channels_of(outer[0]))):
+                terms += self.expanded(weight, trie)
+            elif weight is None:
+                terms += self.horner(trie)
             else:
-                terms.append((1.0, self.node(outer[0]), self.graph.sum(inner, self._has_channels(trie))))
+                terms.append((1.0, weight, self.graph.sum(self.horner(trie), self._has_channels(trie))))
         return terms
 
-    def node_has_channels(self, factor: tuple[int, int]) -> bool:
-        return self.polynomial.inputs[factor[0]].has_channels
-
-    def _mixes(self, trie: dict) -> bool:
-        """Whether every monomial is one factor with channels times some without."""
-        return all(
-            self.node_has_channels(factor)
-            and all(key is not None for key in rest)
-            and not any(self.node_has_channels(key) for key in rest)
-            and not any(self._has_channels(deeper) for deeper in rest.values())
-            for factor, rest in trie.items()
-            if factor is not None
-        ) and None not in trie
-
-    def scaled(self, weight: int, trie: dict) -> list[Term]:
-        """``sum_i (w x_i) (sum_j c_ij y_j)``: one product with channels per i, however many outputs read it.
+    def expanded(self, weight: int | None, trie: dict) -> list[Term]:
+        """Every monomial as ``c (w x_i ...) (y_j ...)``: the product with channels is shared by all that read it.
 
         Scalars are left as factors of the terms: sums of them would be nodes of their own, and their derivatives one
         sum over channels each.
         """
         terms: list[Term] = []
-        for factor, rest in trie.items():
-            vector = self.graph.sum([(1.0, weight, self.node(factor))], True)
-            for scalars, coefficient in _monomials(rest):
-                product = self.node(scalars[0])
-                for scalar in scalars[1:]:
-                    product = self.graph.sum([(1.0, product, self.node(scalar))], False)
-                terms.append((coefficient, vector, product))
+        for factors, coefficient in _monomials(trie):
+            vectors = [self.node(factor) for factor in factors if self._channels_of(factor)]
+            scalars = [self.node(factor) for factor in factors if not self._channels_of(factor)]
+            if weight is not None:
+                vectors.insert(0, weight)
+            parts = [self._product(nodes, vector) for nodes, vector in ((vectors, True), (scalars, False)) if nodes]
+            terms.append((coefficient, parts[0], parts[1] if len(parts) == 2 else -1))
         return terms
+
+    def _product(self, nodes: list[int], vector: bool) -> int:
+        product = nodes[0]
+        for node in nodes[1:]:
+            product = self.graph.sum([(1.0, product, node)], vector)
+        return product
+
+    def _channels_of(self, factor: tuple[int, int]) -> bool:
+        return self.polynomial.inputs[factor[0]].has_channels
+
+    def _has_scalars(self, trie: dict) -> bool:
+        return any(
+            not self._channels_of(factor) or self._has_scalars(rest)
+            for factor, rest in trie.items()
+            if factor not in (None, "weights")
+        )
 
     def horner(self, trie: dict) -> list[Term]:
         """Terms of ``sum_factor factor * (rest)`` plus the weights that end here."""
@@ -302,14 +314,14 @@ class _Builder:
         for factor, rest in trie.items():
             if factor in (None, "weights"):
                 continue
-            if self.polynomial.inputs[factor[0]].has_channels or self._has_channels(rest):
+            if self._channels_of(factor) or self._has_channels(rest):
                 return True
         return False
 
 
 def _monomials(trie: dict) -> list[tuple[list[tuple[int, int]], float]]:
     """Every product of a trie with its coefficient."""
-    found = []
+    found: list[tuple[list[tuple[int, int]], float]] = []
     for factor, rest in trie.items():
         if factor is None:
             found.append(([], rest))
