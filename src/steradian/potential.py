@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from steradian.config import ModelConfig
 from steradian.graph import Graph, Prediction
@@ -45,6 +46,8 @@ class Potential(nn.Module):
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.radial_table_error: float | None = None
+        # one entry per tensor of numbers that is alive: the same tensor comes again at every step of a simulation
+        self._species_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.to(POLICIES[config.precision].compute)
 
     def _reference_tensor(self) -> Tensor:
@@ -81,12 +84,16 @@ class Potential(nn.Module):
         Raises:
             ValueError: an element the potential was not trained on.
         """
+        known = self._species_of.get(numbers)
+        if known is not None and known.device == self.device:
+            return known
         species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
         if bool((species < 0).any()):
             unknown = sorted({int(number) for number in numbers[species < 0]})
             raise ValueError(
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
+        self._species_of[numbers] = species
         return species
 
     def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
+from steradian.kernels.frozen import of_weight
 
 __all__ = ["ElementLinear", "IrrepsLinear", "PathLinear"]
 
@@ -23,7 +25,7 @@ class IrrepsLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(len(degrees), channels_in, channels_out))
 
     def forward(self, features: Tensor) -> Tensor:
-        return _per_irrep(features, self.degrees, self.weight * self.weight.shape[1] ** -0.5)
+        return _per_irrep(features, self.degrees, of_weight(self.weight, "scaled", _unit_variance))
 
 
 def _per_irrep(features: Tensor, degrees: Degrees, weight: Tensor) -> Tensor:
@@ -61,7 +63,9 @@ class PathLinear(nn.Module):
             self.table.degrees_out, self.table.counts, self.weights, parts
         ):
             block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            blocks[degree, parity] = _mix(block, weight * weight.shape[0] ** -0.5)
+            blocks[degree, parity] = _mix(
+                block, of_weight(weight, "scaled", lambda value: value * value.shape[0] ** -0.5)
+            )
         out = []
         for degree, parity in self.degrees_out:
             empty = messages.new_zeros((num_atoms, 2 * degree + 1, self.num_channels))
@@ -82,15 +86,29 @@ class ElementLinear(nn.Module):
 
     def forward(self, features: Tensor, species: Tensor) -> Tensor:
         """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
-        weight = self.weight * (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
-        order = torch.argsort(species, stable=True)
-        counts = torch.bincount(species, minlength=weight.shape[0]).tolist()
-        sorted_features = features.index_select(0, order)
-        blocks, start = [], 0
-        for element, count in enumerate(counts):
-            if count:
-                blocks.append(_per_irrep(sorted_features[start : start + count], self.degrees, weight[element]))
-            start += count
-        if not blocks:
+        scale = (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
+        weight = of_weight(self.weight, "scaled", lambda value: value * scale)
+        order, back, counts = _by_element(species, weight.shape[0])
+        if not len(order):
             return features.new_zeros((0, features.shape[1], weight.shape[-1]))
-        return torch.cat(blocks).index_select(0, torch.argsort(order))
+        parts = features.index_select(0, order).split([count for _, count in counts])
+        blocks = [_per_irrep(part, self.degrees, weight[element]) for part, (element, _) in zip(parts, counts)]
+        return torch.cat(blocks).index_select(0, back)
+
+
+def _unit_variance(weight: Tensor) -> Tensor:
+    return weight * weight.shape[1] ** -0.5
+
+
+_ELEMENTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _by_element(species: Tensor, num_elements: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Order of the atoms by element, its inverse, and ``(element, atoms)`` of the elements present."""
+    known = _ELEMENTS.get(species)
+    if known is None:
+        order = torch.argsort(species, stable=True)
+        counts = torch.bincount(species, minlength=num_elements).tolist()
+        known = (order, torch.argsort(order), [(element, count) for element, count in enumerate(counts) if count])
+        _ELEMENTS[species] = known
+    return known

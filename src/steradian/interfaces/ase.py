@@ -33,6 +33,9 @@ class SteradianCalculator(Calculator):
         device: where to compute.
         dtype: overrides the precision of a model that is read from a file.
         skin: [Å].
+        radial_table: interpolate the radial networks, which depend on the distance alone, from a table of 512
+            intervals; ``calculator.potential.radial_table_error`` is the largest relative error of a weight (about
+            1e-7). The weights of the potential are frozen until its ``train()`` is called.
 
     Raises:
         ValueError: an element the model was not trained on, or a negative skin.
@@ -53,6 +56,7 @@ class SteradianCalculator(Calculator):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         skin: float = 0.0,
+        radial_table: bool = True,
         **ase_arguments: Any,
     ) -> None:
         super().__init__(**ase_arguments)
@@ -60,10 +64,11 @@ class SteradianCalculator(Calculator):
             raise ValueError(f"skin must not be negative, got {skin} Å")
         if not isinstance(potential, Potential):
             potential = load_potential(potential, device=device, dtype=dtype)
-        self.potential = potential.to(device).eval()
+        self.potential = potential.to(device).for_inference(radial_table)
         self.skin = skin
         self.num_lists = 0
         self._listed: tuple[Graph, Atoms] | None = None
+        self._near: tuple[Graph, torch.Tensor, Graph] | None = None
 
     def calculate(
         self,
@@ -88,17 +93,11 @@ class SteradianCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
 
     def _graph(self, atoms: Atoms) -> Graph:
-        structure = Structure(
-            numbers=atoms.numbers,
-            positions=atoms.positions,
-            cell=np.asarray(atoms.cell) if atoms.pbc.any() else np.zeros((3, 3)),
-            pbc=atoms.pbc,
-        )
         if not self.skin:
             self.num_lists += 1
-            return make_graph(structure, self.potential.cutoff)
+            return make_graph(_structure(atoms), self.potential.cutoff)
         if self._listed is None or not self._still_valid(atoms, self._listed[1]):
-            self._listed = (make_graph(structure, self.potential.cutoff + self.skin), atoms.copy())
+            self._listed = (make_graph(_structure(atoms), self.potential.cutoff + self.skin), atoms.copy())
             self.num_lists += 1
         return self._within_cutoff(self._listed[0], atoms)
 
@@ -121,10 +120,19 @@ class SteradianCalculator(Calculator):
         if atoms.pbc.any():
             vectors = vectors + graph.shifts.to(positions.dtype) @ torch.as_tensor(np.asarray(atoms.cell))
         near = vectors.square().sum(1) < self.potential.cutoff**2
-        return replace(
-            graph,
-            positions=positions,
-            senders=graph.senders[near],
-            receivers=graph.receivers[near],
-            shifts=graph.shifts[near],
-        )
+        if self._near is None or self._near[0] is not graph or not torch.equal(self._near[1], near):
+            # the same tensors from step to step: what is prepared for them (sorted rows) is prepared once
+            kept = replace(
+                graph, senders=graph.senders[near], receivers=graph.receivers[near], shifts=graph.shifts[near]
+            )
+            self._near = (graph, near, kept)
+        return replace(self._near[2], positions=positions)
+
+
+def _structure(atoms: Atoms) -> Structure:
+    return Structure(
+        numbers=atoms.numbers,
+        positions=atoms.positions,
+        cell=np.asarray(atoms.cell) if atoms.pbc.any() else np.zeros((3, 3)),
+        pbc=atoms.pbc,
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from steradian.kernels.codegen import lanes_of
+from steradian.kernels.frozen import of_weight
 from steradian.kernels.native import compiled
 from steradian.kernels.polynomial import Operand, Polynomial
 from steradian.kernels.program import Program, folded, program_of
@@ -241,9 +242,9 @@ def evaluate_cpu(
         # weights shared by many rows: put everything linear in them together first
         matrix, polynomial = _cached(polynomial, ("folded",), lambda: _folded_tensors(polynomial))
         weights = inputs[outer]
-        key = (weights.dtype, weights.device)
         inputs = [*inputs]
-        inputs[outer] = torch.matmul(matrix.setdefault(key, matrix["float64"].to(device=key[1], dtype=key[0])), weights)
+        fold = matrix.setdefault(weights.dtype, matrix[torch.float64].to(weights.dtype))
+        inputs[outer] = of_weight(weights, polynomial, lambda value: torch.matmul(fold, value))
     indices: list[Tensor] = []
     counts: list[int] = []
 
@@ -275,7 +276,7 @@ def evaluate_cpu(
 
 def _folded_tensors(polynomial: Polynomial) -> tuple[dict, Polynomial]:
     matrix, small = folded(polynomial)
-    return {"float64": torch.from_numpy(matrix)}, small
+    return {torch.float64: torch.from_numpy(matrix)}, small
 
 
 def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
