@@ -225,26 +225,26 @@ class TestKeptCode:
 
     def test_code_is_kept_and_a_damaged_file_is_made_anew(self, program, tmp_path, monkeypatch):
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        code = native._object_code(program, 4, 16)
+        code = native._program_code(program, 4, 16)
         (path,) = (tmp_path / "kernels").iterdir()
         monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert native._object_code(program, 4, 16) == code
+        assert native._program_code(program, 4, 16) == code
         path.write_bytes(path.read_bytes()[:-7])
         monkeypatch.undo()
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        assert native._object_code(program, 4, 16) == code
+        assert native._program_code(program, 4, 16) == code
         assert [entry.name for entry in (tmp_path / "kernels").iterdir()] == [path.name]
 
     def test_a_folder_that_cannot_be_written_is_no_error(self, program, tmp_path, monkeypatch):
         blocked = tmp_path / "file"
         blocked.write_text("not a folder")
         monkeypatch.setenv("STERADIAN_CACHE", str(blocked))
-        assert native._object_code(program, 4, 16)
+        assert native._program_code(program, 4, 16)
 
     def test_dtype_and_channels_have_code_of_their_own(self, program, tmp_path, monkeypatch):
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
         for itemsize, channels in ((4, 16), (4, 32), (8, 16)):
-            native._object_code(program, itemsize, channels)
+            native._program_code(program, itemsize, channels)
         assert len(list((tmp_path / "kernels").iterdir())) == 3
 
 

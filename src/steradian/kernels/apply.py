@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.kernels.codegen import lanes_of
 from steradian.kernels.frozen import of_weight
+from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled
 from steradian.kernels.polynomial import Operand, Polynomial
 from steradian.kernels.program import Program, folded, program_of
 
-__all__ = ["evaluate_cpu"]
+__all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program", "thread_pool"]
 
 #: Multiply-adds below which a second thread costs more than it brings.
 WORTH_A_THREAD = 400_000
@@ -178,12 +178,13 @@ def _run_pass(
         targets = [num_rows * part // threads for part in range(1, threads)]
         cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
-    for future in [_pool(os.getpid(), threads).submit(work, *task) for task in tasks]:
+    for future in [thread_pool(os.getpid(), threads).submit(work, *task) for task in tasks]:
         future.result()
 
 
 @cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+def thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads that run kernels."""
     # one pool per process: the threads of a pool do not survive a fork
     return ThreadPoolExecutor(threads, thread_name_prefix="steradian")
 
