@@ -11,7 +11,18 @@ from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.kernels import Operand, Polynomial, Terms, apply, backend_for, evaluate, native, set_backend, use_backend
+from steradian.kernels import (
+    Operand,
+    Polynomial,
+    Terms,
+    apply,
+    backend_for,
+    evaluate,
+    native,
+    set_backend,
+    team,
+    use_backend,
+)
 from steradian.kernels import backend as backend_module
 from steradian.kernels.apply import passes_of
 from steradian.kernels.program import folded, program_of
@@ -121,9 +132,12 @@ def test_against_finite_differences(case):
         assert torch.autograd.gradgradcheck(lambda *values: evaluate(polynomial, list(values), **arguments), inputs)
 
 
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
 @pytest.mark.parametrize("case", CASES)
-def test_threads_do_not_change_a_bit(case, monkeypatch):
+def test_threads_do_not_change_a_bit(case, openmp, monkeypatch):
     monkeypatch.setattr(apply, "WORTH_A_THREAD", 0)
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
     polynomial, inputs, arguments = CASES[case](96, torch.float32)
     results = {}
     try:

@@ -6,7 +6,6 @@ second derivative.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.kernels.apply import Rows, rows_of, run_program, thread_pool
+from steradian.kernels.apply import Rows, rows_of, run_program
 from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled_text
 from steradian.kernels.polynomial import Operand, Polynomial, Terms
@@ -29,6 +28,7 @@ from steradian.kernels.sphere_attention import (
     num_table,
     sphere_attention_module,
 )
+from steradian.kernels.team import run_tasks
 
 __all__ = ["flat_tables", "pool_on_sphere"]
 
@@ -233,22 +233,19 @@ class _Call:
             parts = max(1, min(MOST_SUMS, blocks // BLOCKS_PER_SUM))
             sums = self.tables.new_zeros(parts, num_table(self.num_points), lanes)
         cuts = [blocks * part // parts for part in range(parts + 1)]
-
-        def work(which: range) -> None:
-            # 64 bytes more than needed, so that vectors can start at a multiple of that
-            scratch = np.empty(64 * (num_scratch(self.num_points) + 1), dtype=np.uint8)
-            start = -(-scratch.ctypes.data // 64) * 64
-            for part in which:
-                total = 0 if sums is None else sums[part].data_ptr()
-                self.function(arguments.ctypes.data, start, total, cuts[part], cuts[part + 1])
-
+        # 64 bytes more than needed, so that vectors can start at a multiple of that
+        size = 64 * num_scratch(self.num_points)
+        scratch = np.empty(parts * size + 64, dtype=np.uint8)
+        start = -(-scratch.ctypes.data // 64) * 64
+        tasks = [
+            (arguments.ctypes.data, start + part * size, 0 if sums is None else sums[part].data_ptr(), first, last)
+            for part, (first, last) in enumerate(pairwise(cuts))
+        ]
         if threads == 1:
-            work(range(parts))
+            for task in tasks:
+                self.function(*task)
         else:
-            shares = [parts * thread // threads for thread in range(threads + 1)]
-            pool = thread_pool(os.getpid(), threads)
-            for future in [pool.submit(work, range(a, b)) for a, b in pairwise(shares) if b > a]:
-                future.result()
+            run_tasks(self.function, tasks, threads)
         if by_tables is not None and sums is not None:
             torch.sum(sums, (0, 2), out=by_tables)
 
