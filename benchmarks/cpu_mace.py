@@ -1,12 +1,13 @@
-"""MACE on the CPU here and in mace-torch, side by side: the same weights, the same atoms, turn by turn in one run.
+"""MACE on the CPU here, in mace-torch and in mlip: the same weights, the same atoms, turn by turn in one run.
 
-    python benchmarks/cpu_mace.py --peer-python .venv-parity/bin/python [--data ../shared/data/3bpa/train_300K.xyz]
+    python benchmarks/cpu_mace.py --peer-python .venv-parity/bin/python [--mlip-python PYTHON]
+                                  [--data ../shared/data/3bpa/train_300K.xyz]
                                   [--only main two_threads calculator water table memory mara] [--repeats 9]
 
 Every side runs in an interpreter of its own (``sides.py``) and answers one request at a time, so nothing else runs
 while it is timed and drifts of the machine hit all alike. Before the timing all sides must agree on energies and
-forces. Times are medians of wall-clock time; processor times stand beside them; ratios are medians of ratios of
-neighbours in time.
+forces (mlip has weights of its own). Times are medians of wall-clock time; processor times stand beside them; ratios
+are medians of ratios of neighbours in time.
 
 The main case is the first five frames of 3BPA (135 atoms, 2242 edges at 5 Å), 128 channels, L = 1, l_max = 3,
 correlation 3, two residual layers, float32, one thread. ``steradian, radial table`` is steradian with its radial
@@ -146,9 +147,10 @@ def timed(children: list[Child], task: str, repeats: int, warmup: int, turns: in
             "fastest_ms": round(1e3 * min(wall for wall, _ in values), 2),
             "median_processor_ms": round(1e3 * statistics.median(cpu for _, cpu in values), 2),
         }
-        if name != PEER and PEER in times:
-            ratios = [peer[0] / ours[0] for ours, peer in zip(values, times[PEER])]
-            rows[name]["times_faster"] = round(statistics.median(ratios), 2)
+        for peer in (PEER, "mlip"):
+            if peer in times and name.startswith("steradian"):
+                ratios = [theirs[0] / ours[0] for ours, theirs in zip(values, times[peer])]
+                rows[name][f"times_faster_than_{peer}"] = round(statistics.median(ratios), 2)
     return rows
 
 
@@ -158,6 +160,9 @@ def run_case(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     elements = sorted({int(number) for number in content["numbers"]})
     case = case | {"elements": elements, "avg_num_neighbors": 16.6}
     sides = [PEER, "steradian", "steradian, radial table"]
+    if arguments.mlip_python and case["structures"] == "3bpa" and case["tasks"] == MAIN["tasks"]:
+        sides.append("mlip")
+    pythons = {PEER: arguments.peer_python, "mlip": arguments.mlip_python}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.savez(folder / "structures.npz", **content)
@@ -171,7 +176,7 @@ def run_case(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
                     child.ask("prepare", case)
                     child.stop()
                 continue
-            children.append(Child(arguments.peer_python if side == PEER else sys.executable, side, folder))
+            children.append(Child(pythons.get(side, sys.executable), side, folder))
             result.setdefault("sides", {})[side] = children[-1].ask("prepare", case)
         if case.get("mara"):
             children.append(Child(sys.executable, "steradian", folder))
@@ -193,7 +198,8 @@ def run_case(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
 
 
 def check(children: list[Child], result: dict[str, Any]) -> None:
-    """All sides have the same edges and the same results."""
+    """All sides that share weights have the same edges and the same results."""
+    children = [child for child in children if child.name != "mlip"]
     for child in children:
         child.ask("select", "energy + forces")
     truth = children[0].ask("results")
@@ -217,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=".venv-parity/bin/python", help="interpreter that has mace-torch")
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/3bpa/train_300K.xyz")
+    parser.add_argument("--mlip-python", help="interpreter that has mlip, for the first two cases")
     parser.add_argument("--only", nargs="*", help="names of cases before their colon")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=4, help="calls not timed; TorchScript optimises in the first")

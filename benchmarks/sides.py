@@ -192,7 +192,69 @@ class SteradianTable(Steradian):
     table = True
 
 
-SIDES = {"mace-torch": MaceTorch, "steradian": Steradian, "steradian, radial table": SteradianTable}
+class Mlip(Side):
+    """mlip's MACE (JAX, compiled) of the same shape and size, with weights of its own."""
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        flags = f"--xla_cpu_multi_thread_eigen={'true' if case['threads'] > 1 else 'false'}"
+        os.environ["XLA_FLAGS"] = f"{flags} intra_op_parallelism_threads={case['threads']}"
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case["threads"]])
+        from importlib.metadata import version
+
+        import jax
+        import jax.numpy as jnp
+        from mlip.data import ChemicalSystem, DatasetInfo
+        from mlip.graph import Graph
+        from mlip.graph.batching_helpers import batch_graphs
+        from mlip.models import ForceField, Mace
+
+        config = Mace.Config(
+            num_layers=2,
+            num_channels=case["channels"],
+            l_max=case["l_max"],
+            node_symmetry=case["hidden_l"],
+            correlation=case["correlation"],
+        )
+        info = DatasetInfo(
+            atomic_energies_map=dict.fromkeys(case["elements"], 0.0),
+            graph_cutoff_angstrom=case["cutoff"],
+            avg_num_neighbors=case["avg_num_neighbors"],
+        )
+        self.field = ForceField.from_mlip_network(Mace(config, info))
+        graphs = [
+            Graph.from_chemical_system(
+                ChemicalSystem(atomic_numbers=atoms.numbers, positions=atoms.positions, energy=0.0),
+                graph_cutoff_angstrom=case["cutoff"],
+            )
+            for atoms in read_atoms(self.folder)
+        ]
+        self.graph = jax.tree.map(jnp.asarray, batch_graphs(graphs, jittable=True))
+        self.forward = jax.jit(self.field.predictor.apply)
+
+        def loss(params: Any, graph: Any) -> Any:
+            prediction = self.field.predictor.apply(params, graph).to_prediction()
+            return prediction.energy.sum() + jnp.square(prediction.forces).sum()
+
+        self.step = jax.jit(jax.grad(loss))
+        self.wait = jax.block_until_ready
+        # mlip pads a batch with nothing here; edges are counted as its graph holds them
+        return {
+            "mlip": version("mlip"),
+            "jax": jax.__version__,
+            "edges": len(self.graph.senders),
+            "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(self.field.params))),
+            "threads": case["threads"],
+        }
+
+    def select(self, task: str) -> None:
+        pass
+
+    def run(self, task: str) -> None:
+        function = self.step if task == "training step" else self.forward
+        self.wait(function(self.field.params, self.graph))
+
+
+SIDES = {"mlip": Mlip, "mace-torch": MaceTorch, "steradian": Steradian, "steradian, radial table": SteradianTable}
 
 
 def status_kib(field: str) -> int:
