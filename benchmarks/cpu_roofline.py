@@ -71,7 +71,8 @@ class Recorder:
         read = sum(value.nbytes for place, value in enumerate(inputs) if place in used)
         written = sum(value.nbytes for value in outputs)
         names = " x ".join(slot.operand.name for slot in one.program.inputs)
-        name = f"{names} -> {', '.join(slot.operand.name for slot in one.program.outputs)} [{num_rows} rows, {one.weight} terms]"
+        outs = ", ".join(slot.operand.name for slot in one.program.outputs)
+        name = f"{names} -> {outs} [{num_rows} rows, {one.weight} terms]"
         self.seconds[name].append(taken)
         self.work[name] = (2.0 * one.weight * num_rows * channels, read + written)
 
