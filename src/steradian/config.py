@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from steradian.config_base import Section
+from steradian.config_efa import EFAConfig, O3MPNNConfig
 
 __all__ = [
     "ConfigError",
     "DataConfig",
+    "EFAConfig",
     "MACEConfig",
     "MARAConfig",
     "ModelConfig",
+    "O3MPNNConfig",
     "RunConfig",
     "TrainingConfig",
     "dump_config",
@@ -33,10 +38,6 @@ __all__ = [
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every mistake, one line each, with the way out."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -162,6 +163,7 @@ class NoMixer(Section):
 
 HostConfig = MACEConfig
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
+GlobalMixerConfig = Annotated[Union[NoMixer, EFAConfig], Field(discriminator="kind")]  # noqa: UP007
 
 
 class ModelConfig(Section):
@@ -169,7 +171,7 @@ class ModelConfig(Section):
 
     host: HostConfig = MACEConfig()
     edge_gate: EdgeGateConfig = NoGate()
-    global_mixer: NoMixer = NoMixer()
+    global_mixer: GlobalMixerConfig = NoMixer()
     precision: Literal["float32", "float64"] = "float32"
 
 
@@ -288,7 +290,7 @@ class TrainingConfig(Section):
     validate_every: int = Field(1, ge=1, description="epochs")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds between checkpoints inside an epoch")
     seed: int = 0
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
 
 

@@ -8,17 +8,29 @@ harmonics, P = 2 the even irreps and then the odd ones; the components of a degr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steradian.config_efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.couplings import to_cartesian_order
 from steradian.equivariant.dense import Dense
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
 from steradian.equivariant.paths import Paths
+from steradian.operators.efa import EuclideanFastAttention
+from steradian.sphere.grids import LEBEDEV_DEGREES
 
-__all__ = ["dense_state", "features_from_reference", "features_to_reference", "path_kernel"]
+__all__ = [
+    "attention_config",
+    "attention_state",
+    "dense_state",
+    "features_from_reference",
+    "features_to_reference",
+    "lebedev_points",
+    "path_kernel",
+]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -72,3 +84,53 @@ def features_to_reference(features: Tensor, degrees: Degrees, num_slots: int, l_
         block = np.einsum("xm,...xf->...mf", to_cartesian_order(degree), values[..., part, :])
         out[..., _slot(num_slots, parity), degree**2 : (degree + 1) ** 2, :] = block
     return out
+
+
+def attention_config(hyper: Mapping[str, Any]) -> EFAConfig:
+    """The options of the stand-alone module ``EuclideanFastAttention``."""
+    integration = None
+    if hyper.get("tensor_integration"):
+        integration = TensorIntegrationConfig(
+            max_degree_sph=hyper.get("ti_max_degree_sph"),
+            max_degree=hyper.get("ti_max_degree"),
+            include_pseudotensors=hyper.get("ti_include_pseudotensors"),
+            learned_paths=bool(hyper.get("ti_parametrize_coupling_paths")),
+            degree_scaling=hyper.get("ti_degree_scaling_constants"),
+        )
+    return EFAConfig(
+        num_points=lebedev_points(hyper["lebedev_num"]),
+        max_frequency=hyper["epe_max_frequency"],
+        max_length_A=hyper["epe_max_length"],
+        trainable_frequencies=bool(hyper.get("epe_frequencies_trainable")),
+        parametrized=hyper.get("parametrized", True),
+        num_features_qk=hyper.get("num_features_qk"),
+        num_features_v=hyper.get("num_features_v"),
+        max_degree_qk=hyper.get("max_degree_qk"),
+        max_degree_v=hyper.get("max_degree_v"),
+        include_pseudotensors_qk=hyper.get("include_pseudotensors_qk"),
+        include_pseudotensors_v=hyper.get("include_pseudotensors_v"),
+        activation=hyper.get("activation_fn", "identity"),
+        tensor_integration=integration,
+    )
+
+
+def lebedev_points(asked: int) -> int:
+    """The largest rule with at most so many points, as the reference chooses it."""
+    return max(points for points in LEBEDEV_DEGREES if points <= asked)
+
+
+def attention_state(arrays: Arrays, prefix: str, attention: EuclideanFastAttention) -> dict[str, Tensor]:
+    """State of the attention from parameters below ``prefix`` (``""`` or ``EuclideanRopeAttention_0/``)."""
+    state = {}
+    for number, name in enumerate(("query", "key", "value")):
+        layer = getattr(attention, name)
+        if layer is not None:
+            found = dense_state(arrays, f"{prefix}Dense_{number}", layer)
+            state |= {f"{name}.{key}": value for key, value in found.items()}
+    if isinstance(attention.frequencies, torch.nn.Parameter):
+        state["frequencies"] = torch.from_numpy(np.array(arrays[f"{prefix}frequencies"]))
+    integration = attention.integration
+    if integration is not None and integration.product.weights.kernel is not None:
+        kernel = arrays[f"{prefix}TensorIntegration_0/kernel"]
+        state["integration.product.weights.kernel"] = path_kernel(kernel, integration.product.paths)
+    return state
