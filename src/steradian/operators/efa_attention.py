@@ -120,7 +120,7 @@ def rotary_attention(
         raise ValueError(
             f"queries {list(queries.shape)}, keys {list(keys.shape)} and {frequencies.shape[-1]} frequencies do not fit"
         )
-    scale = (size or queries[0].numel()) ** -0.5
+    scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     even, odd = (rule.weights.unsqueeze(0), None) if functions is None else (f * rule.weights for f in functions)
     positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
@@ -232,7 +232,7 @@ def attention_per_direction(
 
     Plain and not fast: for inspection, and to integrate it with other functions of the direction.
     """
-    scale = (size or queries[0].numel()) ** -0.5
+    scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
     parts = []
