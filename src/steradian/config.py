@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from steradian.config_base import Section
 from steradian.config_efa import EFAConfig, O3MPNNConfig
@@ -161,7 +161,7 @@ class NoMixer(Section):
     kind: Literal["none"] = "none"
 
 
-HostConfig = MACEConfig
+HostConfig = Annotated[Union[MACEConfig, O3MPNNConfig], Field(discriminator="kind")]  # noqa: UP007
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
 GlobalMixerConfig = Annotated[Union[NoMixer, EFAConfig], Field(discriminator="kind")]  # noqa: UP007
 
@@ -173,6 +173,11 @@ class ModelConfig(Section):
     edge_gate: EdgeGateConfig = NoGate()
     global_mixer: GlobalMixerConfig = NoMixer()
     precision: Literal["float32", "float64"] = "float32"
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _mace_unless_said(cls, host: Any) -> Any:
+        return {"kind": "mace", **host} if isinstance(host, dict) else host
 
 
 # -------------------------------------------------------------------------------------------------------------- data

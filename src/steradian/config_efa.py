@@ -41,6 +41,9 @@ class EFAConfig(Section):
     include_pseudotensors_v: bool | None = Field(None, description="null: where the input has some")
     activation: Literal["identity", "silu", "gelu"] = Field("gelu", description="of queries and keys")
     tensor_integration: TensorIntegrationConfig | None = None
+    source: Literal["input", "update"] | None = Field(
+        None, description="attend with the layer's input or its local update; null: input (o3mpnn) or update (others)"
+    )
     emulate: bool = Field(False, description="ablation: a linear map of the atom itself in place of the attention")
     divide_by: float = Field(1.0, gt=0, description="divides the attention, a sum over all atoms")
     zero_init: bool = Field(True, description="the block adds nothing before training")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import _per_irrep
+from steradian.kernels.frozen import of_weight
 
 __all__ = ["MLP", "Activation", "Dense", "add_features", "change_degrees", "gated", "lecun_normal", "union"]
 
@@ -81,24 +82,36 @@ class Dense(nn.Module):
         channels_in, channels_out: C.
         bias: whether there is a bias.
         zero: start from zero weights instead of lecun-normal ones.
+        unit: keep weights of unit variance and scale them by 1/sqrt(C_in) where they are used.
 
     Raises:
         ValueError: the first irrep is not 0e, but there is a bias.
     """
 
     def __init__(
-        self, degrees: Degrees, channels_in: int, channels_out: int, *, bias: bool = True, zero: bool = False
+        self,
+        degrees: Degrees,
+        channels_in: int,
+        channels_out: int,
+        *,
+        bias: bool = True,
+        zero: bool = False,
+        unit: bool = False,
     ) -> None:
         super().__init__()
         if bias and degrees[0] != (0, 1):
             raise ValueError("a bias needs scalars: the first irrep must be 0e")
         self.degrees, self.dim = degrees, dim(degrees)
         shape = (len(degrees), channels_in, channels_out)
-        self.weight = nn.Parameter(torch.zeros(shape) if zero else lecun_normal(shape, channels_in))
+        self.scale = channels_in**-0.5 if unit else 1.0
+        self.weight = nn.Parameter(torch.zeros(shape) if zero else lecun_normal(shape, 1 if unit else channels_in))
         self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
 
     def forward(self, features: Tensor) -> Tensor:
-        out = _per_irrep(features, self.degrees, self.weight)
+        weight = self.weight
+        if self.scale != 1.0:
+            weight = of_weight(weight, "scaled", lambda value: value * self.scale)
+        out = _per_irrep(features, self.degrees, weight)
         if self.bias is None:
             return out
         if self.dim == 1:
@@ -109,10 +122,10 @@ class Dense(nn.Module):
 class MLP(nn.Module):
     """Dense, gated silu, Dense; ``zero``: the last one starts from zero, so the MLP gives zero at first."""
 
-    def __init__(self, degrees: Degrees, num_channels: int, *, zero: bool = False) -> None:
+    def __init__(self, degrees: Degrees, num_channels: int, *, zero: bool = False, unit: bool = False) -> None:
         super().__init__()
-        self.first = Dense(degrees, num_channels, num_channels)
-        self.last = Dense(degrees, num_channels, num_channels, zero=zero)
+        self.first = Dense(degrees, num_channels, num_channels, unit=unit)
+        self.last = Dense(degrees, num_channels, num_channels, zero=zero, unit=unit)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last(gated(self.first(features), "silu"))

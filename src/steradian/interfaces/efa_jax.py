@@ -7,19 +7,26 @@ harmonics, P = 2 the even irreps and then the odd ones; the components of a degr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.config_efa import EFAConfig, TensorIntegrationConfig
+from steradian.build import build_potential
+from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig
+from steradian.config_efa import TensorIntegrationConfig
+from steradian.data.statistics import DatasetStatistics
 from steradian.equivariant.couplings import to_cartesian_order
-from steradian.equivariant.dense import Dense
+from steradian.equivariant.dense import MLP, Dense
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
 from steradian.equivariant.paths import Paths
+from steradian.hosts.o3mpnn import O3MPNN, O3Layer
 from steradian.operators.efa import EuclideanFastAttention
+from steradian.operators.efa_mixer import EFAMixer
+from steradian.potential import Potential
 from steradian.sphere.grids import LEBEDEV_DEGREES
 
 __all__ = [
@@ -29,7 +36,10 @@ __all__ = [
     "features_from_reference",
     "features_to_reference",
     "lebedev_points",
+    "model_config",
+    "model_state",
     "path_kernel",
+    "potential_from_reference",
 ]
 
 Arrays = Mapping[str, np.ndarray]
@@ -121,7 +131,7 @@ def lebedev_points(asked: int) -> int:
 
 def attention_state(arrays: Arrays, prefix: str, attention: EuclideanFastAttention) -> dict[str, Tensor]:
     """State of the attention from parameters below ``prefix`` (``""`` or ``EuclideanRopeAttention_0/``)."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for number, name in enumerate(("query", "key", "value")):
         layer = getattr(attention, name)
         if layer is not None:
@@ -134,3 +144,160 @@ def attention_state(arrays: Arrays, prefix: str, attention: EuclideanFastAttenti
         kernel = arrays[f"{prefix}TensorIntegration_0/kernel"]
         state["integration.product.weights.kernel"] = path_kernel(kernel, integration.product.paths)
     return state
+
+
+# ------------------------------------------------------------------------------------------------- the energy model
+
+
+def model_config(hyper: Mapping[str, Any]) -> ModelConfig:
+    """Host and mixer of the energy model with these constructor arguments (defaults where they are missing)."""
+    host = O3MPNNConfig(
+        num_layers=hyper.get("num_iterations", 2),
+        num_channels=hyper.get("num_features", 32),
+        l_max=hyper.get("mp_max_degree", 2),
+        num_radial=hyper.get("mp_num_basis_fn", 32),
+        cutoff_A=hyper.get("cutoff", 5.0),
+        num_post_residual_mlps=hyper.get("num_post_residual_mlps", 0),
+        self_interaction=hyper.get("self_interaction", False),
+        dipole_embedding=hyper.get("atomic_dipole_embedding", False),
+        use_switch=hyper.get("use_switch", True),
+        zero_init=hyper.get("output_is_zero_at_init", True),
+    )
+    if hyper.get("era_use_in_iterations") is None:
+        return ModelConfig(host=host)
+    return ModelConfig(host=host, global_mixer=_mixer_config(hyper, host.zero_init))
+
+
+def _mixer_config(hyper: Mapping[str, Any], zero_init: bool) -> EFAConfig:
+    names = ["tensor_integration", "ti_max_degree_sph", "ti_max_degree", "ti_parametrize_coupling_paths"]
+    names += ["ti_degree_scaling_constants", "lebedev_num"]
+    inner = {name: hyper[f"era_{name}"] for name in names if f"era_{name}" in hyper}
+    emulate = hyper.get("emulate_era_block", False)
+    inner = {"lebedev_num": 6} | inner
+    attention = attention_config(
+        inner
+        | {
+            "epe_max_frequency": hyper.get("era_max_frequency") or 1.0,
+            "epe_max_length": hyper.get("era_max_length") or 1.0,
+            "num_features_qk": hyper.get("era_qk_num_features"),
+            "num_features_v": hyper.get("era_v_num_features"),
+            "activation_fn": hyper.get("era_activation_fn", "identity"),
+        }
+    )
+    return attention.model_copy(
+        update={
+            "max_degree": hyper.get("era_max_degree"),
+            "include_pseudotensors": hyper.get("era_include_pseudotensors", False),
+            "emulate": emulate,
+            "zero_init": zero_init,
+            "layers": list(hyper["era_use_in_iterations"]),
+        }
+    )
+
+
+def model_state(arrays: Arrays, host: O3MPNN, elements: Sequence[int]) -> dict[str, Tensor]:
+    """State of a host from the parameters of the energy model; rows of other elements are left behind.
+
+    Args:
+        arrays: flat parameters.
+        host: built from :func:`model_config`.
+        elements: atomic numbers in the order of the host's table.
+
+    Raises:
+        KeyError: a parameter is missing.
+    """
+    rows = list(elements)
+    state = {
+        "embedding": torch.from_numpy(arrays["Embed_0/embedding"][rows, 0, 0]),
+        "element_bias": torch.from_numpy(arrays["element_bias"][rows]),
+        "scale": host.scale,
+        "shift": host.shift,
+    }
+    number = itertools.count()
+
+    def dense(name: str, layer: Dense) -> None:
+        prefix = f"Dense_{next(number)}"
+        state.update({f"{name}.{key}": value for key, value in dense_state(arrays, prefix, layer).items()})
+
+    def plain(name: str) -> None:
+        state[f"{name}.weight"] = torch.from_numpy(arrays[f"Dense_{next(number)}/kernel"][None])
+
+    if host.dipole is not None:
+        plain("dipole")
+    for index, layer in enumerate(host.layers):
+        assert isinstance(layer, O3Layer)
+        name = f"layers.{index}"
+        state |= _message_state(arrays, index, layer)
+        dense(f"{name}.mlp.first", layer.mlp.first)
+        dense(f"{name}.mlp.last", layer.mlp.last)
+        mixer = layer.mixer
+        if isinstance(mixer, EFAMixer):
+            if isinstance(mixer.attention, Dense):
+                dense(f"{name}.mixer.attention", mixer.attention)
+            else:
+                found = attention_state(arrays, f"EuclideanRopeAttention_{index}/", mixer.attention)
+                state |= {f"{name}.mixer.attention.{key}": value for key, value in found.items()}
+            dense(f"{name}.mixer.dense", mixer.dense)
+            dense(f"{name}.mixer.mlp.first", mixer.mlp.first)
+            dense(f"{name}.mixer.mlp.last", mixer.mlp.last)
+        for place, mlp in enumerate(layer.post):
+            assert isinstance(mlp, MLP)
+            dense(f"{name}.post.{place}.first", mlp.first)
+            dense(f"{name}.post.{place}.last", mlp.last)
+    plain("readout")
+    return state
+
+
+def _message_state(arrays: Arrays, index: int, layer: O3Layer) -> dict[str, Tensor]:
+    """Message passing, switch and self-coupling of a layer."""
+    name, message = f"layers.{index}", layer.message
+    filters = [
+        arrays[f"MessagePass_{index}/filter/{degree}{_sign((-1) ** degree)}/kernel"]
+        for degree in range(message.l_max + 1)
+    ]
+    state = {
+        f"{name}.message.filter": torch.from_numpy(np.stack(filters)),
+        f"{name}.message.weights.kernel": path_kernel(arrays[f"MessagePass_{index}/tensor/kernel"], message.paths),
+    }
+    if layer.switch is not None:
+        state[f"{name}.switch"] = torch.from_numpy(arrays[f"c_switch_layer_{index}"])
+    coupling = layer.coupling
+    if coupling is not None:
+        found = dense_state(arrays, f"TensorDense_{index}/dense", coupling.dense)
+        state |= {f"{name}.coupling.dense.{key}": value for key, value in found.items()}
+        kernel = arrays[f"TensorDense_{index}/tensor/kernel"]
+        state[f"{name}.coupling.product.weights.kernel"] = path_kernel(kernel, coupling.product.paths)
+    return state
+
+
+def potential_from_reference(
+    hyper: Mapping[str, Any],
+    arrays: Arrays,
+    atom_references: Mapping[int, float],
+    dtype: torch.dtype = torch.float32,
+) -> Potential:
+    """The energy model of the reference as a potential.
+
+    Args:
+        hyper: constructor arguments.
+        arrays: flat parameters.
+        atom_references: for the elements to take over [eV]: what is added to the model's energy per atom.
+        dtype: precision of the network.
+    """
+    elements = tuple(sorted(atom_references))
+    statistics = DatasetStatistics(
+        elements=elements,
+        atom_references=dict(atom_references),
+        avg_num_neighbors=1.0,
+        energy_shift=0.0,
+        force_rms=1.0,
+        energy_std=1.0,
+        num_frames=0,
+        reference_report="imported with the model",
+    )
+    precision = {torch.float32: "float32", torch.float64: "float64"}[dtype]
+    config = model_config(hyper).model_copy(update={"precision": precision})
+    potential = build_potential(config, statistics, seed=0)
+    assert isinstance(potential.host, O3MPNN)
+    potential.host.load_state_dict(model_state(arrays, potential.host, elements))
+    return potential.eval()

@@ -113,6 +113,9 @@ class EuclideanFastAttention(nn.Module):
             ``emulate``, ``zero_init``, ``layers``).
         degrees: irreps of the features, 0e first.
         num_channels: C.
+        nominal: the irreps that the features are said to have, where some of them are missing because they would be
+            zero; highest degrees and the scale of the scores go by these.
+        unit: keep weights of unit variance; see :class:`steradian.equivariant.dense.Dense`.
 
     Attributes:
         degrees_out, channels_out: of the result.
@@ -125,14 +128,23 @@ class EuclideanFastAttention(nn.Module):
         ValueError: options that do not fit the features; the message names them.
     """
 
-    def __init__(self, config: EFAConfig, degrees: Degrees, num_channels: int) -> None:
+    def __init__(
+        self,
+        config: EFAConfig,
+        degrees: Degrees,
+        num_channels: int,
+        *,
+        nominal: Degrees | None = None,
+        unit: bool = False,
+    ) -> None:
         super().__init__()
         self.config, self.degrees, self.num_channels = config, degrees, num_channels
+        self.nominal = nominal or degrees
         grid = lebedev(config.num_points)
         self.grid = grid
         self._rule = DirectionRule.from_grid(grid.points, grid.weights)
-        nominal_qk = _nominal(degrees, config.max_degree_qk, config.include_pseudotensors_qk, "max_degree_qk")
-        nominal_v = _nominal(degrees, config.max_degree_v, config.include_pseudotensors_v, "max_degree_v")
+        nominal_qk = _nominal(self.nominal, config.max_degree_qk, config.include_pseudotensors_qk, "max_degree_qk")
+        nominal_v = _nominal(self.nominal, config.max_degree_v, config.include_pseudotensors_v, "max_degree_v")
         # irreps that are asked for but not there would be zeros; only the scale of the scores knows of them
         self.degrees_qk = tuple(irrep for irrep in degrees if irrep in nominal_qk)
         self.degrees_v = tuple(irrep for irrep in degrees if irrep in nominal_v)
@@ -144,8 +156,8 @@ class EuclideanFastAttention(nn.Module):
         self.size = dim(nominal_qk) * channels_qk
         self.query = self.key = self.value = None
         if config.parametrized:
-            self.query, self.key = (Dense(self.degrees_qk, num_channels, channels_qk) for _ in range(2))
-            self.value = Dense(self.degrees_v, num_channels, self.channels_out)
+            self.query, self.key = (Dense(self.degrees_qk, num_channels, channels_qk, unit=unit) for _ in range(2))
+            self.value = Dense(self.degrees_v, num_channels, self.channels_out, unit=unit)
         start = frequencies_up_to(config.max_frequency, config.max_length_A, channels_qk // 2)
         self.frequencies: Tensor
         if config.trainable_frequencies:
@@ -160,7 +172,7 @@ class EuclideanFastAttention(nn.Module):
         self._place()
 
     def _make_integration(self, config: TensorIntegrationConfig, nominal_v: Degrees) -> TensorIntegration:
-        present, pseudotensors = max_degree(self.degrees), has_pseudotensors(self.degrees)
+        present, pseudotensors = max_degree(self.nominal), has_pseudotensors(self.nominal)
         l_sph = present if config.max_degree_sph is None else config.max_degree_sph
         if config.degree_scaling is not None and len(config.degree_scaling) != l_sph + 1:
             raise ValueError(f"degree_scaling lists {len(config.degree_scaling)} factors for degrees 0..{l_sph}")
