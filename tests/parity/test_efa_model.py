@@ -93,6 +93,55 @@ def test_released_checkpoints(efa_fixtures, name):
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_released_checkpoints_in_float32(efa_fixtures, name):
     hyper, arrays = read(efa_fixtures, f"pretrained_{name}")
-    prediction = potential_of(hyper, arrays, torch.float32)(graph_of(arrays, torch.float32))
+    prediction = potential_of(hyper, arrays, torch.float32)(graph_of(arrays))
     assert_same(prediction.energy.numpy(), arrays["out/energy"], 1e-5)
     assert_same(prediction.forces.numpy(), arrays["out/forces"], 1e-5)
+
+
+def loss_of(potential, graph, arrays):
+    """Squared errors: energies over labelled systems; forces over components and atoms, then over systems."""
+    prediction = potential(graph)
+    mask = torch.from_numpy(arrays["in/graph_mask"])
+    energies = torch.from_numpy(arrays["label/energy"])
+    labelled = mask & ~energies.isnan()
+    energy = (prediction.energy - energies)[labelled].square().mean()
+    squares = (prediction.forces - torch.from_numpy(arrays["label/forces"])).square().mean(1)
+    sums = torch.zeros(graph.num_systems, dtype=squares.dtype).index_add(0, graph.system, squares)
+    forces = (sums / graph.atoms_per_system.clamp(min=1))[mask].mean()
+    return energy, forces
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_training_steps(efa_fixtures, number):
+    """Loss, its gradient (which needs second derivatives), and some steps of Adam."""
+    hyper, arrays = read(efa_fixtures, f"train_{number:02d}")
+    potential, graph = potential_of(hyper, arrays).train(), graph_of(arrays)
+    training = json.loads(str(arrays["train"]))
+    weights = training["energy_weight"], training["forces_weight"]
+    energy, forces = loss_of(potential, graph, arrays)
+    assert_same(energy.detach().numpy(), arrays["out/energy_mse"])
+    assert_same(forces.detach().numpy(), arrays["out/forces_mse"])
+    loss = weights[0] * energy + weights[1] * forces
+    assert_same(loss.detach().numpy(), arrays["out/loss"])
+    loss.backward()
+    expected = model_state(below(arrays, "grad/"), potential.host, potential.elements)
+    for name, parameter in potential.host.named_parameters():
+        assert_same(parameter.grad.numpy(), expected[name].numpy())
+    potential.zero_grad()
+
+    schedule = training["schedule"]
+    optimizer = torch.optim.Adam(potential.parameters(), lr=schedule["init_value"], betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    for step in range(training["steps"]):
+        rate = schedule["init_value"] * schedule["decay_rate"] ** (step / schedule["transition_steps"])
+        optimizer.param_groups[0]["lr"] = rate
+        energy, forces = loss_of(potential, graph, arrays)
+        losses.append(weights[0] * energy + weights[1] * forces)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    # the reference evaluates its learning rate in float32
+    assert_same(torch.stack(losses).detach().numpy(), arrays["out/losses"], 1e-8)
+    expected = model_state(below(arrays, "params_after/"), potential.host, potential.elements)
+    for name, parameter in potential.host.named_parameters():
+        assert_same(parameter.detach().numpy(), expected[name].numpy(), 1e-8)
