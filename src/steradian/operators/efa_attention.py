@@ -107,10 +107,10 @@ def rotary_attention(
         num_systems: S.
         size: numbers per query that the square root is taken of; None for D F.
         functions: average the product with functions of the direction in place of the attention alone: their values
-            ``[A, m]`` for those that are even in u, ``[B, m]`` for those that are odd.
+            ``[A, m]`` for those that are even in u, ``[O, m]`` for those that are odd.
 
     Returns:
-        ``[N, D_v, F_v]``, or ``[N, A + B, D_v, F_v]`` with functions.
+        ``[N, D_v, F_v]``, or ``[N, A + O, D_v, F_v]`` with functions.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -121,14 +121,14 @@ def rotary_attention(
             f"queries {list(queries.shape)}, keys {list(keys.shape)} and {frequencies.shape[-1]} frequencies do not fit"
         )
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
-    even, odd = (rule.weights.unsqueeze(0), None) if functions is None else (f * rule.weights for f in functions)
+    waves = _waves_of_rule(rule, frequencies, functions)
     positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
     parts = []
     for block in blocks:
         q, k = (_channel_pairs(block.take(features)) for features in (queries * scale, keys))
         v, x = block.take(values.flatten(1)).transpose(1, 2), block.take(positions).transpose(1, 2)
-        parts.append(_attend(q, k, v.contiguous(), x, frequencies, rule, even, odd).transpose(1, 2))
+        parts.append(_attend(q, k, v.contiguous(), x, waves).transpose(1, 2))
     rows = 1 if functions is None else len(functions[0]) + len(functions[1])
     if not parts:
         return values.new_zeros((0, *([] if functions is None else [rows]), *values.shape[1:]))
@@ -136,31 +136,50 @@ def rotary_attention(
     return out.view(values.shape) if functions is None else out.view(len(values), rows, *values.shape[1:])
 
 
-def _attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    frequencies: Tensor,
-    rule: DirectionRule,
-    even: Tensor,
-    odd: Tensor | None,
-) -> Tensor:
-    """``[B, L e, N]`` from ``[B, n, a, N]``, ``[B, e, N]`` and ``[B, 3, N]``; L weights ``[L, m]`` per direction."""
-    crossed = _crossed(queries)
+@dataclass(frozen=True)
+class Waves:
+    """Plane waves and how their products are summed.
+
+    Attributes:
+        vectors: ``[m, 3]`` directions, or wave vectors [1/Å].
+        frequencies: ``[n]`` factor on them for each pair of channels, or ``[1]`` for all pairs.
+        even, odd: ``[L, m, n]`` (or ``[L, m, 1]``) weights for L results, even or odd in the wave vector.
+        symmetric: the opposite of every vector belongs to the sum, is not listed, and is counted in the weights.
+    """
+
+    vectors: Tensor
+    frequencies: Tensor
+    even: Tensor
+    odd: Tensor | None
+    symmetric: bool
+
+
+def _waves_of_rule(rule: DirectionRule, frequencies: Tensor, functions: tuple[Tensor, Tensor] | None) -> Waves:
+    if functions is None:
+        return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric)
+    even, odd = ((values * rule.weights).unsqueeze(-1) for values in functions)
+    return Waves(rule.directions, frequencies, even, odd, rule.symmetric)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:
+    """``[B, L e, N]`` from ``[B, n, a, N]``, ``[B, e, N]`` and ``[B, 3, N]``; even results first, then odd ones."""
+    crossed, num_pairs = _crossed(queries), queries.shape[1]
+    if len(waves.frequencies) == 1:  # one phase for all pairs
+        queries, keys, crossed = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (queries, keys, crossed))
     out: Tensor | None = None
-    for chunk in _chunks(len(rule.directions), keys, values):
-        waves = plane_waves(torch.matmul(rule.directions[chunk], positions), frequencies)
-        sums = moments(waves, keys, values)
-        sums = sums.view(sums.shape[0], waves.shape[1], 2, -1, sums.shape[-1])  # [B, m, 2, n a, e]
-        if rule.symmetric:
-            parts = [apply_moments(_weighted(sums, even[:, chunk]), waves, queries)] if len(even) else []
+    for chunk in _chunks(len(waves.vectors), keys, values):
+        turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
+        sums = moments(turning, keys, values)
+        sums = sums.view(sums.shape[0], turning.shape[1], 2, num_pairs, -1, sums.shape[-1])  # [B, m, 2, n, a, e]
+        even, odd = waves.even[:, chunk], None if waves.odd is None else waves.odd[:, chunk]
+        if waves.symmetric:
+            parts = [apply_moments(_weighted(sums, even), turning, queries)] if len(even) else []
             if odd is not None and len(odd):
-                parts.append(apply_moments(_weighted(_quarter_turn(sums), odd[:, chunk]), waves, crossed))
+                parts.append(apply_moments(_weighted(_quarter_turn(sums), odd), turning, crossed))
         else:
             both = even if odd is None else torch.cat([even, odd])
-            part = apply_moments(_weighted(sums, both[:, chunk]), waves, queries)
-            parts = [part + apply_moments(_weighted(_quarter_turn(sums), both[:, chunk]), waves, crossed)]
+            part = apply_moments(_weighted(sums, both), turning, queries)
+            parts = [part + apply_moments(_weighted(_quarter_turn(sums), both), turning, crossed)]
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         out = part if out is None else out + part
     assert out is not None
@@ -168,11 +187,9 @@ def _attend(
 
 
 def _weighted(sums: Tensor, weights: Tensor) -> Tensor:
-    """Moments ``[B, m, 2, n a, e]`` times each of L weights: ``[B, m 2 n a, L e]``."""
-    if len(weights) == 1:
-        return (sums * weights[0, :, None, None, None]).flatten(1, 3)
-    by_direction = weights.T[:, None, None, :, None]
-    return (sums.unsqueeze(4) * by_direction).flatten(4).flatten(1, 3)
+    """Moments ``[B, m, 2, n, a, e]`` times each of L weights ``[L, m, n]``: ``[B, m 2 n a, L e]``."""
+    by_row = weights.permute(1, 2, 0)[:, None, :, None, :, None]  # [m, 1, n, 1, L, 1]
+    return (sums.unsqueeze(5) * by_row).flatten(5).flatten(1, 4)
 
 
 def _quarter_turn(sums: Tensor) -> Tensor:
