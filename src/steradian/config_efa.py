@@ -41,6 +41,10 @@ class EFAConfig(Section):
     include_pseudotensors_v: bool | None = Field(None, description="null: where the input has some")
     activation: Literal["identity", "silu", "gelu"] = Field("gelu", description="of queries and keys")
     tensor_integration: TensorIntegrationConfig | None = None
+    periodic: bool = Field(False, description="periodic systems: sum over the reciprocal lattice")
+    shell_width_per_A: float | None = Field(
+        None, gt=0, description="periodic: half width of each frequency's shell of wave numbers; null: their spacing"
+    )
     source: Literal["input", "update"] | None = Field(
         None, description="attend with the layer's input or its local update; null: input (o3mpnn) or update (others)"
     )

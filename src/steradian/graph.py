@@ -105,6 +105,8 @@ class Edges:
             (squares of a degree sum to 2 l + 1), degrees in order.
         num_atoms: N.
         system: ``[N]`` index of the system of each atom; num_systems: S.
+        cell: ``[S, 3, 3]`` lattice vectors as rows [Å], strained and differentiable, or None where nothing is periodic.
+        pbc: ``[S, 3]`` periodicity, or None.
     """
 
     senders: Tensor
@@ -117,6 +119,8 @@ class Edges:
     num_atoms: int
     system: Tensor
     num_systems: int
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
 
     def sum_at_receivers(self, values: Tensor) -> Tensor:
         """Sum per-edge values ``[E, ...]`` at their receivers: ``[N, ...]``."""

@@ -173,6 +173,8 @@ class O3MPNN(Host):
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
         )
 
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:

@@ -26,6 +26,7 @@ from steradian.equivariant.irreps import (
 )
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
+from steradian.operators.efa_periodic import reciprocal_attention
 from steradian.sphere.grids import lebedev
 
 __all__ = ["EuclideanFastAttention", "TensorIntegration", "frequencies_up_to"]
@@ -165,6 +166,8 @@ class EuclideanFastAttention(nn.Module):
         else:
             self.register_buffer("frequencies", start, persistent=False)
         self._start = start
+        spacing = float(start[-1]) / max(1, len(start) - 1)
+        self.shell_width = config.shell_width_per_A or spacing
         self.integration: TensorIntegration | None = None
         if config.tensor_integration is not None:
             self.integration = self._make_integration(config.tensor_integration, nominal_v)
@@ -188,8 +191,8 @@ class EuclideanFastAttention(nn.Module):
             config.learned_paths,
         )
         values = spherical_harmonics(self._rule.directions, l_sph).T.clone()  # [(l + 1)^2, m]
-        for degree in range(l_sph + 1):
-            factor = 1.0 if config.degree_scaling is None else config.degree_scaling[degree]
+        self._degree_scaling = config.degree_scaling or [1.0] * (l_sph + 1)
+        for degree, factor in enumerate(self._degree_scaling):
             values[degree**2 : (degree + 1) ** 2] *= factor / math.sqrt(2 * degree + 1)
         odd = torch.tensor([degree % 2 for degree in range(l_sph + 1) for _ in range(2 * degree + 1)], dtype=torch.bool)
         self._harmonics = (values[~odd], values[odd])
@@ -215,7 +218,15 @@ class EuclideanFastAttention(nn.Module):
 
     # -------------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, features: Tensor, positions: Tensor, system: Tensor, num_systems: int = 1) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        positions: Tensor,
+        system: Tensor,
+        num_systems: int = 1,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+    ) -> Tensor:
         """Attention of every atom, ``[N, D', C_v]``.
 
         Args:
@@ -223,10 +234,28 @@ class EuclideanFastAttention(nn.Module):
             positions: ``[N, 3]`` [Å], differentiable.
             system: ``[N]`` ascending index of each atom's system; atoms of different systems do not see each other.
             num_systems: S.
+            cell: ``[S, 3, 3]`` lattice vectors as rows [Å], differentiable; used where the system is periodic.
+            pbc: ``[S, 3]`` periodicity; None where nothing is.
+
+        Raises:
+            ValueError: a periodic system without ``periodic`` in the options, or one that is not periodic in all
+                directions.
         """
         queries, keys, values = self.projections(features)
+        if pbc is None or cell is None or not bool(pbc.any()):
+            out = self._isolated(queries, keys, values, positions, system, num_systems)
+        else:
+            self._check_periodic(pbc)
+            out = self._mixed(queries, keys, values, positions, system, cell, pbc[:, 0].tolist())
+        if self.integration is not None:
+            out = self.integration.of_pairs(out.index_select(1, self.order))
+        return out if self.config.divide_by == 1.0 else out / self.config.divide_by
+
+    def _isolated(
+        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, system: Tensor, num_systems: int
+    ) -> Tensor:
         functions: Any = None if self.integration is None else self.functions
-        out = rotary_attention(
+        return rotary_attention(
             queries,
             keys,
             values,
@@ -238,9 +267,45 @@ class EuclideanFastAttention(nn.Module):
             size=self.size,
             functions=functions,
         )
-        if self.integration is not None:
-            out = self.integration.of_pairs(out.index_select(1, self.order))
-        return out if self.config.divide_by == 1.0 else out / self.config.divide_by
+
+    def _mixed(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        system: Tensor,
+        cell: Tensor,
+        periodic: list[bool],
+    ) -> Tensor:
+        """Crystals one by one, everything else together."""
+        counts = torch.bincount(system, minlength=len(periodic)).tolist()
+        parts, number, start = [], 0, 0
+        while number < len(periodic):
+            stop, last = start + counts[number], number + 1
+            if not periodic[number]:
+                while last < len(periodic) and not periodic[last]:
+                    stop, last = stop + counts[last], last + 1
+            own = slice(start, stop)
+            given = queries[own], keys[own], values[own], positions[own]
+            if periodic[number] and stop > start:
+                scaling = None if self.integration is None else self._degree_scaling
+                out = reciprocal_attention(
+                    *given, cell[number], self.frequencies, self.shell_width, size=self.size, degree_scaling=scaling
+                )
+                parts.append(out)
+            elif stop > start:
+                parts.append(self._isolated(*given, system[own] - number, last - number))
+            number, start = last, stop
+        return torch.cat(parts) if parts else self._isolated(queries, keys, values, positions, system, 1)
+
+    def _check_periodic(self, pbc: Tensor) -> None:
+        if not self.config.periodic:
+            raise ValueError(
+                "this attention was built for molecules; for periodic systems set global_mixer.periodic=true"
+            )
+        if not bool((pbc.all(1) | ~pbc.any(1)).all()):
+            raise ValueError("the attention needs systems that are periodic in all three directions or in none")
 
     def projections(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys ``[N, D_qk, C_qk]``, activated, and values ``[N, D_v, C_v]``."""

@@ -21,7 +21,14 @@ from torch import Tensor
 from steradian.operators.efa_kernel import apply_moments, moments, plane_waves
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
 
-__all__ = ["DirectionRule", "attention_per_direction", "rotary_attention", "rotary_encoding"]
+__all__ = [
+    "DirectionRule",
+    "Waves",
+    "attend_one_system",
+    "attention_per_direction",
+    "rotary_attention",
+    "rotary_encoding",
+]
 
 NUMBERS_OF_MOMENTS = 1 << 20
 """Moments of so many numbers exist at a time (and for the derivative of the attention all of them)."""
@@ -159,6 +166,14 @@ def _waves_of_rule(rule: DirectionRule, frequencies: Tensor, functions: tuple[Te
         return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric)
     even, odd = ((values * rule.weights).unsqueeze(-1) for values in functions)
     return Waves(rule.directions, frequencies, even, odd, rule.symmetric)
+
+
+def attend_one_system(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:
+    """``[N, A, D_v, F_v]`` for atoms of one system; shapes as in :func:`rotary_attention`, queries scaled."""
+    q, k = (_channel_pairs(features.unsqueeze(0)) for features in (queries, keys))
+    v = values.flatten(1).T.unsqueeze(0).contiguous()
+    out = _attend(q, k, v, positions.T.unsqueeze(0), waves)
+    return out[0].T.reshape(len(values), -1, *values.shape[1:])
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:

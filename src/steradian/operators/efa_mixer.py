@@ -30,10 +30,10 @@ class EFAMixer(GlobalMixer):
     """
 
     rotation: Rotation = "quadrature"
-    supports_pbc = False
 
     def __init__(self, config: EFAConfig, spec: SlotSpec) -> None:
         super().__init__()
+        self.supports_pbc = config.periodic
         unit, channels = spec.unit_weights, spec.num_channels
         self.source = config.source or ("input" if spec.degrees_out is None else "update")
         degrees = spec.degrees if self.source == "input" or spec.degrees_out is None else spec.degrees_out
@@ -60,7 +60,7 @@ class EFAMixer(GlobalMixer):
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            h = self.attention(entering, positions, edges.system, edges.num_systems)
+            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc)
         else:
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)
