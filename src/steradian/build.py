@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
-from steradian.config import MARAConfig, ModelConfig
+from steradian.config import EFAConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
-from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.hosts.o3mpnn import O3MPNN
+from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.efa_mixer import EFAMixer
 from steradian.operators.mara import MARA
 from steradian.potential import Potential
 
-__all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]
+HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "o3mpnn": O3MPNN}
+
+__all__ = ["build_potential", "gate_factory", "load_potential", "mixer_factory", "save_potential"]
 
 
 def gate_factory(config: ModelConfig) -> GateFactory:
@@ -25,17 +31,29 @@ def gate_factory(config: ModelConfig) -> GateFactory:
         return empty_slot
 
     def make(spec: SlotSpec) -> EdgeGate | None:
-        if gate.layers is not None:
-            outside = [layer for layer in gate.layers if not 0 <= layer < spec.num_layers]
-            if outside:
-                raise ValueError(
-                    f"model.edge_gate.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}"
-                )
-            if spec.layer not in gate.layers:
-                return None
-        return MARA.from_config(gate, spec)
+        return MARA.from_config(gate, spec) if _has_layer(gate.layers, spec, "model.edge_gate") else None
 
     return make
+
+
+def mixer_factory(config: ModelConfig) -> MixerFactory:
+    """The factory that fills the slots of global mixers as the configuration says."""
+    mixer = config.global_mixer
+    if not isinstance(mixer, EFAConfig):
+        return empty_slot
+
+    def make(spec: SlotSpec) -> GlobalMixer | None:
+        return EFAMixer(mixer, spec) if _has_layer(mixer.layers, spec, "model.global_mixer") else None
+
+    return make
+
+
+def _has_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:
+    """Whether the operator is wanted in this layer of the host."""
+    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
+    if outside:
+        raise ValueError(f"{section}.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}")
+    return layers is None or spec.layer in layers
 
 
 def build_potential(
@@ -62,14 +80,14 @@ def build_potential(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
-    host = MACE(
+    host = HOSTS[config.host.kind](
         config.host,
         num_elements=len(statistics.elements),
         avg_num_neighbors=statistics.avg_num_neighbors,
         scale=statistics.force_rms or 1.0,
         shift=statistics.energy_shift,
         make_gate=_isolated(make_gate or gate_factory(config)),
-        make_mixer=_isolated(make_mixer or empty_slot),
+        make_mixer=_isolated(make_mixer or mixer_factory(config)),
     )
     return Potential(host, config, statistics)
 

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from steradian.config_base import Section
+from steradian.config_efa import EFAConfig, O3MPNNConfig
 
 __all__ = [
     "ConfigError",
     "DataConfig",
+    "EFAConfig",
     "MACEConfig",
     "MARAConfig",
     "ModelConfig",
+    "O3MPNNConfig",
     "RunConfig",
     "TrainingConfig",
     "dump_config",
@@ -33,10 +38,6 @@ __all__ = [
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every mistake, one line each, with the way out."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -160,8 +161,9 @@ class NoMixer(Section):
     kind: Literal["none"] = "none"
 
 
-HostConfig = MACEConfig
+HostConfig = Annotated[Union[MACEConfig, O3MPNNConfig], Field(discriminator="kind")]  # noqa: UP007
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
+GlobalMixerConfig = Annotated[Union[NoMixer, EFAConfig], Field(discriminator="kind")]  # noqa: UP007
 
 
 class ModelConfig(Section):
@@ -169,8 +171,13 @@ class ModelConfig(Section):
 
     host: HostConfig = MACEConfig()
     edge_gate: EdgeGateConfig = NoGate()
-    global_mixer: NoMixer = NoMixer()
+    global_mixer: GlobalMixerConfig = NoMixer()
     precision: Literal["float32", "float64"] = "float32"
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _mace_unless_said(cls, host: Any) -> Any:
+        return {"kind": "mace", **host} if isinstance(host, dict) else host
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -288,7 +295,7 @@ class TrainingConfig(Section):
     validate_every: int = Field(1, ge=1, description="epochs")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds between checkpoints inside an epoch")
     seed: int = 0
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = ["csv"]
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
 
 

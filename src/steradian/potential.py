@@ -109,8 +109,8 @@ class Potential(nn.Module):
             positions = self._centred(graph).requires_grad_(forces)
             cell = graph.cell.to(device=self.device, dtype=self.dtype)
             strain = torch.zeros_like(cell).requires_grad_(stress)
-            strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
-            output = self.host(graph, species, strained, vectors)
+            strained, cell_strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
+            output = self.host(replace(graph, cell=cell_strained), species, strained, vectors)
             wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
             gradients = self._gradients(output.atom_energies, wanted)
         references = self.atom_references.index_select(0, species)
@@ -157,8 +157,10 @@ class Potential(nn.Module):
             positions = positions - (sums / counts).index_select(0, graph.system)
         return positions.to(self.dtype, copy=True)
 
-    def _geometry(self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Strained positions and edge vectors; the strain acts on positions and cell alike."""
+    def _geometry(
+        self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
         if strain is not None:
             symmetric = 0.5 * (strain + strain.transpose(1, 2))
             positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
@@ -167,7 +169,7 @@ class Potential(nn.Module):
         if bool(graph.pbc.any()):
             edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
             vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
-        return positions, vectors
+        return positions, cell, vectors
 
     def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         if not wanted:

@@ -30,7 +30,8 @@ class Host(nn.Module, ABC):
         """Energies per atom.
 
         Args:
-            graph: topology (senders, receivers, system); its positions are not used.
+            graph: topology (senders, receivers, system), periodicity and the strained, differentiable cell; its
+                positions are not used.
             species: ``[N]`` index of each atom's element in the table of elements.
             positions: ``[N, 3]`` centred positions [Å], differentiable.
             vectors: ``[E, 3]`` from receiver to sender [Å], differentiable.

@@ -179,6 +179,7 @@ class MACE(Host):
                 num_channels=config.num_channels,
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
+                degrees_out=dims.degrees_out,
             )
             layers.append(
                 MACELayer(
@@ -220,6 +221,8 @@ class MACE(Host):
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
         )
 
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:

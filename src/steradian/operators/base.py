@@ -34,6 +34,10 @@ class SlotSpec:
         num_channels: C.
         cutoff: [Å].
         num_radial: R, the width of ``edges.radial``.
+        degrees_out: irreps of the layer's local update, to which a mixer's update must be reduced; None where the host
+            adds an update of any irreps.
+        scalars_only: the layer uses nothing but scalars of what a mixer attends to.
+        unit_weights: the host's weights have unit variance (and are scaled where they are used); a mixer's should too.
     """
 
     host: str
@@ -43,6 +47,9 @@ class SlotSpec:
     num_channels: int
     cutoff: float
     num_radial: int = 8
+    degrees_out: tuple[tuple[int, int], ...] | None = None
+    scalars_only: bool = False
+    unit_weights: bool = True
 
     @property
     def dim(self) -> int:
@@ -78,8 +85,19 @@ class GlobalMixer(nn.Module, ABC):
     supports_pbc: bool = False
 
     @abstractmethod
+    def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
+        """What to add to the local update.
+
+        Args:
+            features: ``[N, D, C]`` that the layer started from.
+            local_update: ``[N, D', C]`` made of the neighbours.
+            positions: ``[N, 3]`` [Å], differentiable.
+            edges: of the layer.
+        """
+
     def forward(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
-        """The update ``[N, D, C]`` to use in place of ``local_update [N, D, C]``; positions ``[N, 3]`` [Å]."""
+        """The update ``[N, D', C]`` to use in place of ``local_update``."""
+        return local_update + self.global_update(features, local_update, positions, edges)
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]
