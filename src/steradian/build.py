@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
 from steradian.config import MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
+from steradian.hosts.nequip import NequIP
 from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.mara import MARA
 from steradian.potential import Potential
+
+HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP}
 
 __all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]
 
@@ -62,7 +67,7 @@ def build_potential(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
-    host = MACE(
+    host = HOSTS[config.host.kind](
         config.host,
         num_elements=len(statistics.elements),
         avg_num_neighbors=statistics.avg_num_neighbors,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 __all__ = [
     "ConfigError",
@@ -22,6 +22,7 @@ __all__ = [
     "MACEConfig",
     "MARAConfig",
     "ModelConfig",
+    "NequIPConfig",
     "RunConfig",
     "TrainingConfig",
     "dump_config",
@@ -88,6 +89,28 @@ class MACEConfig(Section):
     @property
     def correlations(self) -> list[int]:
         return [self.correlation] * self.num_layers if isinstance(self.correlation, int) else list(self.correlation)
+
+
+class NequIPConfig(Section):
+    """NequIP (Batzner et al. 2022)."""
+
+    kind: Literal["nequip"] = "nequip"
+    num_layers: int = Field(3, ge=1)
+    num_channels: int = Field(32, ge=1, description="features of every irrep")
+    l_max: int = Field(1, ge=0, le=4, description="highest degree of features and harmonics")
+    parity: bool = Field(True, description="features of both parities, or of the harmonics' parity only")
+    cutoff_A: float = Field(5.0, gt=0)
+    radial: RadialConfig = RadialConfig()
+    radial_mlp: list[int] = Field([64, 64], description="hidden widths of the radial network")
+    embedding_dim: int | None = Field(None, ge=1, description="width of the elements' embedding; null: num_channels")
+    readout_mlp: list[int] = Field([], description="hidden widths of the readout; empty for a linear one")
+    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    trainable_scales: bool = Field(False, description="learn the energy scale of every element")
+    trainable_shifts: bool = Field(False, description="learn the energy shift of every element")
+
+    @property
+    def hidden_l(self) -> int:
+        return self.l_max
 
 
 class EquiangularGrid(Section):
@@ -160,7 +183,7 @@ class NoMixer(Section):
     kind: Literal["none"] = "none"
 
 
-HostConfig = MACEConfig
+HostConfig = Annotated[Union[MACEConfig, NequIPConfig], Field(discriminator="kind")]  # noqa: UP007
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
 
 
@@ -171,6 +194,11 @@ class ModelConfig(Section):
     edge_gate: EdgeGateConfig = NoGate()
     global_mixer: NoMixer = NoMixer()
     precision: Literal["float32", "float64"] = "float32"
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _mace_unless_said(cls, host: Any) -> Any:
+        return {"kind": "mace", **host} if isinstance(host, dict) else host
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -359,7 +387,7 @@ def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for mistake in error.errors():
         location = tuple(part for part in mistake["loc"])
-        name = ".".join(str(part) for part in location)
+        name = ".".join(_walk(RunConfig, location)[1])
         if mistake["type"] == "extra_forbidden":
             known = _keys_at(RunConfig, location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -376,16 +404,26 @@ def _explain(error: ValidationError, source: str) -> str:
 
 def _keys_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the section that a validation error's location points to."""
-    candidates = _sections_in(model)
+    candidates, _ = _walk(model, location)
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _walk(model: Any, location: tuple[Any, ...]) -> tuple[list[type[BaseModel]], list[str]]:
+    """Sections that a validation error's location leads to, and the keys on the way as they stand in the file."""
+    candidates, keys = _sections_in(model), []
     for part in location:
         found: list[type[BaseModel]] = []
+        is_tag = False  # pydantic puts the tag of a union into the location; the file has no such key
         for candidate in candidates:
             if part in candidate.model_fields:
                 found += _sections_in(candidate.model_fields[part].annotation)
             elif candidate.model_fields.get("kind") is not None and candidate.model_fields["kind"].default == part:
-                found.append(candidate)  # pydantic puts the tag of a union into the location
+                found.append(candidate)
+                is_tag = True
         candidates = found or candidates
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+        if not is_tag:
+            keys.append(str(part))
+    return candidates, keys
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
