@@ -77,6 +77,7 @@ def config_and_weights_from_mace_torch(
             projection that leaves more than rounding.
     """
     config = _config(hyperparameters, state_dict)
+    assert isinstance(config.host, MACEConfig)
     arrays = _Arrays(state_dict)
     _check_radial_settings(arrays, config.host)
     index, num_heads = _head(hyperparameters, head)
