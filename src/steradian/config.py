@@ -90,6 +90,14 @@ class MACEConfig(Section):
     def correlations(self) -> list[int]:
         return [self.correlation] * self.num_layers if isinstance(self.correlation, int) else list(self.correlation)
 
+    def summary(self) -> dict[str, str]:
+        """What ``steradian inspect`` says of the host."""
+        irreps = " + ".join(f"{degree}{'eo'[degree % 2]}" for degree in range(self.hidden_l + 1))
+        return {
+            "hidden irreps": f"{self.num_channels} x ({irreps})",
+            "harmonics, correlation": f"l_max {self.l_max}, correlation {self.correlations}",
+        }
+
 
 class NequIPConfig(Section):
     """NequIP (Batzner et al. 2022)."""
@@ -111,6 +119,13 @@ class NequIPConfig(Section):
     @property
     def hidden_l(self) -> int:
         return self.l_max
+
+    def summary(self) -> dict[str, str]:
+        """What ``steradian inspect`` says of the host."""
+        both = [f"{degree}{'eo'[degree % 2]}" for degree in range(self.l_max + 1)]
+        if self.parity:
+            both = [f"{degree}{parity}" for degree in range(self.l_max + 1) for parity in "eo"]
+        return {"hidden irreps": f"{self.num_channels} x ({' + '.join(both)})", "harmonics": f"l_max {self.l_max}"}
 
 
 class EquiangularGrid(Section):

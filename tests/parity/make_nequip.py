@@ -10,6 +10,8 @@ of the state dict, whose numbers are those of :func:`frozen.weight`), and per st
 3j symbols up to degree 3 stand in ``nequip_wigner_3j.npz``.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import json

@@ -144,12 +144,12 @@ def test_what_cannot_be_converted_is_named(change, message):
 def test_missing_and_unknown_entries_are_named():
     hyper, state, _, _ = model("published")
     key = "model.func.layer1_convnet.conv.linear_1.weight"
-    with pytest.raises(ForeignModelError, match="linear_1.weight' is missing"):
+    with pytest.raises(ForeignModelError, match=r"linear_1.weight' is missing"):
         config_and_weights_from_nequip({name: value for name, value in state.items() if name != key}, hyper)
     with pytest.raises(ForeignModelError, match="is this the whole state dict of a nequip model"):
         config_and_weights_from_nequip({}, hyper)
-    with pytest.raises(ForeignModelError, match="without counterpart here: pair_potential.x"):
+    with pytest.raises(ForeignModelError, match=r"without counterpart here: pair_potential.x"):
         config_and_weights_from_nequip(state | {"model.func.pair_potential.x": np.ones(1)}, hyper)
     without = {name: value for name, value in state.items() if "_w3j_" not in name}
-    with pytest.raises(ForeignModelError, match="_w3j_.* is missing"):
+    with pytest.raises(ForeignModelError, match=r"_w3j_.* is missing"):
         config_and_weights_from_nequip(without, hyper)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def _convolution(
     return weights | _blocks(arrays, f"{theirs}.linear_2.weight", f"{ours}.linear_message.weights", rows)
 
 
-def _blocks(arrays: ForeignArrays, theirs: str, ours: str, shapes: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _blocks(arrays: ForeignArrays, theirs: str, ours: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Cut a flat list of weights into blocks, one per irrep."""
     sizes = [int(np.prod(shape)) for shape in shapes]
     flat = arrays.shaped(theirs, sum(sizes))
