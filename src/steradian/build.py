@@ -14,11 +14,12 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
+from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.mara import MARA
 from steradian.potential import Potential
 
-HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP}
+HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "visnet": ViSNet}
 
 __all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]
 

@@ -25,6 +25,7 @@ __all__ = [
     "NequIPConfig",
     "RunConfig",
     "TrainingConfig",
+    "ViSNetConfig",
     "dump_config",
     "json_schema",
     "load_config",
@@ -50,6 +51,9 @@ class RadialConfig(Section):
     num: int = Field(8, ge=1, description="number of basis functions")
     envelope_p: int = Field(6, ge=2, description="order of the polynomial envelope")
     trainable: bool = Field(False, description="learn the frequencies or widths")
+
+    def summary(self) -> str:
+        return f"{self.num} {self.kind}, envelope p = {self.envelope_p}"
 
 
 class ReadoutConfig(Section):
@@ -96,6 +100,7 @@ class MACEConfig(Section):
         return {
             "hidden irreps": f"{self.num_channels} x ({irreps})",
             "harmonics, correlation": f"l_max {self.l_max}, correlation {self.correlations}",
+            "radial basis": self.radial.summary(),
         }
 
 
@@ -125,7 +130,56 @@ class NequIPConfig(Section):
         both = [f"{degree}{'eo'[degree % 2]}" for degree in range(self.l_max + 1)]
         if self.parity:
             both = [f"{degree}{parity}" for degree in range(self.l_max + 1) for parity in "eo"]
-        return {"hidden irreps": f"{self.num_channels} x ({' + '.join(both)})", "harmonics": f"l_max {self.l_max}"}
+        return {
+            "hidden irreps": f"{self.num_channels} x ({' + '.join(both)})",
+            "harmonics": f"l_max {self.l_max}",
+            "radial basis": self.radial.summary(),
+        }
+
+
+class ExpNormalConfig(Section):
+    """Exponential-normal radial basis (Unke and Meuwly 2019) times a cosine cutoff."""
+
+    kind: Literal["expnorm"] = "expnorm"
+    num: int = Field(32, ge=2, description="number of basis functions")
+    trainable: bool = Field(False, description="learn centres and widths")
+
+
+class ViSNetConfig(Section):
+    """ViSNet (Wang et al. 2024)."""
+
+    kind: Literal["visnet"] = "visnet"
+    num_layers: int = Field(5, ge=1)
+    num_channels: int = Field(256, ge=2)
+    l_max: int = Field(2, ge=1, le=2, description="highest degree of vectors and harmonics")
+    num_heads: int = Field(8, ge=1)
+    cutoff_A: float = Field(5.0, gt=0)
+    radial: ExpNormalConfig = ExpNormalConfig()
+    vertex: bool = Field(False, description="update edges with a second product, of vectors at the receiver")
+    vector_norm: Literal["max_min"] | None = Field(None, description="rescale the lengths of vectors; has kinks")
+    trainable_vector_norm: bool = Field(False, description="learn a factor on every channel of the vectors")
+    smooth: bool = Field(True, description="vector messages vanish at the cutoff; false for the published model")
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> ViSNetConfig:
+        if self.num_channels % self.num_heads:
+            raise ValueError(f"num_channels ({self.num_channels}) must be a multiple of num_heads ({self.num_heads})")
+        if self.num_channels % 2:
+            raise ValueError(f"num_channels ({self.num_channels}) must be even: the readout halves it")
+        return self
+
+    @property
+    def hidden_l(self) -> int:
+        return self.l_max
+
+    def summary(self) -> dict[str, str]:
+        """What ``steradian inspect`` says of the host."""
+        irreps = " + ".join(f"{degree}{'eo'[degree % 2]}" for degree in range(self.l_max + 1))
+        return {
+            "hidden irreps": f"{self.num_channels} x ({irreps})",
+            "harmonics, heads": f"l_max {self.l_max}, {self.num_heads} heads",
+            "radial basis": f"{self.radial.num} {self.radial.kind}, cosine cutoff",
+        }
 
 
 class EquiangularGrid(Section):
@@ -198,7 +252,7 @@ class NoMixer(Section):
     kind: Literal["none"] = "none"
 
 
-HostConfig = Annotated[Union[MACEConfig, NequIPConfig], Field(discriminator="kind")]  # noqa: UP007
+HostConfig = Annotated[Union[MACEConfig, NequIPConfig, ViSNetConfig], Field(discriminator="kind")]  # noqa: UP007
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
 
 

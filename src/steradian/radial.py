@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 
-__all__ = ["RadialBasis", "RadialNetwork", "RadialTable", "polynomial_envelope", "safe_norm"]
+__all__ = ["RadialBasis", "RadialNetwork", "RadialTable", "cosine_cutoff", "polynomial_envelope", "safe_norm"]
 
 SILU_SECOND_MOMENT = 1.6791767923989418
 """1 / sqrt(E[silu(z)^2]) for a normal z: makes the activation keep unit variance (e3nn's ``normalize2mom``)."""
@@ -40,6 +40,11 @@ def polynomial_envelope(lengths: Tensor, cutoff: float, p: int) -> Tensor:
     # Horner form of 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2)
     value = 1.0 + x.pow(p) * (-0.5 * (p + 1) * (p + 2) + x * (p * (p + 2) - 0.5 * p * (p + 1) * x))
     return torch.where(x < 1.0, value, 0.0)
+
+
+def cosine_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
+    """``(1 + cos(pi r / r_c)) / 2`` ``[E]``: value and slope zero at the cutoff, the curvature is not (Behler 2011)."""
+    return torch.where(lengths < cutoff, 0.5 * (torch.cos(lengths * (math.pi / cutoff)) + 1.0), 0.0)
 
 
 class RadialBasis(nn.Module):

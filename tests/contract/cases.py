@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from steradian.build import build_potential
-from steradian.config import EdgeGateConfig, HostConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, NoGate
+from steradian.config import (
+    EdgeGateConfig,
+    HostConfig,
+    MACEConfig,
+    MARAConfig,
+    ModelConfig,
+    NequIPConfig,
+    NoGate,
+    ViSNetConfig,
+)
 from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
 from steradian.graph import Graph, batch_graphs
@@ -43,6 +52,12 @@ HOSTS: dict[str, HostConfig] = {
         radial_mlp=[8],
         embedding_dim=6,
         avg_num_neighbors=1.0,
+    ),
+    "visnet": ViSNetConfig(
+        num_layers=3, num_channels=8, num_heads=2, l_max=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True
+    ),
+    "visnet-vectors": ViSNetConfig(
+        num_layers=3, num_channels=8, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
     ),
 }
 

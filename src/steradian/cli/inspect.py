@@ -56,7 +56,6 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
         ("host", f"{host.kind}, {host.num_layers} layers, {host.num_channels} channels"),
         *host.summary().items(),
         ("cutoff", f"{host.cutoff_A} Å"),
-        ("radial basis", f"{host.radial.num} {host.radial.kind}, envelope p = {host.radial.envelope_p}"),
         ("precision", str(potential.dtype).removeprefix("torch.")),
     ]
     for index, layer in enumerate(potential.host.layers):
