@@ -54,10 +54,10 @@ HOSTS: dict[str, HostConfig] = {
         avg_num_neighbors=1.0,
     ),
     "visnet": ViSNetConfig(
-        num_layers=3, num_channels=8, num_heads=2, l_max=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True
+        num_layers=3, num_channels=16, num_heads=2, l_max=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True
     ),
     "visnet-vectors": ViSNetConfig(
-        num_layers=3, num_channels=8, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
+        num_layers=3, num_channels=16, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
     ),
 }
 

@@ -324,7 +324,7 @@ class Readout(nn.Module):
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         half = num_channels // 2
-        self.half = half
+        self.width = half
         self.vectors = BlockLinear(num_channels, [num_channels, half], bias=False)
         self.hidden = BlockLinear(2 * num_channels, [num_channels])
         self.out = BlockLinear(num_channels, [2 * half])
@@ -334,9 +334,9 @@ class Readout(nn.Module):
 
     def forward(self, scalars: Tensor, vectors: Tensor) -> Tensor:
         """``[N]`` from scalars ``[N, C]`` and vectors ``[N, size, C]``."""
-        lengths_of, carried = self.vectors(vectors).split([scalars.shape[1], self.half], dim=2)
+        lengths_of, carried = self.vectors(vectors).split([scalars.shape[1], self.width], dim=2)
         hidden = nn.functional.silu(self.hidden(torch.cat([scalars, _lengths(lengths_of)], dim=1)))
-        scalars, weights = self.out(hidden).split(self.half, dim=1)
+        scalars, weights = self.out(hidden).split(self.width, dim=1)
         lengths = _lengths(self.last_vectors(weights.unsqueeze(1) * carried))
         hidden = nn.functional.silu(self.last_hidden(torch.cat([nn.functional.silu(scalars), lengths], dim=1)))
         return self.last_out(hidden).squeeze(1)
