@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from steradian.build import build_potential
-from steradian.config import EdgeGateConfig, MACEConfig, MARAConfig, ModelConfig, NoGate
+from steradian.config import (
+    EdgeGateConfig,
+    HostConfig,
+    MACEConfig,
+    MARAConfig,
+    ModelConfig,
+    NequIPConfig,
+    NoGate,
+    ViSNetConfig,
+)
 from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
 from steradian.graph import Graph, batch_graphs
@@ -19,7 +28,7 @@ from steradian.potential import Potential
 
 CUTOFF = 3.5
 
-HOSTS: dict[str, MACEConfig] = {
+HOSTS: dict[str, HostConfig] = {
     "mace": MACEConfig(num_channels=4, hidden_l=1, l_max=2, correlation=3, cutoff_A=CUTOFF, radial_mlp=[8]),
     "mace-agnostic": MACEConfig(
         num_channels=4,
@@ -30,6 +39,25 @@ HOSTS: dict[str, MACEConfig] = {
         radial_mlp=[8],
         first_interaction="agnostic",
         interaction="agnostic",
+    ),
+    "nequip": NequIPConfig(
+        num_layers=4, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8], avg_num_neighbors=1.0
+    ),
+    "nequip-natural": NequIPConfig(
+        num_layers=3,
+        num_channels=4,
+        l_max=2,
+        parity=False,
+        cutoff_A=CUTOFF,
+        radial_mlp=[8],
+        embedding_dim=6,
+        avg_num_neighbors=1.0,
+    ),
+    "visnet": ViSNetConfig(
+        num_layers=3, num_channels=16, num_heads=2, l_max=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True
+    ),
+    "visnet-vectors": ViSNetConfig(
+        num_layers=3, num_channels=16, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
     ),
 }
 
