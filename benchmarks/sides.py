@@ -55,7 +55,7 @@ class Side:
     """A network and what one call of it does; tensors stay in its own process."""
 
     model: Any
-    about: dict[str, Any]
+    num_edges: int
     atoms: Any
 
     def __init__(self, folder: Path) -> None:
@@ -87,6 +87,9 @@ class Side:
             self.atoms.get_forces()
         else:
             self.call(training=False, stress=task.endswith("stress"))
+
+    def per_edge(self, added_kib: int) -> dict[str, float]:
+        return {"added_KiB_per_edge": round(added_kib / self.num_edges, 1)}
 
     def results(self) -> list[Any]:
         energy, forces = self.call(training=False)
@@ -132,8 +135,9 @@ class MaceTorch(Side):
         self.batch = next(iter(loader)).to_dict()
         self.atoms = frames[0]
         self.atoms.calc = MACECalculator(models=[self.model], device="cpu", default_dtype="float32")
+        self.num_edges = self.batch["edge_index"].shape[1]
         versions = {"mace-torch": mace.__version__, "e3nn": e3nn.__version__, "torch": torch.__version__}
-        return versions | {"edges": self.batch["edge_index"].shape[1], "threads": torch.get_num_threads()}
+        return versions | {"edges": self.num_edges, "threads": torch.get_num_threads()}
 
     def call(self, training: bool, stress: bool = False) -> tuple[Any, Any]:
         out = self.model(self.batch, training=training, compute_force=True, compute_stress=stress)
@@ -171,6 +175,7 @@ class Steradian(Side):
         self.graph = dataclasses.replace(graph, energy=None, forces=None, stress=None)
         self.atoms = frames[0]
         self.calculator = lambda: SteradianCalculator(self.model, skin=0.5)
+        self.num_edges = graph.num_edges
         about = {"torch": torch.__version__, "parameters": self.model.num_parameters, "edges": graph.num_edges}
         return about | {"threads": torch.get_num_threads()}
 
@@ -271,7 +276,8 @@ def peak_memory(side: Side, task: str) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts here
     side.run(task)
     side.run(task)
-    return {"before_MiB": round(before / 1024, 1), "added_MiB": round((status_kib("VmHWM") - before) / 1024, 1)}
+    added = status_kib("VmHWM") - before
+    return {"before_MiB": round(before / 1024, 1), "added_MiB": round(added / 1024, 1)} | side.per_edge(added)
 
 
 def serve(name: str, folder: Path) -> None:
