@@ -6,8 +6,8 @@ Runs in an environment of its own with nequip, never in steradian's (see remake.
     python make_nequip.py data --check     make the numbers again and compare them with the files
 
 Every configuration is one npz: ``hyperparameters`` (JSON, the builder's arguments), ``entries`` (JSON, names, shapes
-and scales of the state dict, whose numbers are those of :func:`frozen.weight`), and per structure inputs and results. All Wigner
-3j symbols up to degree 3 stand in ``nequip_wigner_3j.npz``.
+and scales of the state dict, whose numbers are those of :func:`frozen.weight`), and per structure inputs and results.
+All Wigner 3j symbols up to degree 3 stand in ``nequip_wigner_3j.npz``.
 """
 
 # ruff: noqa: E402

@@ -32,8 +32,8 @@ def config_and_weights_from_pyg_visnet(
 ) -> tuple[ModelConfig, DatasetStatistics, dict[str, Tensor]]:
     """Configuration, statistics and the host's state dict of a ``ViSNet`` of torch_geometric.
 
-    ``build_potential(config, statistics).host.load_state_dict(weights)`` then gives the same energies. Neighbours are
-    all atoms within the cutoff here; a limit of ``max_num_neighbors`` that cuts some off there is not part of the model.
+    ``build_potential(config, statistics).host.load_state_dict(weights)`` then gives the same energies. Neighbours
+    are all atoms within the cutoff here; a limit of ``max_num_neighbors`` there is not part of the model.
 
     Args:
         state_dict: all entries by name.
