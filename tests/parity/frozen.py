@@ -41,14 +41,14 @@ def structures() -> dict[str, dict]:
     return frames
 
 
-def weight(model: str, entry: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of unit variance for one entry of a state dict, the same in every environment.
+def weight(model: str, entry: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+    """Numbers of variance ``scale**2`` for one entry of a state dict, the same in every environment.
 
     Large models are not stored: who has the name and the shape of an entry has its numbers. ``RandomState`` never
     changes its stream.
     """
     random = np.random.RandomState(zlib.crc32(f"{model}/{entry}".encode()))
-    return random.randint(-443, 444, size=shape) / 256.0
+    return random.randint(-443, 444, size=shape) * (scale / 256.0)
 
 
 def compare(made: dict[str, np.ndarray], frozen: dict[str, np.ndarray], name: str) -> float:

@@ -24,7 +24,7 @@ def read(package: str, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]
         arrays = {key: file[key] for key in file.files}
     hyper = json.loads(str(arrays.pop("hyperparameters")))
     entries = json.loads(str(arrays.pop("entries")))
-    state = {key: frozen.weight(name, key, tuple(shape)) for key, shape in entries.items()}
+    state = {key: frozen.weight(name, key, tuple(shape), scale) for key, (shape, scale) in entries.items()}
     state |= {key.removeprefix("weights/"): arrays.pop(key) for key in list(arrays) if key.startswith("weights/")}
     structures: dict[str, dict] = {}
     results: dict[str, dict] = {}

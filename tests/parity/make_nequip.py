@@ -5,9 +5,9 @@ Runs in an environment of its own with nequip, never in steradian's (see remake.
     python make_nequip.py data             write the files
     python make_nequip.py data --check     make the numbers again and compare them with the files
 
-Every configuration is one npz: ``hyperparameters`` (JSON, the builder's arguments), ``entries`` (JSON, names and shapes
-of the state dict, whose numbers are those of :func:`frozen.weight`), and per structure inputs and results. All Wigner
-3j symbols up to degree 3 stand in ``nequip_wigner_3j.npz``.
+Every configuration is one npz: ``hyperparameters`` (JSON, the builder's arguments), ``entries`` (JSON, names, shapes
+and scales of the state dict, whose numbers are those of :func:`frozen.weight`), and per structure inputs and results.
+All Wigner 3j symbols up to degree 3 stand in ``nequip_wigner_3j.npz``.
 """
 
 # ruff: noqa: E402
@@ -128,7 +128,7 @@ def make() -> dict[str, dict[str, np.ndarray]]:
         entries = {}
         for key, value in model.state_dict().items():
             if is_weight(key) and "bessel" not in key:
-                entries[key] = list(value.shape)
+                entries[key] = [list(value.shape), 1.0]
             elif (value.numel() and "output_mask" not in key and "_w3j_" not in key) or "per_type" in key:
                 content[f"weights/{key}"] = value.numpy()
         content["entries"] = np.array(json.dumps(entries))

@@ -113,6 +113,10 @@ class BlockLinear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # one product of matrices; PyTorch would make many small ones of [N, size, C]
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
 
 class ExpNormalBasis(nn.Module):
     """``c(r) exp(-beta_n (exp(-5 r / r_c) - mu_n)^2)``, ``[E] -> [E, R]`` (Unke and Meuwly 2019, equation 7).
