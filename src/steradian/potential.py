@@ -46,6 +46,7 @@ class Potential(nn.Module):
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.radial_table_error: float | None = None
+        self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
         # one entry per tensor of numbers that is alive: the same tensor comes again at every step of a simulation
         self._species_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.to(POLICIES[config.precision].compute)
@@ -136,6 +137,7 @@ class Potential(nn.Module):
                 error of a radial weight, relative to the largest one.
             num_intervals: of the table.
         """
+        self._frozen += [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.eval().requires_grad_(False)
         if radial_table:
             self.radial_table_error = self.host.tabulate_radial(num_intervals)
@@ -143,8 +145,10 @@ class Potential(nn.Module):
 
     def train(self, mode: bool = True) -> Potential:
         """As :meth:`torch.nn.Module.train`; weights frozen by :meth:`for_inference` can be trained again."""
-        if mode and self.radial_table_error is not None:
-            self.requires_grad_(True)
+        if mode and self._frozen:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            self._frozen = []
             self.radial_table_error = None
         return super().train(mode)
 
