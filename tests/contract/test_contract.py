@@ -164,9 +164,10 @@ def test_two_atoms_along_every_grid_direction(operator):
     """The distance field has a kink where a neighbour lies on a grid direction: derivatives must stay finite."""
     potential = cases.potential("mace", operator).train()
     directions = np.concatenate([np.eye(3), -np.eye(3)])
-    gate = potential.host.layers[0].gate
-    if gate is not None:
-        directions = np.concatenate([directions, gate.grid.points.detach().cpu().double().numpy()])
+    layer = potential.host.layers[0]
+    for filled in (layer.gate, getattr(layer.mixer, "attention", None)):
+        if filled is not None:
+            directions = np.concatenate([directions, filled.grid.points.detach().cpu().double().numpy()])
     structures = [
         dataclasses.replace(cases.ethanol(), numbers=np.array([6, 1]), positions=np.stack([np.zeros(3), 1.1 * d]))
         for d in directions
@@ -253,7 +254,7 @@ def test_second_derivatives(host, operator):
 def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host):
     bare = cases.potential(host)
     config = bare.config.model_copy(update={"edge_gate": cases.MARAConfig(gate="neutral", hidden_dim=8)})
-    gated = cases.build_potential(config, cases.STATISTICS, seed=3).eval()
+    gated = cases.build_potential(config, cases.statistics(host), seed=3).eval()
     own = {name: value for name, value in gated.state_dict().items() if ".gate." not in name}
     assert own.keys() == bare.state_dict().keys(), "an empty slot owns no parameters"
     assert all(torch.equal(value, bare.state_dict()[name]) for name, value in own.items())
@@ -291,7 +292,7 @@ def test_far_from_the_origin_float32_loses_nothing(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_gates_are_reported_and_do_something(operator):
     prediction = cases.potential("mace", operator)(cases.graph(cases.ethanol()))
-    if operator == "none":
+    if operator not in cases.GATED:
         assert prediction.gates == ()
         return
     assert len(prediction.gates) == 2
