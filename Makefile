@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
-# mace-torch is installed into .venv-parity, never into .venv
+# the peer packages are installed into .venv-parity-NAME, never into .venv
 parity: $(STAMP)
 	bash tests/parity/remake.sh
 

@@ -1,6 +1,6 @@
 """MACE here and in mace-torch, side by side: the same weights, the same atoms, turn by turn in one run.
 
-    python benchmarks/mace_peer.py --peer-python .venv-parity/bin/python [--data ../shared/data/3bpa/train_300K.xyz]
+    python benchmarks/mace_peer.py --peer-python .venv-parity-mace/bin/python [--data 3bpa/train_300K.xyz]
 
 The case is the first five frames of 3BPA (135 atoms, 2242 edges at 5 Å); 128 channels, L = 1, l_max = 3, correlation 3,
 two residual layers, float32, one thread. Each side runs in its own interpreter and answers one request at a time, so
@@ -242,7 +242,7 @@ def compare(sides: dict[str, Callable[[str, str], Any]], task: str, repeats: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", default=".venv-parity/bin/python", help="interpreter that has mace-torch")
+    parser.add_argument("--peer-python", default=".venv-parity-mace/bin/python", help="interpreter that has mace-torch")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/3bpa/train_300K.xyz"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(

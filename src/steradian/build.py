@@ -13,13 +13,15 @@ from steradian.config import EFAConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
+from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
+from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.efa_mixer import EFAMixer
 from steradian.operators.mara import MARA
 from steradian.potential import Potential
 
-HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "o3mpnn": O3MPNN}
+HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
 
 __all__ = ["build_potential", "gate_factory", "load_potential", "mixer_factory", "save_potential"]
 

@@ -18,17 +18,23 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from steradian.config_base import Section
 from steradian.config_efa import EFAConfig, O3MPNNConfig
+from steradian.config_hosts import ExpNormalConfig, MACEConfig, NequIPConfig, RadialConfig, ReadoutConfig, ViSNetConfig
 
 __all__ = [
     "ConfigError",
     "DataConfig",
     "EFAConfig",
+    "ExpNormalConfig",
     "MACEConfig",
     "MARAConfig",
     "ModelConfig",
+    "NequIPConfig",
     "O3MPNNConfig",
+    "RadialConfig",
+    "ReadoutConfig",
     "RunConfig",
     "TrainingConfig",
+    "ViSNetConfig",
     "dump_config",
     "json_schema",
     "load_config",
@@ -41,54 +47,6 @@ class ConfigError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-
-
-class RadialConfig(Section):
-    """Radial basis times polynomial envelope (Gasteiger et al. 2020, equation 8)."""
-
-    kind: Literal["bessel", "gaussian", "chebyshev"] = "bessel"
-    num: int = Field(8, ge=1, description="number of basis functions")
-    envelope_p: int = Field(6, ge=2, description="order of the polynomial envelope")
-    trainable: bool = Field(False, description="learn the frequencies or widths")
-
-
-class ReadoutConfig(Section):
-    """Last readout of a host: linear when mlp is null."""
-
-    mlp: int | None = Field(
-        16, ge=1, description="hidden width of the readout of the last layer; null for a linear one"
-    )
-
-
-class MACEConfig(Section):
-    """MACE (Batatia et al. 2022)."""
-
-    kind: Literal["mace"] = "mace"
-    num_layers: int = Field(2, ge=1)
-    num_channels: int = Field(64, ge=1)
-    hidden_l: int = Field(1, ge=0, le=3, description="highest degree of the hidden features (L)")
-    l_max: int = Field(3, ge=0, le=6, description="highest degree of the spherical harmonics")
-    correlation: int | list[int] = Field(3, description="correlation order 1-4, one number or one per layer")
-    cutoff_A: float = Field(5.0, gt=0)
-    radial: RadialConfig = RadialConfig()
-    radial_mlp: list[int] = Field([64, 64, 64], description="hidden widths of the radial network")
-    first_interaction: Literal["residual", "agnostic"] = "residual"
-    interaction: Literal["residual", "agnostic"] = "residual"
-    readout: ReadoutConfig = ReadoutConfig()
-    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
-
-    @model_validator(mode="after")
-    def _check_correlation(self) -> MACEConfig:
-        orders = [self.correlation] if isinstance(self.correlation, int) else self.correlation
-        if any(not 1 <= order <= 4 for order in orders):
-            raise ValueError(f"correlation must be between 1 and 4, not {self.correlation}")
-        if not isinstance(self.correlation, int) and len(orders) != self.num_layers:
-            raise ValueError(f"correlation lists {len(orders)} orders for {self.num_layers} layers")
-        return self
-
-    @property
-    def correlations(self) -> list[int]:
-        return [self.correlation] * self.num_layers if isinstance(self.correlation, int) else list(self.correlation)
 
 
 class EquiangularGrid(Section):
@@ -161,7 +119,8 @@ class NoMixer(Section):
     kind: Literal["none"] = "none"
 
 
-HostConfig = Annotated[Union[MACEConfig, O3MPNNConfig], Field(discriminator="kind")]  # noqa: UP007
+AnyHost = Union[MACEConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig]  # noqa: UP007
+HostConfig = Annotated[AnyHost, Field(discriminator="kind")]
 EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
 GlobalMixerConfig = Annotated[Union[NoMixer, EFAConfig], Field(discriminator="kind")]  # noqa: UP007
 
@@ -366,7 +325,7 @@ def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for mistake in error.errors():
         location = tuple(part for part in mistake["loc"])
-        name = ".".join(str(part) for part in location)
+        name = ".".join(_walk(RunConfig, location)[1])
         if mistake["type"] == "extra_forbidden":
             known = _keys_at(RunConfig, location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -383,16 +342,26 @@ def _explain(error: ValidationError, source: str) -> str:
 
 def _keys_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the section that a validation error's location points to."""
-    candidates = _sections_in(model)
+    candidates, _ = _walk(model, location)
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _walk(model: Any, location: tuple[Any, ...]) -> tuple[list[type[BaseModel]], list[str]]:
+    """Sections that a validation error's location leads to, and the keys on the way as they stand in the file."""
+    candidates, keys = _sections_in(model), []
     for part in location:
         found: list[type[BaseModel]] = []
+        is_tag = False  # pydantic puts the tag of a union into the location; the file has no such key
         for candidate in candidates:
             if part in candidate.model_fields:
                 found += _sections_in(candidate.model_fields[part].annotation)
             elif candidate.model_fields.get("kind") is not None and candidate.model_fields["kind"].default == part:
-                found.append(candidate)  # pydantic puts the tag of a union into the location
+                found.append(candidate)
+                is_tag = True
         candidates = found or candidates
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+        if not is_tag:
+            keys.append(str(part))
+    return candidates, keys
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -150,10 +150,24 @@ class RadialNetwork(nn.Module):
 
     Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment: unit-variance weights keep unit variance. The
     last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+
+    Args:
+        num_radial: R.
+        hidden: widths of the hidden layers.
+        num_paths, num_channels: P and C of the weights.
+        gain: factor on SiLU, where a published model has another one.
     """
 
-    def __init__(self, num_radial: int, hidden: Sequence[int], num_paths: int, num_channels: int) -> None:
+    def __init__(
+        self,
+        num_radial: int,
+        hidden: Sequence[int],
+        num_paths: int,
+        num_channels: int,
+        gain: float = SILU_SECOND_MOMENT,
+    ) -> None:
         super().__init__()
+        self.gain = gain
         widths = [num_radial, *hidden, num_paths * num_channels]
         self.num_paths, self.num_channels = num_paths, num_channels
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
@@ -171,7 +185,7 @@ class RadialNetwork(nn.Module):
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
             x = torch.nn.functional.silu(x @ (weight * scale))
-            scale = SILU_SECOND_MOMENT * weight.shape[1] ** -0.5
+            scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)
         return (x @ (last * scale)).view(-1, self.num_paths, self.num_channels)

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 
 from steradian.build import build_potential
-from steradian.config import EFAConfig, HostConfig, MACEConfig, MARAConfig, ModelConfig, O3MPNNConfig
+from steradian.config import (
+    EFAConfig,
+    HostConfig,
+    MACEConfig,
+    MARAConfig,
+    ModelConfig,
+    NequIPConfig,
+    O3MPNNConfig,
+    ViSNetConfig,
+)
 from steradian.config_efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
@@ -44,6 +53,25 @@ HOSTS: dict[str, HostConfig] = {
         self_interaction=True,
         use_switch=False,
         zero_init=False,
+    ),
+    "nequip": NequIPConfig(
+        num_layers=4, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8], avg_num_neighbors=1.0
+    ),
+    "nequip-natural": NequIPConfig(
+        num_layers=3,
+        num_channels=4,
+        l_max=2,
+        parity=False,
+        cutoff_A=CUTOFF,
+        radial_mlp=[8],
+        embedding_dim=6,
+        avg_num_neighbors=1.0,
+    ),
+    "visnet": ViSNetConfig(
+        num_layers=3, num_channels=16, num_heads=2, l_max=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True
+    ),
+    "visnet-vectors": ViSNetConfig(
+        num_layers=3, num_channels=16, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
     ),
 }
 

@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Make the numbers of the peer package again, compare them with the frozen ones, then run the parity tests.
+# Make the numbers of the peer packages again, compare them with the frozen ones, then run the parity tests.
 #
-#   PARITY_PYTHON     interpreter that has mace-torch already; without it .venv-parity is made (mace-torch is installed
-#                     there and nowhere else)
-#   PARITY_TORCH      requirement for the torch of that environment, default torch>=2.8,<2.14
+#   PARITY_MACE, PARITY_NEQUIP, PARITY_PYG
+#                     interpreters that have mace-torch, nequip and torch_geometric already; without one an environment
+#                     .venv-parity-NAME is made (no two of these packages share one, and none is installed beside ours)
+#   PARITY_TORCH      requirement for the torch of those environments, default torch>=2.8,<2.14
 #   STERADIAN_PYTHON  interpreter that has steradian, default .venv/bin/python (made by make test), else python3
-#   PYTHON            interpreter that makes .venv-parity, default python3
+#   PYTHON            interpreter that makes the environments, default python3
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-peer="${PARITY_PYTHON:-}"
-if [[ -z "$peer" ]]; then
-    venv=.venv-parity
-    peer="$venv/bin/python"
+# peer NAME REQUIREMENT [INTERPRETER]: print the interpreter that has the package
+peer() {
+    local venv=".venv-parity-$1"
+    if [[ -n "${3:-}" ]]; then
+        echo "$3"
+        return
+    fi
     if [[ ! -e "$venv/.installed" ]]; then
         "${PYTHON:-python3}" -m venv "$venv"
         echo "${PARITY_TORCH:-torch>=2.8,<2.14}" >"$venv/constraints.txt"
-        "$peer" -m pip install --quiet --upgrade pip
-        "$peer" -m pip install --quiet --constraint "$venv/constraints.txt" mace-torch==0.3.16
+        "$venv/bin/python" -m pip install --quiet --upgrade pip
+        "$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" torch "$2"
         touch "$venv/.installed"
     fi
-fi
+    echo "$venv/bin/python"
+}
 
 ours="${STERADIAN_PYTHON:-}"
 if [[ -z "$ours" ]]; then
@@ -31,5 +36,10 @@ fi
     { echo "$ours has no steradian or no pytest: run 'make test' once, or set STERADIAN_PYTHON" >&2; exit 1; }
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$peer" tests/parity/make_mace_torch.py tests/parity/data --check
+mace=$(peer mace mace-torch==0.3.16 "${PARITY_MACE:-}")
+nequip=$(peer nequip nequip==0.19.1 "${PARITY_NEQUIP:-}")
+pyg=$(peer pyg torch_geometric==2.8.1 "${PARITY_PYG:-}")
+"$mace" tests/parity/make_mace_torch.py tests/parity/data --check
+"$nequip" tests/parity/make_nequip.py tests/parity/data --check
+"$pyg" tests/parity/make_pyg_visnet.py tests/parity/data --check
 "$ours" -m pytest tests/parity

@@ -50,16 +50,12 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
 
     from ase.data import chemical_symbols
 
-    from steradian.equivariant.irreps import format_degrees, natural_degrees
-
     file = path / "model.safetensors" if path.is_dir() else path
     host, statistics = potential.config.host, potential.statistics
     rows = [
         ("host", f"{host.kind}, {host.num_layers} layers, {host.num_channels} channels"),
-        ("hidden irreps", f"{host.num_channels} x ({format_degrees(natural_degrees(host.hidden_l))})"),
-        ("harmonics, correlation", f"l_max {host.l_max}, correlation {host.correlations}"),
+        *host.summary().items(),
         ("cutoff", f"{host.cutoff_A} Å"),
-        ("radial basis", f"{host.radial.num} {host.radial.kind}, envelope p = {host.radial.envelope_p}"),
         ("precision", str(potential.dtype).removeprefix("torch.")),
     ]
     for index, layer in enumerate(potential.host.layers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -10,7 +12,7 @@ from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
 from steradian.kernels.frozen import of_weight
 
-__all__ = ["ElementLinear", "IrrepsLinear", "PathLinear"]
+__all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear"]
 
 
 class IrrepsLinear(nn.Module):
@@ -45,16 +47,30 @@ class PathLinear(nn.Module):
     """Mixes the paths and channels of a tensor product: ``[N, D_paths, C] -> [N, D_out, C]``.
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
+
+    Args:
+        table: paths of the product.
+        num_channels: C.
+        degrees_out: irreps of the result.
+        widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
     """
 
-    def __init__(self, table: PathTable, num_channels: int, degrees_out: Degrees) -> None:
+    def __init__(
+        self,
+        table: PathTable,
+        num_channels: int,
+        degrees_out: Degrees,
+        widths: Mapping[tuple[int, int], int] | None = None,
+    ) -> None:
         super().__init__()
         self.table, self.degrees_out, self.num_channels = table, degrees_out, num_channels
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(count * num_channels, num_channels)) for count in table.counts
+            nn.Parameter(torch.randn(count * num_channels, num_channels if widths is None else widths[irrep]))
+            for irrep, count in zip(table.degrees_out, table.counts)
         )
 
-    def forward(self, messages: Tensor) -> Tensor:
+    def blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
+        """``[N, 2 l + 1, width]`` of every irrep that a path reaches, from ``[N, D_paths, C]``."""
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
         sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
@@ -66,9 +82,13 @@ class PathLinear(nn.Module):
             blocks[degree, parity] = _mix(
                 block, of_weight(weight, "scaled", lambda value: value * value.shape[0] ** -0.5)
             )
+        return blocks
+
+    def forward(self, messages: Tensor) -> Tensor:
+        blocks = self.blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((num_atoms, 2 * degree + 1, self.num_channels))
+            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels))
             out.append(blocks.get((degree, parity), empty))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
@@ -94,6 +114,67 @@ class ElementLinear(nn.Module):
         parts = features.index_select(0, order).split([count for _, count in counts])
         blocks = [_per_irrep(part, self.degrees, weight[element]) for part, (element, _) in zip(parts, counts)]
         return torch.cat(blocks).index_select(0, back)
+
+
+class EmbeddedLinear(nn.Module):
+    """A linear map per chemical element that is itself linear in the elements' embedding: ``x_c e_t W_ct``.
+
+    The weights of an irrep are ``[C_in, T, width]``, scaled by 1/sqrt(C_in * T), as those of a fully connected product
+    of features and embedding.
+
+    Args:
+        degrees: irreps of the features.
+        channels_in: C_in.
+        embedding_dim: T.
+        widths: channels that an irrep has in the result; those of ``degrees`` that are missing here are dropped.
+    """
+
+    def __init__(
+        self, degrees: Degrees, channels_in: int, embedding_dim: int, widths: Mapping[tuple[int, int], int]
+    ) -> None:
+        super().__init__()
+        self.degrees = degrees
+        self.kept = tuple(irrep for irrep in degrees if irrep in widths)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(channels_in, embedding_dim, widths[irrep])) for irrep in self.kept
+        )
+
+    def forward(self, features: Tensor, species: Tensor, embedding: Tensor) -> dict[tuple[int, int], Tensor]:
+        """``[N, 2 l + 1, width]`` of every irrep that is kept, from features ``[N, D, C_in]``.
+
+        Args:
+            features: node features.
+            species: ``[N]`` index into the table of elements.
+            embedding: ``[Z, T]``.
+        """
+        order, back, counts = _by_element(species, embedding.shape[0])
+        parts = features.split([2 * degree + 1 for degree, _ in self.degrees], dim=1)
+        present = [element for element, _ in counts]
+        out = {}
+        for irrep, weight in zip(self.kept, self.weights):
+            matrices = self._per_element(weight, embedding, present)
+            block = parts[self.degrees.index(irrep)]
+            if len(present) == 1:
+                out[irrep] = _mix(block, matrices[0])
+                continue
+            pieces = block.index_select(0, order).split([count for _, count in counts]) if present else []
+            mixed = [_mix(piece, matrix) for piece, matrix in zip(pieces, matrices)]
+            empty = block.new_zeros((0, block.shape[1], weight.shape[2]))
+            out[irrep] = torch.cat(mixed).index_select(0, back) if mixed else empty
+        return out
+
+    def _per_element(self, weight: Tensor, embedding: Tensor, present: list[int]) -> list[Tensor]:
+        """``[C_in, width]`` of every element in a list; made once for frozen weights."""
+
+        def made(value: Tensor) -> list[Tensor]:
+            scale = (value.shape[0] * value.shape[1]) ** -0.5
+            mixed = torch.einsum("zt,ctd->zcd", embedding[present] * scale, value)
+            return list(mixed.contiguous().unbind(0))
+
+        if embedding.requires_grad:
+            return made(weight)
+        key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype)
+        return of_weight(weight, key, made)
 
 
 def _unit_variance(weight: Tensor) -> Tensor:

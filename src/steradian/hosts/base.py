@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from steradian.graph import Graph
+from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
+from steradian.graph import Edges, Graph
+from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
-__all__ = ["Host", "HostOutput"]
+__all__ = ["ConvolutionHost", "Host", "HostOutput"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,10 @@ class HostOutput:
 
 
 class Host(nn.Module, ABC):
-    """An equivariant network that gives every atom an energy. It never differentiates and never sees labels."""
+    """An equivariant network that gives every atom an energy. It never differentiates and never sees labels.
+
+    The layers stand in ``layers``, each with its slots ``gate`` and ``mixer`` (None where empty).
+    """
 
     cutoff: float
 
@@ -43,3 +49,53 @@ class Host(nn.Module, ABC):
         Hosts whose radial weights depend on the distance alone override this.
         """
         return None
+
+
+class ConvolutionHost(Host):
+    """A host whose messages are products of features, harmonics and the weights of a ``radial_network`` per layer.
+
+    Attributes:
+        radial_basis, envelope_p: basis functions of the distance, and the order of the polynomial that cuts them off.
+        radial_scale: constant factor on the basis.
+        l_max: highest degree of the harmonics.
+    """
+
+    radial_basis: RadialBasis
+    envelope_p: int
+    l_max: int
+    radial_scale: float = 1.0
+
+    def radial(self, lengths: Tensor) -> Tensor:
+        """Radial basis times envelope ``[E, R]``."""
+        return self._radial(lengths, polynomial_envelope(lengths, self.cutoff, self.envelope_p))
+
+    def _radial(self, lengths: Tensor, envelope: Tensor) -> Tensor:
+        if self.radial_scale != 1.0:
+            envelope = self.radial_scale * envelope
+        return self.radial_basis(lengths) * envelope.unsqueeze(-1)
+
+    def tabulate_radial(self, num_intervals: int) -> float:
+        exact = copy.deepcopy(self).double()
+        return max(
+            layer.radial_network.tabulate(exact.radial, self.cutoff, num_intervals)  # type: ignore[operator, union-attr]
+            for layer in self.get_submodule("layers").children()
+        )
+
+    def edges(self, graph: Graph, vectors: Tensor) -> Edges:
+        """Lengths, radial basis, envelope and harmonics of the edges."""
+        lengths = safe_norm(vectors)
+        envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
+        return Edges(
+            senders=graph.senders,
+            receivers=graph.receivers,
+            vectors=vectors,
+            lengths=lengths,
+            radial=self._radial(lengths, envelope),
+            envelope=envelope,
+            harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
+            num_atoms=graph.num_atoms,
+            system=graph.system,
+            num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
+        )

@@ -7,7 +7,6 @@ from receiver to sender here, so the odd harmonics have the opposite sign.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass
 
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import MACEConfig
-from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
-from steradian.hosts.base import Host, HostOutput
+from steradian.hosts.base import ConvolutionHost, HostOutput
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork, polynomial_envelope, safe_norm
+from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork
 
 __all__ = ["MACE", "MACELayer"]
 
@@ -126,7 +124,7 @@ class Readout(nn.Module):
         return x.squeeze(-1)
 
 
-class MACE(Host):
+class MACE(ConvolutionHost):
     """MACE with two slots per layer.
 
     Args:
@@ -193,37 +191,6 @@ class MACE(Host):
         self.shift: Tensor
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
-
-    def radial(self, lengths: Tensor) -> Tensor:
-        """Radial basis times envelope ``[E, R]``."""
-        envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
-        return self.radial_basis(lengths) * envelope.unsqueeze(-1)
-
-    def tabulate_radial(self, num_intervals: int) -> float:
-        exact = copy.deepcopy(self).double()
-        return max(
-            layer.radial_network.tabulate(exact.radial, self.cutoff, num_intervals)  # type: ignore[operator, union-attr]
-            for layer in self.layers
-        )
-
-    def edges(self, graph: Graph, vectors: Tensor) -> Edges:
-        """Lengths, radial basis, envelope and harmonics of the edges."""
-        lengths = safe_norm(vectors)
-        envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
-        return Edges(
-            senders=graph.senders,
-            receivers=graph.receivers,
-            vectors=vectors,
-            lengths=lengths,
-            radial=self.radial_basis(lengths) * envelope.unsqueeze(-1),
-            envelope=envelope,
-            harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
-            num_atoms=graph.num_atoms,
-            system=graph.system,
-            num_systems=graph.num_systems,
-            cell=graph.cell,
-            pbc=graph.pbc,
-        )
 
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)

@@ -26,6 +26,7 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.equivariant.irreps import Degrees, natural_degrees, slices
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
+from steradian.interfaces.foreign import ForeignArrays, ForeignModelError, coupling_signs
 from steradian.kernels import Polynomial
 
 __all__ = ["ForeignModelError", "config_and_weights_from_mace_torch"]
@@ -55,10 +56,6 @@ EXACT = 1e-10
 """Largest residual that counts as rounding, relative to the largest entry of the table (float64)."""
 
 
-class ForeignModelError(ValueError):
-    """A foreign model that cannot be converted; the message says what stands in the way."""
-
-
 def config_and_weights_from_mace_torch(
     state_dict: Mapping[str, np.ndarray], hyperparameters: Mapping[str, Any], head: str | None = None
 ) -> tuple[ModelConfig, DatasetStatistics, dict[str, Tensor]]:
@@ -78,7 +75,7 @@ def config_and_weights_from_mace_torch(
     """
     config = _config(hyperparameters, state_dict)
     assert isinstance(config.host, MACEConfig)
-    arrays = _Arrays(state_dict)
+    arrays = ForeignArrays(state_dict, "mace-torch")
     _check_radial_settings(arrays, config.host)
     index, num_heads = _head(hyperparameters, head)
     numbers = arrays["atomic_numbers"].astype(int).reshape(-1)
@@ -97,7 +94,7 @@ def config_and_weights_from_mace_torch(
     )
     weights = _host_weights(arrays, config.host, order, index, num_heads)
     weights |= {"scale": np.array(scale), "shift": np.array(shift)}
-    arrays.check_nothing_left()
+    arrays.check_nothing_left(IGNORED)
     return config, statistics, {name: torch.tensor(value, dtype=torch.float64) for name, value in weights.items()}
 
 
@@ -179,7 +176,7 @@ def _head(hyper: Mapping[str, Any], head: str | None) -> tuple[int, int]:
     return (0 if head is None else heads.index(head)), len(heads)
 
 
-def _check_radial_settings(arrays: _Arrays, host: MACEConfig) -> None:
+def _check_radial_settings(arrays: ForeignArrays, host: MACEConfig) -> None:
     """The state dict repeats two settings; they must be the given ones."""
     for name, given in (("r_max", host.cutoff_A), ("radial_embedding.cutoff_fn.p", host.radial.envelope_p)):
         stored = float(arrays[name])
@@ -187,40 +184,11 @@ def _check_radial_settings(arrays: _Arrays, host: MACEConfig) -> None:
             raise ForeignModelError(f"'{name}' is {stored:g} in the state dict and {given:g} in the hyperparameters")
 
 
-class _Arrays:
-    """Lookup that says in one line what is missing, and what was never asked for."""
-
-    def __init__(self, state: Mapping[str, np.ndarray]) -> None:
-        self.state = state
-        self.used: set[str] = set()
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.state:
-            raise ForeignModelError(f"'{name}' is missing: is this the whole state dict of a mace-torch model?")
-        self.used.add(name)
-        return np.asarray(self.state[name])
-
-    def get(self, name: str, default: np.ndarray) -> np.ndarray:
-        return self[name] if name in self.state else default
-
-    def shaped(self, name: str, *shape: int) -> np.ndarray:
-        value = self[name]
-        if value.size != np.prod(shape):
-            raise ForeignModelError(f"'{name}' has {value.size} entries; the hyperparameters ask for {list(shape)}")
-        return value.astype(np.float64).reshape(shape)
-
-    def check_nothing_left(self) -> None:
-        left = [name for name in self.state if name not in self.used]
-        left = [name for name in left if not (IGNORED.search(name) or np.asarray(self.state[name]).size == 0)]
-        if left:
-            raise ForeignModelError(f"the model has parts without counterpart here: {', '.join(left[:3])}")
-
-
 # ---------------------------------------------------------------------------------------------------------- weights
 
 
 def _host_weights(
-    arrays: _Arrays, host: MACEConfig, order: np.ndarray, head: int, num_heads: int
+    arrays: ForeignArrays, host: MACEConfig, order: np.ndarray, head: int, num_heads: int
 ) -> dict[str, np.ndarray]:
     """Our names and layouts. Channels of irreps are ``[channel in, channel out]`` blocks on both sides."""
     channels, num_elements = host.num_channels, len(order)
@@ -257,14 +225,14 @@ def _host_weights(
     return weights
 
 
-def _radial_positions(arrays: _Arrays, radial: RadialConfig) -> np.ndarray:
+def _radial_positions(arrays: ForeignArrays, radial: RadialConfig) -> np.ndarray:
     if radial.kind == "chebyshev":
         return np.arange(1.0, radial.num + 1)
     return arrays.shaped(f"radial_embedding.bessel_fn.{radial.kind}_weights", radial.num)
 
 
 def _convolution(
-    arrays: _Arrays, theirs: str, ours: str, degrees_in: Degrees, host: MACEConfig
+    arrays: ForeignArrays, theirs: str, ours: str, degrees_in: Degrees, host: MACEConfig
 ) -> dict[str, np.ndarray]:
     """Radial network (with the sign of every path) and the linear map after the convolution.
 
@@ -298,49 +266,13 @@ def path_signs(
 ) -> np.ndarray:
     """``[P]`` sign of every path: of its coupling there against the one here, and of the reversed edge.
 
-    Args:
-        state: holds the Wigner 3j symbols as ``..._w3j_L1_L2_L3``.
-        prefix: of the layer, preferred where several layers hold a symbol.
-        polynomial, degrees_in, paths, degrees_out: our product and its paths (see :class:`PathTable`).
+    See :func:`steradian.interfaces.foreign.coupling_signs`.
     """
-    (group,) = polynomial.terms
-    starts = np.cumsum([0] + [2 * degree + 1 for degree, _ in degrees_in])
-    counts = [sum(entry[2] == block for entry in paths) for block in range(len(degrees_out))]
-    blocks = np.cumsum([0] + [count * (2 * degree + 1) for count, (degree, _) in zip(counts, degrees_out)])
-    signs = []
-    for path, (index_in, degree_y, block) in enumerate(paths):
-        mine = group.indices[:, 2] == path
-        shape = (2 * degrees_in[index_in][0] + 1, 2 * degree_y + 1, 2 * degrees_out[block][0] + 1)
-        own = np.zeros(shape)
-        component = (group.outputs[mine] - blocks[block]) // counts[block]
-        own[group.indices[mine, 0] - starts[index_in], group.indices[mine, 1] - degree_y**2, component] = (
-            group.coefficients[mine]
-        )
-        degrees = (degrees_in[index_in][0], degree_y, degrees_out[block][0])
-        table = _wigner_3j(state, prefix, degrees) * np.sqrt(shape[2])
-        sign = np.sign(np.vdot(own, table))
-        if np.abs(own * sign - table).max() > 1e-6:  # the symbols may be float32
-            raise ForeignModelError("coupling {} x {} -> {} differs by more than a sign".format(*degrees))
-        signs.append(sign * (-1.0) ** degree_y)
-    return np.array(signs)
+    signs = coupling_signs(state, prefix, polynomial, degrees_in, paths, degrees_out)
+    return signs * np.array([(-1.0) ** degree_y for _, degree_y, _ in paths])
 
 
-def _wigner_3j(state: Mapping[str, np.ndarray], prefix: str, degrees: tuple[int, int, int]) -> np.ndarray:
-    """Those with a degree 0 are not stored there: they are positive, a plain product."""
-    if 0 in degrees:
-        shape = tuple(2 * degree + 1 for degree in degrees)
-        return np.eye(max(shape)).reshape(shape) * max(shape) ** -0.5
-    ending = "_w3j_{}_{}_{}".format(*degrees)
-    names = sorted(name for name in state if name.endswith(ending))
-    for name in names:
-        if name.startswith(f"{prefix}."):
-            return np.asarray(state[name], dtype=np.float64)
-    if not names:
-        raise ForeignModelError(f"'{prefix}.conv_tp...{ending}' is missing: give the buffers of the model too")
-    return np.asarray(state[names[0]], dtype=np.float64)
-
-
-def _readout(arrays: _Arrays, index: int, host: MACEConfig, head: int, num_heads: int) -> dict[str, np.ndarray]:
+def _readout(arrays: ForeignArrays, index: int, host: MACEConfig, head: int, num_heads: int) -> dict[str, np.ndarray]:
     """Weights of one head. A hidden layer holds the heads one after the other and is scaled by their number."""
     channels, width = host.num_channels, host.readout.mlp
     last = index == host.num_layers - 1
@@ -361,7 +293,7 @@ def _readout(arrays: _Arrays, index: int, host: MACEConfig, head: int, num_heads
 
 
 def _contraction(
-    arrays: _Arrays, prefix: str, degrees_in: Degrees, degrees_out: Degrees, correlation: int
+    arrays: ForeignArrays, prefix: str, degrees_in: Degrees, degrees_out: Degrees, correlation: int
 ) -> np.ndarray:
     """``[Z, P, C]`` weights on the independent couplings that give the same polynomial as the redundant ones."""
     polynomial = contraction_polynomial(degrees_in, degrees_out, correlation)

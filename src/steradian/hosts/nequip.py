@@ -1,0 +1,279 @@
+"""NequIP: equivariant convolutions with gated nonlinearities (Batzner et al. 2022, Nature Communications 13, 2453).
+
+Follows the published implementation number for number (nequip 0.19.1: ``NequIPGNNModel``) on features ``[N, D, C]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from steradian.config import NequIPConfig
+from steradian.equivariant.irreps import Degrees, dim
+from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
+from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
+from steradian.graph import Edges, Graph
+from steradian.hosts.base import ConvolutionHost, HostOutput
+from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork
+
+__all__ = ["NequIP", "NequIPLayer", "layer_degrees"]
+
+TANH_SECOND_MOMENT = 1.5937334472592695
+"""1 / sqrt(E[tanh(z)^2]) for a normal z, as sampled by e3nn (the exact value is 1.5927)."""
+SILU_GAIN = math.sqrt(2.0)
+"""Gain of the radial and readout networks, which do not use the second moment."""
+
+EVEN_SCALAR = (0, 1)
+
+
+def layer_degrees(config: NequIPConfig) -> list[tuple[Degrees, Degrees]]:
+    """Irreps that enter and leave every layer: of the hidden ones, those that some path reaches.
+
+    The order is that of the published features: 0e, 0o, 1e, 1o, ... with parity, 0e, 1o, 2e, ... without.
+    """
+    parities = [(1, -1) if config.parity else ((-1) ** degree,) for degree in range(config.l_max + 1)]
+    hidden = [(degree, parity) for degree, both in enumerate(parities) for parity in both]
+    layers = []
+    degrees_in: Degrees = (EVEN_SCALAR,)
+    for index in range(config.num_layers):
+        wanted = [EVEN_SCALAR] if index == config.num_layers - 1 else hidden
+        degrees_out = tuple(irrep for irrep in wanted if _reaches(degrees_in, config.l_max, irrep))
+        layers.append((degrees_in, degrees_out))
+        degrees_in = degrees_out
+    return layers
+
+
+def _reaches(degrees_in: Degrees, l_max: int, irrep: tuple[int, int]) -> bool:
+    degree, parity = irrep
+    return any(
+        abs(degree_in - degree_y) <= degree <= degree_in + degree_y and parity == parity_in * (-1) ** degree_y
+        for degree_in, parity_in in degrees_in
+        for degree_y in range(l_max + 1)
+    )
+
+
+@cache
+def gate_polynomial(degrees: Degrees) -> Polynomial:
+    """``(features [N, D, C], gates [N, G, C]) -> [N, D, C]``: every irrep times its own scalar per channel."""
+    sizes = [2 * degree + 1 for degree, _ in degrees]
+    component = np.arange(sum(sizes))
+    indices = np.stack([component, np.repeat(np.arange(len(sizes)), sizes)], axis=1)
+    return Polynomial(
+        (Operand("features", len(component)), Operand("gates", len(sizes))),
+        Operand("gated", len(component)),
+        (Terms((0, 1), indices, component, np.ones(len(component))),),
+    )
+
+
+class GatedNonlinearity(nn.Module):
+    """SiLU of even scalars, tanh of odd ones, and every other irrep times SiLU of an even scalar of its own.
+
+    The activations are rescaled to unit second moment (Batzner et al. 2022, methods; Weiler et al. 2018).
+
+    Args:
+        degrees_out: irreps of the result. The even scalars that come in are C of the result's and then C for each irrep
+            of degree 1 and higher, in order.
+        num_channels: C.
+    """
+
+    def __init__(self, degrees_out: Degrees, num_channels: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.odd_scalars = (0, -1) in degrees_out
+        self.gated: Degrees = tuple(irrep for irrep in degrees_out if irrep[0] > 0)
+        self.polynomial = gate_polynomial(self.gated) if self.gated else None
+
+    def forward(self, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
+        """``[N, D, C]`` from one block ``[N, 2 l + 1, channels]`` per irrep."""
+        even = (nn.functional.silu(blocks[EVEN_SCALAR]) * SILU_SECOND_MOMENT).unflatten(2, (-1, self.num_channels))
+        scalars = even[:, 0]  # [N, 1 + G, C]
+        parts = [scalars[:, :1]]
+        if self.odd_scalars:
+            parts.append(torch.tanh(blocks[0, -1]) * TANH_SECOND_MOMENT)
+        if self.polynomial is not None:
+            gated = [blocks[irrep] for irrep in self.gated]
+            together = gated[0] if len(gated) == 1 else torch.cat(gated, dim=1)
+            parts.append(evaluate(self.polynomial, [together, scalars[:, 1:]]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class LayerDims:
+    """Sizes of one layer: irreps and channels that enter, and that leave."""
+
+    degrees_in: Degrees
+    degrees_out: Degrees
+    channels_in: int
+    num_channels: int
+    embedding_dim: int
+    skip: bool
+
+
+class NequIPLayer(nn.Module):
+    """One interaction block and its nonlinearity (Batzner et al. 2022, figure 1).
+
+    1. mix channels; 2. gather, multiply with harmonics and radial weights, sum over neighbours; 3. mix paths and
+    channels; 4. add the skip connection, which depends on the element; 5. gated nonlinearity. The first layer has no
+    skip connection, so that an isolated atom has no interaction energy.
+    """
+
+    def __init__(
+        self,
+        dims: LayerDims,
+        config: NequIPConfig,
+        avg_num_neighbors: float,
+        gate: EdgeGate | None,
+        mixer: GlobalMixer | None,
+    ) -> None:
+        super().__init__()
+        self.normalization = avg_num_neighbors**-0.5
+        self.linear_up = IrrepsLinear(dims.degrees_in, dims.channels_in, dims.channels_in)
+        # what leaves the convolution, in e3nn's order: by degree, odd before even
+        degrees_message = tuple(sorted(dims.degrees_out))
+        self.product = ChannelwiseTensorProduct(dims.degrees_in, config.l_max, degrees_message)
+        self.radial_network = RadialNetwork(
+            config.radial.num, config.radial_mlp, self.product.num_paths, dims.channels_in, gain=SILU_GAIN
+        )
+        self.nonlinearity = GatedNonlinearity(dims.degrees_out, dims.num_channels)
+        widths = {irrep: dims.num_channels for irrep in degrees_message}
+        widths[EVEN_SCALAR] += len(self.nonlinearity.gated) * dims.num_channels
+        self.linear_message = PathLinear(self.product.table, dims.channels_in, degrees_message, widths)
+        self.skip = EmbeddedLinear(dims.degrees_in, dims.channels_in, dims.embedding_dim, widths) if dims.skip else None
+        self.dim_out = dim(dims.degrees_out)
+        self.gate = gate
+        self.mixer = mixer
+
+    def forward(
+        self, features: Tensor, species: Tensor, embedding: Tensor, positions: Tensor, edges: Edges
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C_in]``.
+
+        Args:
+            features: of the layer before.
+            species: ``[N]``.
+            embedding: ``[Z, T]`` of the elements.
+            positions: ``[N, 3]`` [Å].
+            edges: geometry.
+        """
+        alpha = None if self.gate is None else self.gate(features, edges)
+        weights = self.radial_network(edges.radial, alpha, edges.lengths)  # [E, P, C_in]
+        mixed = self.linear_up(features) * self.normalization
+        blocks = self.linear_message.blocks(self.product(mixed, edges, weights))
+        if self.skip is not None:
+            for irrep, block in self.skip(features, species, embedding).items():
+                blocks[irrep] = blocks[irrep] + block
+        update = self.nonlinearity(blocks)
+        if self.mixer is not None:
+            update = self.mixer(features, update, positions, edges)
+        return update, alpha
+
+
+class Readout(nn.Module):
+    """Energy of every atom from its scalars ``[N, C]``: linear, or with hidden SiLU layers."""
+
+    def __init__(self, num_channels: int, hidden: list[int]) -> None:
+        super().__init__()
+        widths = [num_channels, *hidden, 1]
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        x = scalars @ self.weights[0] * self.weights[0].shape[0] ** -0.5
+        for weight in self.weights[1:]:
+            x = nn.functional.silu(x) @ weight * (SILU_GAIN * weight.shape[0] ** -0.5)
+        return x.squeeze(-1)
+
+
+class NequIP(ConvolutionHost):
+    """NequIP with two slots per layer.
+
+    Args:
+        config: hyper-parameters.
+        num_elements: Z, size of the table of elements.
+        avg_num_neighbors: messages are divided by its root; ``config.avg_num_neighbors`` wins where it is set.
+        scale: [eV] factor on the atoms' energies, the same for all elements at the start.
+        shift: [eV] added to every atom's interaction energy.
+        make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
+
+    Scale and shift are one number per element. The energies of isolated atoms are not among the shifts: the potential
+    adds them.
+    """
+
+    def __init__(
+        self,
+        config: NequIPConfig,
+        num_elements: int,
+        avg_num_neighbors: float,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        make_gate: GateFactory = empty_slot,
+        make_mixer: MixerFactory = empty_slot,
+    ) -> None:
+        super().__init__()
+        self.cutoff = config.cutoff_A
+        self.l_max = config.l_max
+        self.envelope_p = config.radial.envelope_p
+        if config.radial.kind == "bessel":  # published: 2 pi n sinc(n r / r_c) / r_c^2
+            self.radial_scale = math.sqrt(2.0 / config.cutoff_A)
+        channels = config.num_channels
+        embedding_dim = config.embedding_dim or channels
+        self.embedding = nn.Parameter(torch.randn(num_elements, embedding_dim))
+        self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
+        layers = []
+        for index, (degrees_in, degrees_out) in enumerate(layer_degrees(config)):
+            first = index == 0
+            dims = LayerDims(
+                degrees_in=degrees_in,
+                degrees_out=degrees_out,
+                channels_in=embedding_dim if first else channels,
+                num_channels=channels,
+                embedding_dim=embedding_dim,
+                skip=not first,
+            )
+            spec = SlotSpec(
+                host="nequip",
+                layer=index,
+                num_layers=config.num_layers,
+                degrees=degrees_in,
+                num_channels=dims.channels_in,
+                cutoff=config.cutoff_A,
+                num_radial=config.radial.num,
+                degrees_out=degrees_out,
+                channels_out=channels,
+            )
+            neighbors = config.avg_num_neighbors or avg_num_neighbors
+            layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
+        self.layers = nn.ModuleList(layers)
+        self.readout = Readout(channels, config.readout_mlp)
+        self._place_scales(config, num_elements, scale, shift)
+
+    def _place_scales(self, config: NequIPConfig, num_elements: int, scale: float, shift: float) -> None:
+        self.scale: Tensor
+        self.shift: Tensor
+        for name, value, trainable in (
+            ("scale", scale, config.trainable_scales),
+            ("shift", shift, config.trainable_shifts),
+        ):
+            start = torch.full((num_elements,), float(value), dtype=torch.float64)
+            if trainable:
+                setattr(self, name, nn.Parameter(start))
+            else:
+                self.register_buffer(name, start)
+
+    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+        edges = self.edges(graph, vectors)
+        features = self.embedding.index_select(0, species).unsqueeze(1)
+        gates = []
+        for layer in self.layers:
+            features, alpha = layer(features, species, self.embedding, positions, edges)
+            if alpha is not None:
+                gates.append(alpha)
+        scale, shift = self.scale.index_select(0, species), self.shift.index_select(0, species)
+        return HostOutput(scale * self.readout(features[:, 0]) + shift, tuple(gates))

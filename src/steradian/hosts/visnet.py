@@ -1,0 +1,487 @@
+"""ViSNet: vector-scalar interactive message passing (Wang et al. 2024, Nature Communications 15, 313).
+
+Follows the published implementation number for number (``ViSNet`` of torch_geometric 2.8.1) on features ``[N, D, C]``
+whose first component are the scalars and whose others are the vectors of degree 1 and 2. Left out is what cannot have
+an effect: the vectors that enter the first layer are zero, and those that leave the last block of the readout are not
+used, so the weights that act on them are dead in the published model.
+
+Published, every atom is its own neighbour too, at distance zero and in no direction. These rows stand behind those of
+the edges here, and no gate acts on them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from steradian.config import ViSNetConfig
+from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
+from steradian.equivariant.irreps import dim, natural_degrees
+from steradian.graph import Edges, Graph
+from steradian.hosts.base import Host, HostOutput
+from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.radial import cosine_envelope, safe_norm
+
+__all__ = ["ViSNet", "ViSNetLayer"]
+
+
+# ------------------------------------------------------------------------------------------------ products, as tables
+
+
+@cache
+def product_polynomial(num_factors: int) -> Polynomial:
+    """Product of rows ``[rows, 1, C]`` channel by channel."""
+    one = np.zeros((1, num_factors), dtype=np.int64)
+    return Polynomial(
+        tuple(Operand(f"factor {index}", 1) for index in range(num_factors)),
+        Operand("product", 1),
+        (Terms(tuple(range(num_factors)), one, np.zeros(1, dtype=np.int64), np.ones(1)),),
+    )
+
+
+@cache
+def vector_message(size: int, has_vectors: bool) -> Polynomial:
+    """``(vectors [N, size, C], weights [E, 2 or 1, C], geometry [E, 1 + size]) -> [N, size, C]``.
+
+    ``c v_j s_1 + c d_ij s_2`` (Wang et al. 2024, equation 8) with geometry ``(c, c d_ij)``; without vectors the second
+    term alone, with its weights alone.
+    """
+    component, ones = np.arange(size), np.ones(size)
+    zeros = np.zeros(size, dtype=np.int64)
+    geometry = Operand("geometry", 1 + size, has_channels=False)
+    out = Operand("message", size)
+    if not has_vectors:
+        along = Terms((0, 1), np.stack([zeros, 1 + component], axis=1), component, ones)
+        return Polynomial((Operand("weights", 1), geometry), out, (along,))
+    carried = Terms((0, 1, 2), np.stack([component, zeros, zeros], axis=1), component, ones)
+    along = Terms((1, 2), np.stack([zeros + 1, 1 + component], axis=1), component, ones)
+    return Polynomial((Operand("vectors", size), Operand("weights", 2), geometry), out, (carried, along))
+
+
+@cache
+def rejected_product(l_max: int) -> Polynomial:
+    """``(left [N, size, C], right [N, size, C], filter [E, 1, C], directions [E, size]) -> [E, 1, C]``.
+
+    The product of what is left of two vectors when their parts along an edge are rejected (Wang et al. 2024, equation
+    10), times a filter. With harmonics d of squared norm l_max, one for each degree,
+    ``(a - (a.d) d) . (b - (b.d) d) = a.b - (2 - l_max) (a.d) (b.d)``: for l_max = 2 nothing is rejected.
+    """
+    size = (l_max + 1) ** 2 - 1
+    component = np.arange(size)
+    plain = Terms(
+        (0, 1, 2),
+        np.stack([component, component, np.zeros(size, dtype=np.int64)], axis=1),
+        np.zeros(size, dtype=np.int64),
+        np.ones(size),
+    )
+    groups: tuple[Terms, ...] = (plain,)
+    if l_max == 1:
+        left, right = (index.reshape(-1) for index in np.meshgrid(component, component))
+        zeros = np.zeros(size**2, dtype=np.int64)
+        groups += (Terms((0, 1, 2, 3, 3), np.stack([left, right, zeros, left, right], 1), zeros, -np.ones(size**2)),)
+    return Polynomial(
+        (
+            Operand("left", size),
+            Operand("right", size),
+            Operand("filter", 1),
+            Operand("directions", size, has_channels=False),
+        ),
+        Operand("update", 1),
+        groups,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+class BlockLinear(nn.Linear):
+    """Several linear maps of the same input as one; each starts as the published ones do (Glorot uniform, no bias)."""
+
+    def __init__(self, size_in: int, sizes_out: list[int], bias: bool = True) -> None:
+        self.sizes_out = sizes_out
+        super().__init__(size_in, sum(sizes_out), bias=bias)
+
+    def reset_parameters(self) -> None:
+        for block in self.weight.split(self.sizes_out):
+            nn.init.xavier_uniform_(block)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one product of matrices; PyTorch would make many small ones of [N, size, C]
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class ExpNormalBasis(nn.Module):
+    """``c(r) exp(-beta_n (exp(-5 r / r_c) - mu_n)^2)``, ``[E] -> [E, R]`` (Unke and Meuwly 2019, equation 7).
+
+    Args:
+        num: R.
+        cutoff: r_c [Å].
+        trainable: learn mu and beta.
+    """
+
+    def __init__(self, num: int, cutoff: float, trainable: bool) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        start = math.exp(-cutoff)  # as published; the exponential at the cutoff is exp(-5)
+        means = torch.linspace(start, 1.0, num, dtype=torch.float64)
+        betas = torch.full((num,), (2.0 / num * (1.0 - start)) ** -2, dtype=torch.float64)
+        self.means: Tensor
+        self.betas: Tensor
+        for name, value in (("means", means), ("betas", betas)):
+            if trainable:
+                setattr(self, name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, lengths: Tensor, envelope: Tensor) -> Tensor:
+        shape = torch.exp(-5.0 / self.cutoff * lengths).unsqueeze(-1) - self.means
+        return envelope.unsqueeze(-1) * torch.exp(-self.betas * shape.square())
+
+
+class VectorNorm(nn.Module):
+    """Scales vectors ``[N, size, C]`` channel by channel, after the published ``max_min`` rescaling of their lengths.
+
+    With ``max_min`` the lengths of the channels of one degree and atom are mapped to [0, 1]; that has kinks where the
+    longest or shortest channel changes.
+    """
+
+    def __init__(self, num_channels: int, l_max: int, kind: str | None, trainable: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.sizes = [2 * degree + 1 for degree in range(1, l_max + 1)]
+        self.weight: Tensor | None = None
+        if trainable:
+            self.weight = nn.Parameter(torch.ones(num_channels))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        if self.kind == "max_min":
+            vectors = torch.cat([self._rescaled(part) for part in vectors.split(self.sizes, dim=1)], dim=1)
+        return vectors if self.weight is None else vectors * self.weight
+
+    @staticmethod
+    def _rescaled(vectors: Tensor) -> Tensor:
+        lengths = safe_norm(vectors.transpose(1, 2)).clamp(min=1e-12)  # [N, C]
+        low, high = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
+        spread = torch.where(high == low, 1.0, high - low)
+        return ((lengths - low) / spread / lengths).unsqueeze(1) * vectors
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Edges and then one row per atom for itself: what messages run over.
+
+    Attributes:
+        senders, receivers: ``[E + N]``.
+        envelope: ``[E + N]`` cosine cutoff.
+        directions: ``[E + N, size]`` harmonics of degree 1 and higher, squares of a degree sum to one; zero for itself.
+        geometry: ``[E + N, 1 + size]`` what scales a vector message, and that times the directions.
+        num_atoms, num_edges: N, E.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    envelope: Tensor
+    directions: Tensor
+    geometry: Tensor
+    num_atoms: int
+    num_edges: int
+
+
+class ViSNetLayer(nn.Module):
+    """One layer of vector-scalar interactive message passing (Wang et al. 2024, equations 5-10).
+
+    1. queries, keys and values from normalised scalars, filters from the edges; 2. attention, cut off, weighs the
+    values (and a gate weighs the attention); 3. their sums and the vectors give the update of the scalars; 4. weighted
+    values make the messages to the vectors; 5. vectors at both ends of an edge give the update of its filter.
+
+    Args:
+        config: hyper-parameters.
+        first, last: the first layer sees no vectors, the last one has no edges to update.
+        gate, mixer: operators in the slots.
+    """
+
+    def __init__(
+        self, config: ViSNetConfig, first: bool, last: bool, gate: EdgeGate | None, mixer: GlobalMixer | None
+    ) -> None:
+        super().__init__()
+        channels = config.num_channels
+        self.num_channels, self.num_heads, self.l_max = channels, config.num_heads, config.l_max
+        self.size = (config.l_max + 1) ** 2 - 1
+        self.has_vectors = not first
+        self.updates_edges = not first and not last
+        self.vertex = config.vertex and self.updates_edges
+        filters = [channels, channels]
+        vectors = [3 * channels]
+        if self.updates_edges:
+            filters.append(channels * (2 if self.vertex else 1))
+            vectors += [channels] * (4 if self.vertex else 2)
+        self.norm = nn.LayerNorm(channels)
+        self.query_key_value = BlockLinear(channels, [channels] * 3)
+        self.filters = BlockLinear(channels, filters)
+        self.vector_weights = BlockLinear(channels, [2 * channels if self.has_vectors else channels])
+        self.update = BlockLinear(channels, [3 * channels if self.has_vectors else channels])
+        self.vector_norm = self.vectors = None
+        if self.has_vectors:
+            self.vector_norm = VectorNorm(channels, config.l_max, config.vector_norm, config.trainable_vector_norm)
+            self.vectors = BlockLinear(channels, vectors, bias=False)
+        self.gate = gate
+        self.mixer = mixer
+
+    def forward(
+        self, features: Tensor, filters: Tensor, positions: Tensor, edges: Edges, rows: Rows
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Updates of features ``[N, 1 + size, C]`` and of filters ``[E + N, C]`` (None), and alpha ``[E]`` (None).
+
+        Args:
+            features: ``[N, 1 + size, C]``, in the first layer ``[N, 1, C]``.
+            filters: ``[E + N, C]`` scalar features of edges and atoms.
+            positions: ``[N, 3]`` [Å].
+            edges, rows: geometry.
+        """
+        alpha = None if self.gate is None else self.gate(features, edges)
+        scalars, vectors = features[:, 0], None
+        if self.has_vectors:
+            scalars, vectors = features.split([1, self.size], dim=1)
+            scalars = scalars.squeeze(1)
+        channels = self.num_channels
+        shaped = nn.functional.silu(self.filters(filters)).unsqueeze(1)
+        key_filter, value_filter, *edge_filters = shaped.split(channels, dim=2)
+        messages = self._messages(self.norm(scalars), key_filter, value_filter, alpha, rows)  # [E + N, C]
+        summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
+        weights = nn.functional.silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
+        if vectors is None or self.vectors is None or self.vector_norm is None:
+            scalar_update = self.update(summed)
+            vector_update = self._carried(None, weights, rows)
+            edge_update = None
+        else:
+            normed = self.vector_norm(vectors)
+            first, second, third, *ends = self.vectors(normed).split(channels, dim=2)
+            o1, o2, o3 = self.update(summed).split(channels, dim=1)
+            scalar_update = (first * second).sum(1) * o2 + o3
+            vector_update = third * o1.unsqueeze(1) + self._carried(normed, weights, rows)
+            edge_update = self._edge_update(ends, edge_filters, rows)
+        update = torch.cat([scalar_update.unsqueeze(1), vector_update], dim=1)
+        if self.mixer is not None:
+            update = self.mixer(features, update, positions, edges)
+        return update, edge_update, alpha
+
+    def _messages(
+        self, scalars: Tensor, key_filter: Tensor, value_filter: Tensor, alpha: Tensor | None, rows: Rows
+    ) -> Tensor:
+        """Values times attention (equations 5-6), ``[E + N, C]``."""
+        query, key, value = self.query_key_value(scalars).unsqueeze(1).split(self.num_channels, dim=2)
+        products = evaluate(
+            product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, None]
+        )
+        attention = nn.functional.silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
+        weight = rows.envelope
+        if alpha is not None:
+            # no gate on what an atom tells itself
+            weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
+        attention = attention * weight.unsqueeze(1)
+        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.senders, None])
+        return (values.view(len(attention), self.num_heads, -1) * attention.unsqueeze(2)).view(len(attention), -1)
+
+    def _carried(self, vectors: Tensor | None, weights: Tensor, rows: Rows) -> Tensor:
+        """Vector messages summed at the receivers, ``[N, size, C]``."""
+        inputs = [weights, rows.geometry] if vectors is None else [vectors, weights, rows.geometry]
+        gathers = [None, None] if vectors is None else [rows.senders, None, None]
+        return evaluate(
+            vector_message(self.size, vectors is not None),
+            inputs,
+            gathers=gathers,
+            scatter=rows.receivers,
+            num_rows=rows.num_atoms,
+        )
+
+    def _edge_update(self, ends: list[Tensor], filters: list[Tensor], rows: Rows) -> Tensor | None:
+        """Equation 10, and with ``vertex`` the second product, of two vectors at the receiver: ``[E + N, C]``."""
+        if not ends:
+            return None
+        target, source, *same = ends
+        polynomial = rejected_product(self.l_max)
+        update = evaluate(
+            polynomial,
+            [target, source, filters[0], rows.directions],
+            gathers=[rows.receivers, rows.senders, None, None],
+        )
+        if same:
+            update = update + evaluate(
+                polynomial,
+                [same[0], same[1], filters[1], rows.directions],
+                gathers=[rows.receivers, rows.receivers, None, None],
+            )
+        return update.squeeze(1)
+
+
+class Readout(nn.Module):
+    """Energy of every atom from scalars and lengths of vectors: two gated equivariant blocks (Schütt et al. 2021)."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        half = num_channels // 2
+        self.width = half
+        self.vectors = BlockLinear(num_channels, [num_channels, half], bias=False)
+        self.hidden = BlockLinear(2 * num_channels, [num_channels])
+        self.out = BlockLinear(num_channels, [2 * half])
+        self.last_vectors = BlockLinear(half, [half], bias=False)
+        self.last_hidden = BlockLinear(2 * half, [half])
+        self.last_out = BlockLinear(half, [1])
+
+    def forward(self, scalars: Tensor, vectors: Tensor) -> Tensor:
+        """``[N]`` from scalars ``[N, C]`` and vectors ``[N, size, C]``."""
+        lengths_of, carried = self.vectors(vectors).split([scalars.shape[1], self.width], dim=2)
+        hidden = nn.functional.silu(self.hidden(torch.cat([scalars, _lengths(lengths_of)], dim=1)))
+        scalars, weights = self.out(hidden).split(self.width, dim=1)
+        lengths = _lengths(self.last_vectors(weights.unsqueeze(1) * carried))
+        hidden = nn.functional.silu(self.last_hidden(torch.cat([nn.functional.silu(scalars), lengths], dim=1)))
+        return self.last_out(hidden).squeeze(1)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """``[N, C]`` lengths over all components; zero, with zero derivatives, for a zero vector."""
+    return safe_norm(vectors.transpose(1, 2))
+
+
+class ViSNet(Host):
+    """ViSNet with two slots per layer.
+
+    The published vector messages do not vanish at the cutoff: their weights are ``silu(W m + b)`` of a message m that
+    does, and with a bias the energy jumps by a little when a neighbour leaves. ``config.smooth`` multiplies them by the
+    cutoff function; ``smooth=False`` is the published model.
+
+    Args:
+        config: hyper-parameters.
+        num_elements: Z, size of the table of elements.
+        avg_num_neighbors: not used; sums over neighbours are not rescaled.
+        scale: [eV] factor on the interaction energies.
+        shift: [eV] added to every atom's interaction energy.
+        make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot. A gate weighs the
+            attention.
+    """
+
+    def __init__(
+        self,
+        config: ViSNetConfig,
+        num_elements: int,
+        avg_num_neighbors: float,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        make_gate: GateFactory = empty_slot,
+        make_mixer: MixerFactory = empty_slot,
+    ) -> None:
+        super().__init__()
+        channels = config.num_channels
+        self.cutoff, self.l_max, self.smooth = config.cutoff_A, config.l_max, config.smooth
+        self.embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.radial_basis = ExpNormalBasis(config.radial.num, config.cutoff_A, config.radial.trainable)
+        self.neighbor_embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.neighbor_filter = BlockLinear(config.radial.num, [channels])
+        self.combine = BlockLinear(2 * channels, [channels])
+        self.edge_filter = BlockLinear(config.radial.num, [channels])
+        layers = []
+        for index in range(config.num_layers):
+            first = index == 0
+            spec = SlotSpec(
+                host="visnet",
+                layer=index,
+                num_layers=config.num_layers,
+                degrees=natural_degrees(0 if first else config.l_max),
+                num_channels=channels,
+                cutoff=config.cutoff_A,
+                num_radial=config.radial.num,
+                degrees_out=natural_degrees(config.l_max),
+                unit_weights=False,
+            )
+            layers.append(ViSNetLayer(config, first, index == config.num_layers - 1, make_gate(spec), make_mixer(spec)))
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(channels)
+        self.vector_norm = VectorNorm(channels, config.l_max, config.vector_norm, config.trainable_vector_norm)
+        self.readout = Readout(channels)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+
+    def edges(self, graph: Graph, vectors: Tensor) -> Edges:
+        """Lengths, radial basis (cut off), cosine cutoff and harmonics of the edges."""
+        lengths = safe_norm(vectors)
+        envelope = cosine_envelope(lengths, self.cutoff)
+        return Edges(
+            senders=graph.senders,
+            receivers=graph.receivers,
+            vectors=vectors,
+            lengths=lengths,
+            radial=self.radial_basis(lengths, envelope),
+            envelope=envelope,
+            harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
+            num_atoms=graph.num_atoms,
+            system=graph.system,
+            num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
+        )
+
+    def rows(self, edges: Edges) -> Rows:
+        """The edges and, behind them, every atom as its own neighbour."""
+        atoms = torch.arange(edges.num_atoms, device=edges.senders.device)
+        per_degree = [(2 * degree + 1) ** -0.5 for degree in range(1, self.l_max + 1) for _ in range(2 * degree + 1)]
+        directions = edges.harmonics[:, 1:] * edges.harmonics.new_tensor(per_degree)
+        directions = torch.cat([directions, directions.new_zeros((edges.num_atoms, directions.shape[1]))])
+        envelope = torch.cat([edges.envelope, edges.envelope.new_ones(edges.num_atoms)])
+        scale = envelope.unsqueeze(1) if self.smooth else torch.ones_like(envelope).unsqueeze(1)
+        return Rows(
+            senders=torch.cat([edges.senders, atoms]),
+            receivers=torch.cat([edges.receivers, atoms]),
+            envelope=envelope,
+            directions=directions,
+            geometry=torch.cat([scale, scale * directions], dim=1),
+            num_atoms=edges.num_atoms,
+            num_edges=len(edges.senders),
+        )
+
+    def _embedded(self, species: Tensor, edges: Edges, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Scalars ``[N, C]`` of atoms and neighbours, filters ``[E + N, C]`` (Wang et al. 2024, equations 1-4)."""
+        weights = self.neighbor_filter(edges.radial) * edges.envelope.unsqueeze(1)
+        neighbors = evaluate(
+            product_polynomial(2),
+            [self.neighbor_embedding.index_select(0, species).unsqueeze(1), weights.unsqueeze(1)],
+            gathers=[edges.senders, None],
+            scatter=edges.receivers,
+            num_rows=edges.num_atoms,
+        )
+        own = self.embedding.index_select(0, species)
+        scalars = self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1))
+        at_zero = self.radial_basis(edges.lengths.new_zeros(1), edges.lengths.new_ones(1))
+        shapes = self.edge_filter(torch.cat([edges.radial, at_zero]))
+        shapes = torch.cat([shapes[:-1], shapes[-1:].expand(edges.num_atoms, -1)])
+        ends = scalars.index_select(0, rows.receivers) + scalars.index_select(0, rows.senders)
+        return scalars, ends * shapes
+
+    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+        edges = self.edges(graph, vectors)
+        rows = self.rows(edges)
+        scalars, filters = self._embedded(species, edges, rows)
+        features = scalars.unsqueeze(1)
+        size = dim(natural_degrees(self.l_max))
+        gates = []
+        for layer in self.layers:
+            update, edge_update, alpha = layer(features, filters, positions, edges, rows)
+            if features.shape[1] < size:
+                features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))
+            features = features + update
+            if edge_update is not None:
+                filters = filters + edge_update
+            if alpha is not None:
+                gates.append(alpha)
+        out, vector_out = features.split([1, size - 1], dim=1)
+        energies = self.readout(self.norm(out.squeeze(1)), self.vector_norm(vector_out))
+        return HostOutput(self.scale * energies + self.shift, tuple(gates))
