@@ -93,7 +93,7 @@ POLYNOMIAL = MARAConfig(
 )
 # so many points that the rotation error of the rule is below that of rounding
 EFA = EFAConfig(
-    num_points=302,
+    num_points=110,
     max_length_A=8.0,
     num_features_qk=4,
     periodic=True,
