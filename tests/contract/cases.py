@@ -42,6 +42,18 @@ HOSTS: dict[str, HostConfig] = {
         first_interaction="agnostic",
         interaction="agnostic",
     ),
+    "o3mpnn": O3MPNNConfig(num_layers=2, num_channels=4, l_max=2, num_radial=8, cutoff_A=CUTOFF, zero_init=False),
+    "o3mpnn-deep": O3MPNNConfig(
+        num_layers=3,
+        num_channels=4,
+        l_max=1,
+        num_radial=8,
+        cutoff_A=CUTOFF,
+        num_post_residual_mlps=1,
+        self_interaction=True,
+        use_switch=False,
+        zero_init=False,
+    ),
     "nequip": NequIPConfig(
         num_layers=4, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8], avg_num_neighbors=1.0
     ),
@@ -60,18 +72,6 @@ HOSTS: dict[str, HostConfig] = {
     ),
     "visnet-vectors": ViSNetConfig(
         num_layers=3, num_channels=16, num_heads=4, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}
-    ),
-    "o3mpnn": O3MPNNConfig(num_layers=2, num_channels=4, l_max=2, num_radial=8, cutoff_A=CUTOFF, zero_init=False),
-    "o3mpnn-deep": O3MPNNConfig(
-        num_layers=3,
-        num_channels=4,
-        l_max=1,
-        num_radial=8,
-        cutoff_A=CUTOFF,
-        num_post_residual_mlps=1,
-        self_interaction=True,
-        use_switch=False,
-        zero_init=False,
     ),
 }
 
@@ -93,7 +93,7 @@ POLYNOMIAL = MARAConfig(
 )
 # so many points that the rotation error of the rule is below that of rounding
 EFA = EFAConfig(
-    num_points=302,
+    num_points=110,
     max_length_A=8.0,
     num_features_qk=4,
     periodic=True,

@@ -266,6 +266,38 @@ def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host):
     assert torch.equal(b.gates[0], torch.ones_like(b.gates[0]))
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_mixer_adds_nothing_before_training(host):
+    bare = cases.potential(host)
+    mixer = cases.EFA.model_copy(update={"zero_init": True})
+    config = bare.config.model_copy(update={"global_mixer": mixer})
+    mixed = cases.build_potential(config, cases.statistics(host), seed=3).eval()
+    own = {name: value for name, value in mixed.state_dict().items() if ".mixer." not in name}
+    assert own.keys() == bare.state_dict().keys()
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in own.items())
+    graph = cases.graph(cases.ethanol())
+    assert torch.equal(bare(graph).energy, mixed(graph).energy)
+    assert torch.equal(bare(graph).forces, mixed(graph).forces)
+
+
+@pytest.mark.parametrize("operator", cases.GLOBAL)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_global_mixer_reaches_beyond_the_cutoff(host, operator):
+    """An atom that has no neighbours left still feels the others, and its own pull is felt."""
+    potential = cases.potential(host, operator)
+    for name, parameter in potential.named_parameters():
+        if ".mixer." in name and name.endswith("bias"):
+            # some hosts give an atom without neighbours the features zero; biases are all it has then
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    structure = cases.ethanol()
+    atom = structure.positions[2:3] + np.array([[-8.0, 0.0, 0.0]])
+    far = dataclasses.replace(
+        structure, positions=np.concatenate([structure.positions, atom]), numbers=np.append(structure.numbers, 1)
+    )
+    assert potential(cases.graph(far)).forces[-1].abs().max() > 1e-7
+    assert cases.potential(host)(cases.graph(far)).forces[-1].abs().max() == 0
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("host", HOSTS)
 def test_save_and_load(host, operator, tmp_path):

@@ -398,6 +398,8 @@ class ViSNet(Host):
                 num_channels=channels,
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
+                degrees_out=natural_degrees(config.l_max),
+                unit_weights=False,
             )
             layers.append(ViSNetLayer(config, first, index == config.num_layers - 1, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)

@@ -36,6 +36,7 @@ class SlotSpec:
         num_radial: R, the width of ``edges.radial``.
         degrees_out: irreps of the layer's local update, to which a mixer's update must be reduced; None where the host
             adds an update of any irreps.
+        channels_out: channels of the local update, if not C.
         scalars_only: the layer uses nothing but scalars of what a mixer attends to.
         unit_weights: the host's weights have unit variance (and are scaled where they are used); a mixer's should too.
     """
@@ -48,6 +49,7 @@ class SlotSpec:
     cutoff: float
     num_radial: int = 8
     degrees_out: tuple[tuple[int, int], ...] | None = None
+    channels_out: int | None = None
     scalars_only: bool = False
     unit_weights: bool = True
 

@@ -34,9 +34,14 @@ class EFAMixer(GlobalMixer):
     def __init__(self, config: EFAConfig, spec: SlotSpec) -> None:
         super().__init__()
         self.supports_pbc = config.periodic
-        unit, channels = spec.unit_weights, spec.num_channels
+        unit, channels = spec.unit_weights, spec.channels_out or spec.num_channels
         self.source = config.source or ("input" if spec.degrees_out is None else "update")
         degrees = spec.degrees if self.source == "input" or spec.degrees_out is None else spec.degrees_out
+        if self.source == "input" and channels != spec.num_channels:
+            raise ValueError(
+                f"layer {spec.layer} of {spec.host} turns {spec.num_channels} channels into {channels}: "
+                "set model.global_mixer.source=update"
+            )
         present = max_degree(degrees)
         highest, both = present if config.max_degree is None else config.max_degree, config.include_pseudotensors
         if spec.scalars_only:
