@@ -26,6 +26,7 @@ from steradian.equivariant.irreps import (
 )
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
+from steradian.operators.efa_limits import RESOLVED, SizeWatch, resolved_phase
 from steradian.operators.efa_periodic import reciprocal_attention
 from steradian.sphere.grids import lebedev
 
@@ -171,6 +172,7 @@ class EuclideanFastAttention(nn.Module):
         self.integration: TensorIntegration | None = None
         if config.tensor_integration is not None:
             self.integration = self._make_integration(config.tensor_integration, nominal_v)
+        self.watch = SizeWatch(config.num_points)
         self.degrees_out = self.degrees_v if self.integration is None else self.integration.degrees_out
         self._place()
 
@@ -216,6 +218,25 @@ class EuclideanFastAttention(nn.Module):
         self._place()
         return self
 
+    @property
+    def largest_frequency(self) -> float:
+        """[1/Å]"""
+        if self.config.trainable_frequencies:
+            return float(self.frequencies.detach().abs().max())
+        return float(self._start.max())
+
+    def summary(self) -> str:
+        """What the attention resolves, in words."""
+        largest = self.largest_frequency
+        reach = resolved_phase(self.config.num_points) / largest
+        parts = [
+            f"{len(self.frequencies)} frequencies up to {largest:.3g}/Å",
+            f"{self.grid.name} resolves systems up to {reach:.0f} Å (error of a plane wave {RESOLVED:.0e})",
+        ]
+        if self.config.periodic:
+            parts.append(f"crystals: shells of wave numbers of half width {self.shell_width:.3g}/Å")
+        return "; ".join(parts)
+
     # -------------------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -255,6 +276,7 @@ class EuclideanFastAttention(nn.Module):
         self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, system: Tensor, num_systems: int
     ) -> Tensor:
         functions: Any = None if self.integration is None else self.functions
+        self.watch.look(positions, system, num_systems, self.largest_frequency)
         return rotary_attention(
             queries,
             keys,
