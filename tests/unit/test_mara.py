@@ -1,16 +1,14 @@
 """MARA in the laboratory frame: the factorised form against the dense one, derivatives, ablations, corner cases."""
 
-import dataclasses
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from mara_cases import DOUBLE, edges_of, random_mara, system
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
-from steradian.graph import Edges
 from steradian.kernels import use_backend
 from steradian.operators import mara_cpu, mara_kernel
 from steradian.operators.base import SlotSpec
@@ -18,8 +16,6 @@ from steradian.operators.mara import MARA, sphere_field
 from steradian.operators.mara_dense import dense_mara
 from steradian.operators.mara_standalone import SEAttention
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
-
-DOUBLE = torch.float64
 
 
 @pytest.fixture(autouse=True, params=["reference", "cpu"])
@@ -30,35 +26,6 @@ def backend(request):
 
 
 SPEC = SlotSpec("mace", 1, 2, ((0, 1), (1, -1)), 6, 5.0)
-
-
-def edges_of(positions, cutoff=4.0):
-    """All pairs within the cutoff, sorted by receiver, with a smooth envelope."""
-    count = len(positions)
-    receivers, senders = (index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij"))
-    vectors = positions[senders] - positions[receivers]
-    near = (receivers != senders) & (vectors.detach().norm(dim=1) < cutoff)
-    senders, receivers, vectors = senders[near], receivers[near], vectors[near]
-    lengths = vectors.norm(dim=1)
-    envelope = (1 - (lengths / cutoff) ** 2) ** 3
-    return Edges(
-        senders, receivers, vectors, lengths, envelope[:, None], envelope, vectors.new_ones(len(vectors), 1),
-        count, torch.zeros(count, dtype=torch.int64), 1,
-    )  # fmt: skip
-
-
-def system(num_atoms=6, num_features=5, seed=0, dtype=DOUBLE):
-    generator = torch.Generator().manual_seed(seed)
-    positions = 1.5 * torch.randn(num_atoms, 3, generator=generator, dtype=dtype)
-    features = torch.randn(num_atoms, num_features, generator=generator, dtype=dtype)
-    return features, positions
-
-
-def random_mara(*arguments, seed=0, dtype=DOUBLE, **options):
-    torch.manual_seed(seed)
-    mara = MARA(*arguments, **options).to(dtype)
-    nn.init.normal_(mara.W_gate)
-    return mara
 
 
 # ---------------------------------------------------------------------------------------------- factorised = dense
@@ -150,79 +117,6 @@ def test_forces_do_not_form_gradients_of_the_tables(monkeypatch, backend):
     assert not calls
     torch.autograd.grad(alpha.sum(), mara.p)
     assert calls
-
-
-def derivatives(mara, features, positions, edges_of=edges_of):
-    """alpha, first, second and third derivatives along random directions."""
-    features, positions = features.clone().requires_grad_(), positions.clone().requires_grad_()
-    generator = torch.Generator().manual_seed(3)
-    inputs = (positions, features, *mara.parameters())
-    last = [mara(features, edges_of(positions))]
-    results = [*last]
-    for _ in range(3):
-        directions = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in last]
-        mixture = sum((value * direction).sum() for value, direction in zip(last, directions))
-        last = torch.autograd.grad(mixture, inputs, create_graph=True, materialize_grads=True)
-        results += last
-    return [value.detach() for value in results]
-
-
-@pytest.mark.parametrize("field", ["distance", "squared"])
-@pytest.mark.parametrize("atoms", [2, 6, 9])
-def test_three_derivatives_equal_the_reference(field, atoms, backend):
-    mara = random_mara(5, lebedev(14), 8, num_heads=2, field=field)
-    results = derivatives(mara, *system(atoms))
-    with use_backend("reference"):
-        expected = derivatives(mara, *system(atoms))
-    for value, truth in zip(results, expected, strict=True):
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11 * (1 + float(truth.abs().max())))
-
-
-def test_threads_do_not_change_a_bit(monkeypatch, backend):
-    if backend == "reference":
-        pytest.skip("sums of plain PyTorch are its own")
-    monkeypatch.setattr(mara_cpu, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(mara_cpu, "BLOCKS_PER_SUM", 1)
-    mara = random_mara(5, dtype=torch.float32)
-    features, positions = (tensor.float() for tensor in system(12))
-    edges = edges_of(positions)
-    leaves = [
-        edges.vectors,
-        mara._node_tables(features)[0].detach(),
-        mara_cpu.flat_tables(mara._tables(), mara.weights).detach(),
-    ]
-    results = {}
-
-    def training_step():
-        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        pooled = mara_cpu.pool_on_sphere(*inputs, edges.receivers, mara.points, "distance", mara._pool_reference)
-        first = torch.autograd.grad(pooled.square().sum(), inputs[:2], create_graph=True)
-        loss = pooled.sum() + sum(gradient.square().sum() for gradient in first)
-        return [pooled, *first, *torch.autograd.grad(loss, inputs)]
-
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results[threads] = training_step()
-    finally:
-        torch.set_num_threads(1)
-    assert len(edges.senders) > 32
-    for threads in (2, 3):
-        assert all(torch.equal(one, other) for one, other in zip(results[1], results[threads]))
-
-
-def test_edges_in_any_order():
-    features, positions = system()
-    mara = random_mara(5)
-    order = torch.randperm(len(edges_of(positions).senders), generator=torch.Generator().manual_seed(0))
-
-    def shuffled(positions):
-        edges = edges_of(positions)
-        names = ("senders", "receivers", "vectors", "lengths", "radial", "envelope", "harmonics")
-        return dataclasses.replace(edges, **{name: getattr(edges, name)[order] for name in names})
-
-    before, after = derivatives(mara, features, positions), derivatives(mara, features, positions, shuffled)
-    torch.testing.assert_close(after[0], before[0][order], rtol=0, atol=1e-14)
 
 
 def test_single_precision():

@@ -117,6 +117,13 @@ class BlockLinear(nn.Linear):
         # one product of matrices; PyTorch would make many small ones of [N, size, C]
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """The maps one by one, for results that go on separate ways: each is contiguous."""
+        rows = x.flatten(0, -2)
+        biases = [None] * len(self.sizes_out) if self.bias is None else self.bias.split(self.sizes_out)
+        parts = zip(self.weight.split(self.sizes_out), biases)
+        return [nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1]) for weight, bias in parts]
+
 
 class ExpNormalBasis(nn.Module):
     """``c(r) exp(-beta_n (exp(-5 r / r_c) - mu_n)^2)``, ``[E] -> [E, R]`` (Unke and Meuwly 2019, equation 7).
@@ -219,9 +226,9 @@ class ViSNetLayer(nn.Module):
         self.updates_edges = not first and not last
         self.vertex = config.vertex and self.updates_edges
         filters = [channels, channels]
-        vectors = [3 * channels]
+        vectors = [channels] * 3
         if self.updates_edges:
-            filters.append(channels * (2 if self.vertex else 1))
+            filters += [channels] * (2 if self.vertex else 1)
             vectors += [channels] * (4 if self.vertex else 2)
         self.norm = nn.LayerNorm(channels)
         self.query_key_value = BlockLinear(channels, [channels] * 3)
@@ -252,8 +259,9 @@ class ViSNetLayer(nn.Module):
             scalars, vectors = features.split([1, self.size], dim=1)
             scalars = scalars.squeeze(1)
         channels = self.num_channels
-        shaped = nn.functional.silu(self.filters(filters)).unsqueeze(1)
-        key_filter, value_filter, *edge_filters = shaped.split(channels, dim=2)
+        key_filter, value_filter, *edge_filters = (
+            nn.functional.silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters)
+        )
         messages = self._messages(self.norm(scalars), key_filter, value_filter, alpha, rows)  # [E + N, C]
         summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
         weights = nn.functional.silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
@@ -263,7 +271,7 @@ class ViSNetLayer(nn.Module):
             edge_update = None
         else:
             normed = self.vector_norm(vectors)
-            first, second, third, *ends = self.vectors(normed).split(channels, dim=2)
+            first, second, third, *ends = self.vectors.blocks(normed)
             o1, o2, o3 = self.update(summed).split(channels, dim=1)
             scalar_update = (first * second).sum(1) * o2 + o3
             vector_update = third * o1.unsqueeze(1) + self._carried(normed, weights, rows)
@@ -277,7 +285,7 @@ class ViSNetLayer(nn.Module):
         self, scalars: Tensor, key_filter: Tensor, value_filter: Tensor, alpha: Tensor | None, rows: Rows
     ) -> Tensor:
         """Values times attention (equations 5-6), ``[E + N, C]``."""
-        query, key, value = self.query_key_value(scalars).unsqueeze(1).split(self.num_channels, dim=2)
+        query, key, value = (part.unsqueeze(1) for part in self.query_key_value.blocks(scalars))
         products = evaluate(
             product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, None]
         )
