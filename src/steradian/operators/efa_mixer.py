@@ -70,7 +70,7 @@ class EFAMixer(GlobalMixer):
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc)
+            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc, edges.share)
         else:
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)
