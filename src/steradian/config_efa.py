@@ -82,3 +82,21 @@ class O3MPNNConfig(Section):
     @property
     def hidden_l(self) -> int:
         return self.l_max
+
+    def summary(self) -> dict[str, str]:
+        """What ``steradian inspect`` says of the host."""
+        extras = [
+            name
+            for name, used in (
+                ("self-interaction", self.self_interaction),
+                ("dipoles", self.dipole_embedding),
+                ("switch", self.use_switch),
+                (f"{self.num_post_residual_mlps} residual layers", self.num_post_residual_mlps > 0),
+            )
+            if used
+        ]
+        return {
+            "features": f"{self.num_channels} channels, degrees up to {self.l_max}",
+            "radial basis": f"{self.num_radial} Bernstein polynomials, {self.cutoff_function} cutoff",
+            "options": ", ".join(extras) or "none",
+        }

@@ -112,9 +112,14 @@ class Potential(nn.Module):
             strain = torch.zeros_like(cell).requires_grad_(stress)
             strained, cell_strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
             output = self.host(replace(graph, cell=cell_strained), species, strained, vectors)
+            if graph.share is not None:  # copies of other processes' atoms do not count
+                energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
+                output = replace(output, atom_energies=energies)
             wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
             gradients = self._gradients(output.atom_energies, wanted)
         references = self.atom_references.index_select(0, species)
+        if graph.share is not None:
+            references = torch.where(graph.share.owned, references, 0.0)
         atom_energies = output.atom_energies.to(torch.float64)
         per_system = atom_energies.new_zeros((2, graph.num_systems))
         both = torch.stack([atom_energies, references])
@@ -155,7 +160,7 @@ class Potential(nn.Module):
     def _centred(self, graph: Graph) -> Tensor:
         """Positions about the mean of each system: float32 loses nothing far from the origin."""
         positions = graph.positions.detach().to(device=self.device)
-        if positions.dtype != self.dtype and graph.num_atoms:
+        if positions.dtype != self.dtype and graph.num_atoms and graph.share is None:
             counts = graph.atoms_per_system.to(positions.dtype).clamp(min=1).unsqueeze(-1)
             sums = positions.new_zeros((graph.num_systems, 3)).index_add(0, graph.system, positions)
             positions = positions - (sums / counts).index_select(0, graph.system)

@@ -31,6 +31,11 @@ class Host(nn.Module, ABC):
 
     cutoff: float
 
+    @property
+    def reach(self) -> float:
+        """Distance [Å] beyond which an atom tells another one nothing through neighbours: a cutoff per layer."""
+        return self.cutoff * len(list(self.get_submodule("layers").children()))
+
     @abstractmethod
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
         """Energies per atom.
@@ -98,4 +103,5 @@ class ConvolutionHost(Host):
             num_systems=graph.num_systems,
             cell=graph.cell,
             pbc=graph.pbc,
+            share=graph.share,
         )

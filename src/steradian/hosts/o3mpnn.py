@@ -175,6 +175,7 @@ class O3MPNN(Host):
             num_systems=graph.num_systems,
             cell=graph.cell,
             pbc=graph.pbc,
+            share=graph.share,
         )
 
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:

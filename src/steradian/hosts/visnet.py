@@ -419,6 +419,10 @@ class ViSNet(Host):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
+    @property
+    def reach(self) -> float:
+        return super().reach + self.cutoff  # neighbours enter the embedding too
+
     def edges(self, graph: Graph, vectors: Tensor) -> Edges:
         """Lengths, radial basis (cut off), cosine cutoff and harmonics of the edges."""
         lengths = safe_norm(vectors)
@@ -436,6 +440,7 @@ class ViSNet(Host):
             num_systems=graph.num_systems,
             cell=graph.cell,
             pbc=graph.pbc,
+            share=graph.share,
         )
 
     def rows(self, edges: Edges) -> Rows:

@@ -86,6 +86,10 @@ class GlobalMixer(nn.Module, ABC):
     rotation: Rotation = "exact"
     supports_pbc: bool = False
 
+    def summary(self) -> str:
+        """One line for ``steradian inspect``."""
+        return f"{type(self).__name__}; rotation: {self.rotation}"
+
     @abstractmethod
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
         """What to add to the local update.

@@ -26,7 +26,9 @@ from steradian.equivariant.irreps import (
 )
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
+from steradian.operators.efa_limits import RESOLVED, SizeWatch, resolved_phase
 from steradian.operators.efa_periodic import reciprocal_attention
+from steradian.sharing import Share
 from steradian.sphere.grids import lebedev
 
 __all__ = ["EuclideanFastAttention", "TensorIntegration", "frequencies_up_to"]
@@ -171,6 +173,7 @@ class EuclideanFastAttention(nn.Module):
         self.integration: TensorIntegration | None = None
         if config.tensor_integration is not None:
             self.integration = self._make_integration(config.tensor_integration, nominal_v)
+        self.watch = SizeWatch(config.num_points)
         self.degrees_out = self.degrees_v if self.integration is None else self.integration.degrees_out
         self._place()
 
@@ -216,6 +219,25 @@ class EuclideanFastAttention(nn.Module):
         self._place()
         return self
 
+    @property
+    def largest_frequency(self) -> float:
+        """[1/Å]"""
+        if self.config.trainable_frequencies:
+            return float(self.frequencies.detach().abs().max())
+        return float(self._start.max())
+
+    def summary(self) -> str:
+        """What the attention resolves, in words."""
+        largest = self.largest_frequency
+        reach = resolved_phase(self.config.num_points) / largest
+        parts = [
+            f"{len(self.frequencies)} frequencies up to {largest:.3g}/Å",
+            f"{self.grid.name} resolves systems up to {reach:.0f} Å (error of a plane wave {RESOLVED:.0e})",
+        ]
+        if self.config.periodic:
+            parts.append(f"crystals: shells of wave numbers of half width {self.shell_width:.3g}/Å")
+        return "; ".join(parts)
+
     # -------------------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -226,6 +248,7 @@ class EuclideanFastAttention(nn.Module):
         num_systems: int = 1,
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """Attention of every atom, ``[N, D', C_v]``.
 
@@ -236,25 +259,36 @@ class EuclideanFastAttention(nn.Module):
             num_systems: S.
             cell: ``[S, 3, 3]`` lattice vectors as rows [Å], differentiable; used where the system is periodic.
             pbc: ``[S, 3]`` periodicity; None where nothing is.
+            share: atoms that count where a single system is spread over processes; positions are centred then.
 
         Raises:
             ValueError: a periodic system without ``periodic`` in the options, or one that is not periodic in all
                 directions.
         """
         queries, keys, values = self.projections(features)
+        if share is not None:
+            keys = torch.where(share.owned[:, None, None], keys, 0.0)
         if pbc is None or cell is None or not bool(pbc.any()):
-            out = self._isolated(queries, keys, values, positions, system, num_systems)
+            out = self._isolated(queries, keys, values, positions, system, num_systems, share)
         else:
             self._check_periodic(pbc)
-            out = self._mixed(queries, keys, values, positions, system, cell, pbc[:, 0].tolist())
+            out = self._mixed(queries, keys, values, positions, system, cell, pbc[:, 0].tolist(), share)
         if self.integration is not None:
             out = self.integration.of_pairs(out.index_select(1, self.order))
         return out if self.config.divide_by == 1.0 else out / self.config.divide_by
 
     def _isolated(
-        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, system: Tensor, num_systems: int
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        system: Tensor,
+        num_systems: int,
+        share: Share | None,
     ) -> Tensor:
         functions: Any = None if self.integration is None else self.functions
+        self.watch.look(positions, system, num_systems, self.largest_frequency)
         return rotary_attention(
             queries,
             keys,
@@ -266,6 +300,7 @@ class EuclideanFastAttention(nn.Module):
             num_systems,
             size=self.size,
             functions=functions,
+            share=share,
         )
 
     def _mixed(
@@ -277,6 +312,7 @@ class EuclideanFastAttention(nn.Module):
         system: Tensor,
         cell: Tensor,
         periodic: list[bool],
+        share: Share | None,
     ) -> Tensor:
         """Crystals one by one, everything else together."""
         counts = torch.bincount(system, minlength=len(periodic)).tolist()
@@ -291,13 +327,19 @@ class EuclideanFastAttention(nn.Module):
             if periodic[number] and stop > start:
                 scaling = None if self.integration is None else self._degree_scaling
                 out = reciprocal_attention(
-                    *given, cell[number], self.frequencies, self.shell_width, size=self.size, degree_scaling=scaling
+                    *given,
+                    cell[number],
+                    self.frequencies,
+                    self.shell_width,
+                    size=self.size,
+                    degree_scaling=scaling,
+                    share=share,
                 )
                 parts.append(out)
             elif stop > start:
-                parts.append(self._isolated(*given, system[own] - number, last - number))
+                parts.append(self._isolated(*given, system[own] - number, last - number, share))
             number, start = last, stop
-        return torch.cat(parts) if parts else self._isolated(queries, keys, values, positions, system, 1)
+        return torch.cat(parts) if parts else self._isolated(queries, keys, values, positions, system, 1, share)
 
     def _check_periodic(self, pbc: Tensor) -> None:
         if not self.config.periodic:

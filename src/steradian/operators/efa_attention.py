@@ -20,6 +20,7 @@ from torch import Tensor
 
 from steradian.operators.efa_kernel import apply_moments, moments, plane_waves
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
+from steradian.sharing import Share
 
 __all__ = [
     "DirectionRule",
@@ -98,6 +99,7 @@ def rotary_attention(
     *,
     size: int | None = None,
     functions: tuple[Tensor, Tensor] | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """Attention of every atom to all atoms of its system (itself included), averaged over directions.
 
@@ -115,6 +117,7 @@ def rotary_attention(
         size: numbers per query that the square root is taken of; None for D F.
         functions: average the product with functions of the direction in place of the attention alone: their values
             ``[A, m]`` for those that are even in u, ``[O, m]`` for those that are odd.
+        share: sum keys and values over processes; keys of atoms that do not count are zero, positions are centred.
 
     Returns:
         ``[N, D_v, F_v]``, or ``[N, A + O, D_v, F_v]`` with functions.
@@ -128,8 +131,9 @@ def rotary_attention(
             f"queries {list(queries.shape)}, keys {list(keys.shape)} and {frequencies.shape[-1]} frequencies do not fit"
         )
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
-    waves = _waves_of_rule(rule, frequencies, functions)
-    positions = _centred(positions, system, num_systems)
+    waves = _waves_of_rule(rule, frequencies, functions, share)
+    if share is None:
+        positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
     parts = []
     for block in blocks:
@@ -152,6 +156,7 @@ class Waves:
         frequencies: ``[n]`` factor on them for each pair of channels, or ``[1]`` for all pairs.
         even, odd: ``[L, m, n]`` (or ``[L, m, 1]``) weights for L results, even or odd in the wave vector.
         symmetric: the opposite of every vector belongs to the sum, is not listed, and is counted in the weights.
+        share: sum over processes too.
     """
 
     vectors: Tensor
@@ -159,13 +164,16 @@ class Waves:
     even: Tensor
     odd: Tensor | None
     symmetric: bool
+    share: Share | None = None
 
 
-def _waves_of_rule(rule: DirectionRule, frequencies: Tensor, functions: tuple[Tensor, Tensor] | None) -> Waves:
+def _waves_of_rule(
+    rule: DirectionRule, frequencies: Tensor, functions: tuple[Tensor, Tensor] | None, share: Share | None
+) -> Waves:
     if functions is None:
-        return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric)
+        return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric, share)
     even, odd = ((values * rule.weights).unsqueeze(-1) for values in functions)
-    return Waves(rule.directions, frequencies, even, odd, rule.symmetric)
+    return Waves(rule.directions, frequencies, even, odd, rule.symmetric, share)
 
 
 def attend_one_system(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:
@@ -185,6 +193,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
     for chunk in _chunks(len(waves.vectors), keys, values):
         turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
         sums = moments(turning, keys, values)
+        if waves.share is not None:
+            sums = waves.share.sum(sums)
         sums = sums.view(sums.shape[0], turning.shape[1], 2, num_pairs, -1, sums.shape[-1])  # [B, m, 2, n, a, e]
         even, odd = waves.even[:, chunk], None if waves.odd is None else waves.odd[:, chunk]
         if waves.symmetric:

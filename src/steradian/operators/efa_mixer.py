@@ -61,11 +61,16 @@ class EFAMixer(GlobalMixer):
         self.degrees_out = spec.degrees_out or self.degrees_sum
         self.mlp = MLP(self.degrees_sum, channels, zero=config.zero_init, unit=unit)
 
+    def summary(self) -> str:
+        if not isinstance(self.attention, EuclideanFastAttention):
+            return "EFA emulated by a linear map"
+        return f"EFA on the {'layer input' if self.source == 'input' else 'local update'}; {self.attention.summary()}"
+
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc)
+            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc, edges.share)
         else:
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)
