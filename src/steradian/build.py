@@ -15,8 +15,8 @@ from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.visnet import ViSNet
-from steradian.operators.base import EdgeGate, GateFactory, MixerFactory, SlotSpec, empty_slot
-from steradian.operators.mara import MARA
+from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.mara import mara_factory
 from steradian.potential import Potential
 
 HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "visnet": ViSNet}
@@ -27,21 +27,7 @@ __all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"
 def gate_factory(config: ModelConfig) -> GateFactory:
     """The factory that fills the edge gates as the configuration says."""
     gate = config.edge_gate
-    if not isinstance(gate, MARAConfig):
-        return empty_slot
-
-    def make(spec: SlotSpec) -> EdgeGate | None:
-        if gate.layers is not None:
-            outside = [layer for layer in gate.layers if not 0 <= layer < spec.num_layers]
-            if outside:
-                raise ValueError(
-                    f"model.edge_gate.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}"
-                )
-            if spec.layer not in gate.layers:
-                return None
-        return MARA.from_config(gate, spec)
-
-    return make
+    return mara_factory(gate) if isinstance(gate, MARAConfig) else empty_slot
 
 
 def build_potential(
