@@ -255,7 +255,7 @@ class Nequip(Package):
         slots = []
         for index, block in enumerate(blocks):
             degrees, channels = _degrees(block.irreps_in["node_features"])  # type: ignore[index]
-            radial = sum(entry[0] for entry in _entries(block.irreps_in["edge_embedding"]))  # type: ignore[index]
+            radial = sum(entry[0] for entry in _entries(block.irreps_in["edge_embedding"]))  # type: ignore[index, misc]
             spec = SlotSpec(
                 host=self.name,
                 layer=index,
