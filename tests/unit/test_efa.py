@@ -192,6 +192,7 @@ def turned(features, degrees, matrix):
     return out
 
 
+@pytest.mark.filterwarnings("ignore:a system is about")
 @pytest.mark.parametrize("integration", [None, TensorIntegrationConfig(learned_paths=True)])
 @pytest.mark.parametrize("degrees", [natural_degrees(1), all_degrees(1)], ids=["natural", "both"])
 def test_equivariance_improves_with_the_rule(degrees, integration, order):
