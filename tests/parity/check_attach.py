@@ -308,7 +308,7 @@ def test_attached_equals_the_gate_of_our_own_host(name):
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_exported_and_converted(name, precision, tmp_path):
     """What the exporter reads off a live model is all that a conversion needs; the self-test is the proof."""
-    model, hyper = CASES[name][0]()
+    model, _ = CASES[name][0]()
     model = model.to(getattr(torch, precision))
     export(model, str(tmp_path / "foreign.npz"))
     potential = convert_file(tmp_path / "foreign.npz")
