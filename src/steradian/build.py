@@ -9,26 +9,48 @@ from typing import Any
 import torch
 
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
-from steradian.config import MARAConfig, ModelConfig
+from steradian.config import EFAConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
+from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
-from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.base import GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.efa_mixer import EFAMixer
 from steradian.operators.mara import mara_factory
 from steradian.potential import Potential
 from steradian.self_test import SelfTest, SelfTestError
 
-HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "visnet": ViSNet}
+HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
 
-__all__ = ["build_potential", "gate_factory", "load_potential", "save_potential"]
+__all__ = ["build_potential", "gate_factory", "load_potential", "mixer_factory", "save_potential"]
 
 
 def gate_factory(config: ModelConfig) -> GateFactory:
     """The factory that fills the edge gates as the configuration says."""
     gate = config.edge_gate
     return mara_factory(gate) if isinstance(gate, MARAConfig) else empty_slot
+
+
+def mixer_factory(config: ModelConfig) -> MixerFactory:
+    """The factory that fills the slots of global mixers as the configuration says."""
+    mixer = config.global_mixer
+    if not isinstance(mixer, EFAConfig):
+        return empty_slot
+
+    def make(spec: SlotSpec) -> GlobalMixer | None:
+        return EFAMixer(mixer, spec) if _has_layer(mixer.layers, spec, "model.global_mixer") else None
+
+    return make
+
+
+def _has_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:
+    """Whether the operator is wanted in this layer of the host."""
+    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
+    if outside:
+        raise ValueError(f"{section}.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}")
+    return layers is None or spec.layer in layers
 
 
 def build_potential(
@@ -62,7 +84,7 @@ def build_potential(
         scale=statistics.force_rms or 1.0,
         shift=statistics.energy_shift,
         make_gate=_isolated(make_gate or gate_factory(config)),
-        make_mixer=_isolated(make_mixer or empty_slot),
+        make_mixer=_isolated(make_mixer or mixer_factory(config)),
     )
     return Potential(host, config, statistics)
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from steradian.sharing import Share
+
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 
 
@@ -47,6 +49,8 @@ class Graph:
         forces: ``[N, 3]`` forces [eV/Å] or None.
         stress: ``[S, 3, 3]`` Cauchy stress [eV/Å^3], positive under tension (ASE's sign), or None.
         weight: ``[S]`` weight of a system in the loss, or None for ones.
+        dipoles: ``[N, 3]`` atomic dipoles, for models that embed them, or None.
+        share: where the graph is one process's part of a system, the atoms it answers for; positions are centred.
         config_type: one label per system, for tables of errors per configuration type.
     """
 
@@ -63,6 +67,8 @@ class Graph:
     forces: Tensor | None = None
     stress: Tensor | None = None
     weight: Tensor | None = None
+    dipoles: Tensor | None = None
+    share: Share | None = None
     config_type: tuple[str, ...] = ()
 
     @property
@@ -103,6 +109,9 @@ class Edges:
             (squares of a degree sum to 2 l + 1), degrees in order.
         num_atoms: N.
         system: ``[N]`` index of the system of each atom; num_systems: S.
+        cell: ``[S, 3, 3]`` lattice vectors as rows [Å], strained and differentiable, or None where nothing is periodic.
+        pbc: ``[S, 3]`` periodicity, or None.
+        share: as in :class:`Graph`.
     """
 
     senders: Tensor
@@ -115,6 +124,9 @@ class Edges:
     num_atoms: int
     system: Tensor
     num_systems: int
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
+    share: Share | None = None
 
     def sum_at_receivers(self, values: Tensor) -> Tensor:
         """Sum per-edge values ``[E, ...]`` at their receivers: ``[N, ...]``."""
@@ -189,5 +201,6 @@ def batch_graphs(graphs: Sequence[Graph]) -> Graph:
         forces=joined_label("forces"),
         stress=joined_label("stress"),
         weight=joined_label("weight"),
+        dipoles=joined_label("dipoles"),
         config_type=tuple(label for graph in graphs for label in graph.config_type),
     )

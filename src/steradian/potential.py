@@ -112,11 +112,16 @@ class Potential(nn.Module):
             positions = self._centred(graph).requires_grad_(forces)
             cell = graph.cell.to(device=self.device, dtype=self.dtype)
             strain = torch.zeros_like(cell).requires_grad_(stress)
-            strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
-            output = self.host(graph, species, strained, vectors)
+            strained, cell_strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
+            output = self.host(replace(graph, cell=cell_strained), species, strained, vectors)
+            if graph.share is not None:  # copies of other processes' atoms do not count
+                energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
+                output = replace(output, atom_energies=energies)
             wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
             gradients = self._gradients(output.atom_energies, wanted)
         references = self.atom_references.index_select(0, species)
+        if graph.share is not None:
+            references = torch.where(graph.share.owned, references, 0.0)
         atom_energies = output.atom_energies.to(torch.float64)
         per_system = atom_energies.new_zeros((2, graph.num_systems))
         both = torch.stack([atom_energies, references])
@@ -159,14 +164,16 @@ class Potential(nn.Module):
     def _centred(self, graph: Graph) -> Tensor:
         """Positions about the mean of each system: float32 loses nothing far from the origin."""
         positions = graph.positions.detach().to(device=self.device)
-        if positions.dtype != self.dtype and graph.num_atoms:
+        if positions.dtype != self.dtype and graph.num_atoms and graph.share is None:
             counts = graph.atoms_per_system.to(positions.dtype).clamp(min=1).unsqueeze(-1)
             sums = positions.new_zeros((graph.num_systems, 3)).index_add(0, graph.system, positions)
             positions = positions - (sums / counts).index_select(0, graph.system)
         return positions.to(self.dtype, copy=True)
 
-    def _geometry(self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Strained positions and edge vectors; the strain acts on positions and cell alike."""
+    def _geometry(
+        self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
         if strain is not None:
             symmetric = 0.5 * (strain + strain.transpose(1, 2))
             positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
@@ -175,7 +182,7 @@ class Potential(nn.Module):
         if bool(graph.pbc.any()):
             edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
             vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
-        return positions, vectors
+        return positions, cell, vectors
 
     def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         if not wanted:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 
-__all__ = ["RadialBasis", "RadialNetwork", "RadialTable", "cosine_cutoff", "polynomial_envelope", "safe_norm"]
+__all__ = [
+    "RadialBasis",
+    "RadialNetwork",
+    "RadialTable",
+    "bernstein_basis",
+    "cosine_envelope",
+    "polynomial_envelope",
+    "safe_norm",
+    "smooth_envelope",
+]
 
 SILU_SECOND_MOMENT = 1.6791767923989418
 """1 / sqrt(E[silu(z)^2]) for a normal z: makes the activation keep unit variance (e3nn's ``normalize2mom``)."""
@@ -42,9 +52,50 @@ def polynomial_envelope(lengths: Tensor, cutoff: float, p: int) -> Tensor:
     return torch.where(x < 1.0, value, 0.0)
 
 
-def cosine_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
-    """``(1 + cos(pi r / r_c)) / 2`` ``[E]``: value and slope zero at the cutoff, the curvature is not (Behler 2011)."""
-    return torch.where(lengths < cutoff, 0.5 * (torch.cos(lengths * (math.pi / cutoff)) + 1.0), 0.0)
+def smooth_envelope(lengths: Tensor, cutoff: float) -> Tensor:
+    """``exp(1 - 1 / (1 - (r / r_c)^2))`` below the cutoff, where all its derivatives are zero."""
+    inside = lengths < cutoff
+    x = torch.where(inside, lengths / cutoff, 0.0)
+    rest = (1.0 - x) * (1.0 + x)
+    return torch.where(inside & (rest > 1e-6), torch.exp(1.0 - 1.0 / rest.clamp(min=1e-6)), 0.0)
+
+
+def cosine_envelope(lengths: Tensor, cutoff: float) -> Tensor:
+    """``(1 + cos(pi r / r_c)) / 2`` below the cutoff, where value and slope are zero."""
+    return torch.where(lengths < cutoff, 0.5 * (1.0 + torch.cos(lengths * (math.pi / cutoff))), 0.0)
+
+
+def bernstein_basis(x: Tensor, num: int) -> Tensor:
+    """Bernstein polynomials of order ``num - 1``, ``[E] -> [E, num]``: ``C(n, k) x^k (1 - x)^(n - k)``."""
+    return _Bernstein.apply(x, num)
+
+
+class _Bernstein(torch.autograd.Function):
+    """The derivative is made of the polynomials of the next lower order, so there are no powers of zero in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.num = num
+        binomials = [math.comb(num - 1, k) for k in range(num)]
+        return _powers(x, num) * _powers(1 - x, num).flip(-1) * torch.tensor(binomials, dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.num == 1:
+            return torch.zeros_like(x), None
+        # b'_k = n (b_{k-1} of order n - 1 - b_k of order n - 1)
+        lower = _Bernstein.apply(x, ctx.num - 1)
+        return (ctx.num - 1) * ((gradient[..., 1:] - gradient[..., :-1]) * lower).sum(-1), None
+
+
+def _powers(x: Tensor, num: int) -> Tensor:
+    """``[E, num]`` powers 0 .. num - 1 by doubling."""
+    out, step = torch.ones_like(x).unsqueeze(-1), x.unsqueeze(-1)
+    while out.shape[-1] < num:
+        out, step = torch.cat([out, out * step], dim=-1), step * step
+    return out[..., :num]
 
 
 class RadialBasis(nn.Module):

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from steradian.build import build_potential
 from steradian.config import (
-    EdgeGateConfig,
+    EFAConfig,
     HostConfig,
     MACEConfig,
     MARAConfig,
     ModelConfig,
     NequIPConfig,
-    NoGate,
+    O3MPNNConfig,
     ViSNetConfig,
 )
+from steradian.config_efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
 from steradian.graph import Graph, batch_graphs
@@ -39,6 +41,18 @@ HOSTS: dict[str, HostConfig] = {
         radial_mlp=[8],
         first_interaction="agnostic",
         interaction="agnostic",
+    ),
+    "o3mpnn": O3MPNNConfig(num_layers=2, num_channels=4, l_max=2, num_radial=8, cutoff_A=CUTOFF, zero_init=False),
+    "o3mpnn-deep": O3MPNNConfig(
+        num_layers=3,
+        num_channels=4,
+        l_max=1,
+        num_radial=8,
+        cutoff_A=CUTOFF,
+        num_post_residual_mlps=1,
+        self_interaction=True,
+        use_switch=False,
+        zero_init=False,
     ),
     "nequip": NequIPConfig(
         num_layers=4, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8], avg_num_neighbors=1.0
@@ -61,23 +75,46 @@ HOSTS: dict[str, HostConfig] = {
     ),
 }
 
+#: factor on the energies of a host whose random weights give small ones, so that symmetries are tested on a signal
+LOUDNESS = {"mace-agnostic": 3.0, "o3mpnn": 10.0}
+
 SMALL = {"hidden_dim": 8, "num_heads": 2, "gate": "published"}
-OPERATORS: dict[str, EdgeGateConfig] = {
-    "none": NoGate(),
-    "mara": MARAConfig(**SMALL),
-    "mara-node": MARAConfig(where="node", **SMALL),
-    "mara-intrinsic": MARAConfig(
-        frame="intrinsic", grid={"kind": "lebedev", "num_points": 86}, hidden_dim=8, num_heads=2, gate="published"
-    ),
-    "mara-polynomial": MARAConfig(
-        frame="intrinsic",
-        kernel="polynomial",
-        grid={"kind": "lebedev", "num_points": 110},
-        hidden_dim=8,
-        num_heads=2,
-        gate="published",
-    ),
+MARA = MARAConfig(**SMALL)
+INTRINSIC = MARAConfig(
+    frame="intrinsic", grid={"kind": "lebedev", "num_points": 86}, hidden_dim=8, num_heads=2, gate="published"
+)
+POLYNOMIAL = MARAConfig(
+    frame="intrinsic",
+    kernel="polynomial",
+    grid={"kind": "lebedev", "num_points": 110},
+    hidden_dim=8,
+    num_heads=2,
+    gate="published",
+)
+# so many points that the rotation error of the rule is below that of rounding
+EFA = EFAConfig(
+    num_points=110,
+    max_length_A=8.0,
+    num_features_qk=4,
+    periodic=True,
+    shell_width_per_A=2.0,
+    divide_by=2.0,
+    zero_init=False,
+)
+EFA_TENSORS = EFA.model_copy(update={"tensor_integration": TensorIntegrationConfig(max_degree_sph=1), "layers": [0]})
+#: what fills the slots, as sections of the model's configuration
+OPERATORS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mara": {"edge_gate": MARA},
+    "mara-node": {"edge_gate": MARAConfig(where="node", **SMALL)},
+    "mara-intrinsic": {"edge_gate": INTRINSIC},
+    "mara-polynomial": {"edge_gate": POLYNOMIAL},
+    "efa": {"global_mixer": EFA},
+    "efa-tensors": {"global_mixer": EFA_TENSORS},
+    "both": {"edge_gate": INTRINSIC, "global_mixer": EFA},
 }
+GATED = [name for name, sections in OPERATORS.items() if "edge_gate" in sections]
+GLOBAL = [name for name, sections in OPERATORS.items() if "global_mixer" in sections]
 # The published frame is tied to the laboratory axes (specification, section 4): measured, not bounded.
 INVARIANT = [name for name in OPERATORS if name not in ("mara", "mara-node")]
 
@@ -93,6 +130,11 @@ STATISTICS = DatasetStatistics(
 )
 
 
+def statistics(host: str) -> DatasetStatistics:
+    """Statistics with the host's energy scale."""
+    return dataclasses.replace(STATISTICS, force_rms=1.3 * LOUDNESS.get(host, 1.0))
+
+
 def potential(
     host: str = "mace",
     operator: str = "none",
@@ -101,10 +143,9 @@ def potential(
 ) -> Potential:
     """A small potential with random weights; operators have random weights too, so that they do something."""
     config = ModelConfig(
-        host=HOSTS[host], edge_gate=OPERATORS[operator], precision="float64" if dtype == torch.float64 else "float32"
+        host=HOSTS[host], precision="float64" if dtype == torch.float64 else "float32", **OPERATORS[operator]
     )
-    made = build_potential(config, STATISTICS, make_gate=make_gate, seed=3)
-    return made.eval()
+    return build_potential(config, statistics(host), make_gate=make_gate, seed=3).eval()
 
 
 def ethanol(seed: int = 0, spread: float = 0.08) -> Structure:

@@ -164,9 +164,10 @@ def test_two_atoms_along_every_grid_direction(operator):
     """The distance field has a kink where a neighbour lies on a grid direction: derivatives must stay finite."""
     potential = cases.potential("mace", operator).train()
     directions = np.concatenate([np.eye(3), -np.eye(3)])
-    gate = potential.host.layers[0].gate
-    if gate is not None:
-        directions = np.concatenate([directions, gate.grid.points.detach().cpu().double().numpy()])
+    layer = potential.host.layers[0]
+    for filled in (layer.gate, getattr(layer.mixer, "attention", None)):
+        if filled is not None:
+            directions = np.concatenate([directions, filled.grid.points.detach().cpu().double().numpy()])
     structures = [
         dataclasses.replace(cases.ethanol(), numbers=np.array([6, 1]), positions=np.stack([np.zeros(3), 1.1 * d]))
         for d in directions
@@ -253,7 +254,7 @@ def test_second_derivatives(host, operator):
 def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host):
     bare = cases.potential(host)
     config = bare.config.model_copy(update={"edge_gate": cases.MARAConfig(gate="neutral", hidden_dim=8)})
-    gated = cases.build_potential(config, cases.STATISTICS, seed=3).eval()
+    gated = cases.build_potential(config, cases.statistics(host), seed=3).eval()
     own = {name: value for name, value in gated.state_dict().items() if ".gate." not in name}
     assert own.keys() == bare.state_dict().keys(), "an empty slot owns no parameters"
     assert all(torch.equal(value, bare.state_dict()[name]) for name, value in own.items())
@@ -263,6 +264,38 @@ def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host):
     assert torch.equal(a.forces, b.forces)
     assert len(b.gates) == len(gated.host.layers)
     assert torch.equal(b.gates[0], torch.ones_like(b.gates[0]))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_mixer_adds_nothing_before_training(host):
+    bare = cases.potential(host)
+    mixer = cases.EFA.model_copy(update={"zero_init": True})
+    config = bare.config.model_copy(update={"global_mixer": mixer})
+    mixed = cases.build_potential(config, cases.statistics(host), seed=3).eval()
+    own = {name: value for name, value in mixed.state_dict().items() if ".mixer." not in name}
+    assert own.keys() == bare.state_dict().keys()
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in own.items())
+    graph = cases.graph(cases.ethanol())
+    assert torch.equal(bare(graph).energy, mixed(graph).energy)
+    assert torch.equal(bare(graph).forces, mixed(graph).forces)
+
+
+@pytest.mark.parametrize("operator", cases.GLOBAL)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_global_mixer_reaches_beyond_the_cutoff(host, operator):
+    """An atom that has no neighbours left still feels the others, and its own pull is felt."""
+    potential = cases.potential(host, operator)
+    for name, parameter in potential.named_parameters():
+        if ".mixer." in name and name.endswith("bias"):
+            # some hosts give an atom without neighbours the features zero; biases are all it has then
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    structure = cases.ethanol()
+    atom = structure.positions[2:3] + np.array([[-8.0, 0.0, 0.0]])
+    far = dataclasses.replace(
+        structure, positions=np.concatenate([structure.positions, atom]), numbers=np.append(structure.numbers, 1)
+    )
+    assert potential(cases.graph(far)).forces[-1].abs().max() > 1e-7
+    assert cases.potential(host)(cases.graph(far)).forces[-1].abs().max() == 0
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -291,7 +324,7 @@ def test_far_from_the_origin_float32_loses_nothing(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_gates_are_reported_and_do_something(operator):
     prediction = cases.potential("mace", operator)(cases.graph(cases.ethanol()))
-    if operator == "none":
+    if operator not in cases.GATED:
         assert prediction.gates == ()
         return
     assert len(prediction.gates) == 2

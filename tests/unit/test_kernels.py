@@ -11,7 +11,18 @@ from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.kernels import Operand, Polynomial, Terms, apply, backend_for, evaluate, native, set_backend, use_backend
+from steradian.kernels import (
+    Operand,
+    Polynomial,
+    Terms,
+    apply,
+    backend_for,
+    evaluate,
+    native,
+    set_backend,
+    team,
+    use_backend,
+)
 from steradian.kernels import backend as backend_module
 from steradian.kernels.apply import passes_of
 from steradian.kernels.program import folded, program_of
@@ -121,9 +132,12 @@ def test_against_finite_differences(case):
         assert torch.autograd.gradgradcheck(lambda *values: evaluate(polynomial, list(values), **arguments), inputs)
 
 
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
 @pytest.mark.parametrize("case", CASES)
-def test_threads_do_not_change_a_bit(case, monkeypatch):
+def test_threads_do_not_change_a_bit(case, openmp, monkeypatch):
     monkeypatch.setattr(apply, "WORTH_A_THREAD", 0)
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
     polynomial, inputs, arguments = CASES[case](96, torch.float32)
     results = {}
     try:
@@ -225,26 +239,26 @@ class TestKeptCode:
 
     def test_code_is_kept_and_a_damaged_file_is_made_anew(self, program, tmp_path, monkeypatch):
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        code = native._object_code(program, 4, 16)
+        code = native._program_code(program, 4, 16)
         (path,) = (tmp_path / "kernels").iterdir()
         monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert native._object_code(program, 4, 16) == code
+        assert native._program_code(program, 4, 16) == code
         path.write_bytes(path.read_bytes()[:-7])
         monkeypatch.undo()
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        assert native._object_code(program, 4, 16) == code
+        assert native._program_code(program, 4, 16) == code
         assert [entry.name for entry in (tmp_path / "kernels").iterdir()] == [path.name]
 
     def test_a_folder_that_cannot_be_written_is_no_error(self, program, tmp_path, monkeypatch):
         blocked = tmp_path / "file"
         blocked.write_text("not a folder")
         monkeypatch.setenv("STERADIAN_CACHE", str(blocked))
-        assert native._object_code(program, 4, 16)
+        assert native._program_code(program, 4, 16)
 
     def test_dtype_and_channels_have_code_of_their_own(self, program, tmp_path, monkeypatch):
         monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
         for itemsize, channels in ((4, 16), (4, 32), (8, 16)):
-            native._object_code(program, itemsize, channels)
+            native._program_code(program, itemsize, channels)
         assert len(list((tmp_path / "kernels").iterdir())) == 3
 
 

@@ -5,49 +5,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from mara_cases import DOUBLE, edges_of, random_mara, system
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
-from steradian.graph import Edges
-from steradian.operators import mara_kernel
+from steradian.kernels import use_backend
+from steradian.operators import mara_cpu, mara_kernel
 from steradian.operators.base import SlotSpec
 from steradian.operators.mara import MARA, sphere_field
 from steradian.operators.mara_dense import dense_mara
 from steradian.operators.mara_standalone import SEAttention
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
 
-DOUBLE = torch.float64
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def backend(request):
+    """Every test of this file runs in plain PyTorch and through machine code."""
+    with use_backend(request.param):
+        yield request.param
+
+
 SPEC = SlotSpec("mace", 1, 2, ((0, 1), (1, -1)), 6, 5.0)
-
-
-def edges_of(positions, cutoff=4.0):
-    """All pairs within the cutoff, sorted by receiver, with a smooth envelope."""
-    count = len(positions)
-    receivers, senders = (index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij"))
-    vectors = positions[senders] - positions[receivers]
-    near = (receivers != senders) & (vectors.detach().norm(dim=1) < cutoff)
-    senders, receivers, vectors = senders[near], receivers[near], vectors[near]
-    lengths = vectors.norm(dim=1)
-    envelope = (1 - (lengths / cutoff) ** 2) ** 3
-    return Edges(
-        senders, receivers, vectors, lengths, envelope[:, None], envelope, vectors.new_ones(len(vectors), 1),
-        count, torch.zeros(count, dtype=torch.int64), 1,
-    )  # fmt: skip
-
-
-def system(num_atoms=6, num_features=5, seed=0, dtype=DOUBLE):
-    generator = torch.Generator().manual_seed(seed)
-    positions = 1.5 * torch.randn(num_atoms, 3, generator=generator, dtype=dtype)
-    features = torch.randn(num_atoms, num_features, generator=generator, dtype=dtype)
-    return features, positions
-
-
-def random_mara(*arguments, seed=0, dtype=DOUBLE, **options):
-    torch.manual_seed(seed)
-    mara = MARA(*arguments, **options).to(dtype)
-    nn.init.normal_(mara.W_gate)
-    return mara
 
 
 # ---------------------------------------------------------------------------------------------- factorised = dense
@@ -122,15 +100,20 @@ def test_gradcheck(options):
     assert torch.autograd.gradgradcheck(alpha, inputs)
 
 
-def test_forces_do_not_form_gradients_of_the_tables(monkeypatch):
+def test_forces_do_not_form_gradients_of_the_tables(monkeypatch, backend):
     calls = []
-    original = mara_kernel._table_gradients
-    monkeypatch.setattr(mara_kernel, "_table_gradients", lambda *inputs: calls.append(1) or original(*inputs))
+    if backend == "reference":
+        original = mara_kernel._table_gradients
+        monkeypatch.setattr(mara_kernel, "_table_gradients", lambda *inputs: calls.append(1) or original(*inputs))
+    else:
+        run = mara_cpu._run
+        counted = lambda kind, *inputs: (calls.append(1) if kind == "tables" else None) or run(kind, *inputs)  # noqa: E731
+        monkeypatch.setattr(mara_cpu, "_run", counted)
     features, positions = system()
     mara = random_mara(5)
     positions.requires_grad_()
     alpha = mara(features, edges_of(positions))
-    torch.autograd.grad(alpha.sum(), positions, retain_graph=True)
+    torch.autograd.grad(alpha.sum(), positions, retain_graph=True, create_graph=True)
     assert not calls
     torch.autograd.grad(alpha.sum(), mara.p)
     assert calls

@@ -197,6 +197,16 @@ def test_existing_run_is_not_overwritten(whole: RunDirectory, folder: Path) -> N
     assert whole.model.read_bytes() == before
 
 
+def test_a_second_process_in_the_same_folder_is_refused(folder: Path) -> None:
+    config = toy_config(folder, "held", "training.max_epochs=1")
+    directory = RunDirectory(config.output / config.name)
+    with directory.held(), pytest.raises(RunExistsError, match="another process is training there"):
+        fit(config, progress=False)
+    assert not directory.in_use
+    fit(config, progress=False)
+    assert not directory.lock.exists()
+
+
 def test_damaged_state_is_refused(folder: Path) -> None:
     config = toy_config(folder, "damaged", "training.max_epochs=1")
     directory = RunDirectory(fit(config, progress=False).run_dir)

@@ -66,6 +66,8 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
             rows.append(
                 (f"edge gate, layer {index}", f"{type(gate).__name__}, {gate.grid.name}; rotation: {gate.rotation}")
             )
+        if layer.mixer is not None:
+            rows.append((f"global mixer, layer {index}", layer.mixer.summary()))
     references = (f"{chemical_symbols[z]} {statistics.atom_references[z]:.4f}" for z in potential.elements)
     rows += [
         ("parameters", f"{potential.num_parameters:,}"),

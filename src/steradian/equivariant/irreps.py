@@ -9,7 +9,17 @@ from collections.abc import Iterable
 
 import cuequivariance as cue
 
-__all__ = ["Degrees", "dim", "format_degrees", "natural_degrees", "slices", "to_cue"]
+__all__ = [
+    "Degrees",
+    "all_degrees",
+    "dim",
+    "format_degrees",
+    "has_pseudotensors",
+    "max_degree",
+    "natural_degrees",
+    "slices",
+    "to_cue",
+]
 
 Degrees = tuple[tuple[int, int], ...]
 
@@ -41,3 +51,18 @@ def format_degrees(degrees: Iterable[tuple[int, int]]) -> str:
 def to_cue(degrees: Iterable[tuple[int, int]]) -> cue.Irreps:
     """One copy of each irrep, for cuequivariance's descriptors."""
     return cue.Irreps("O3", "+".join(f"1x{degree}{'e' if parity == 1 else 'o'}" for degree, parity in degrees))
+
+
+def all_degrees(l_max: int) -> Degrees:
+    """Degrees 0 to l_max with both parities, the even ones first: ``0e + 1e + 2e + 0o + 1o + 2o``."""
+    return tuple((degree, parity) for parity in (1, -1) for degree in range(l_max + 1))
+
+
+def max_degree(degrees: Iterable[tuple[int, int]]) -> int:
+    """The highest degree of a list."""
+    return max(degree for degree, _ in degrees)
+
+
+def has_pseudotensors(degrees: Iterable[tuple[int, int]]) -> bool:
+    """Whether an irrep has another parity than the spherical harmonics of its degree."""
+    return any(parity != (-1) ** degree for degree, parity in degrees)

@@ -31,12 +31,18 @@ class Host(nn.Module, ABC):
 
     cutoff: float
 
+    @property
+    def reach(self) -> float:
+        """Distance [Å] beyond which an atom tells another one nothing through neighbours: a cutoff per layer."""
+        return self.cutoff * len(list(self.get_submodule("layers").children()))
+
     @abstractmethod
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
         """Energies per atom.
 
         Args:
-            graph: topology (senders, receivers, system); its positions are not used.
+            graph: topology (senders, receivers, system), periodicity and the strained, differentiable cell; its
+                positions are not used.
             species: ``[N]`` index of each atom's element in the table of elements.
             positions: ``[N, 3]`` centred positions [Å], differentiable.
             vectors: ``[E, 3]`` from receiver to sender [Å], differentiable.
@@ -95,4 +101,7 @@ class ConvolutionHost(Host):
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
+            share=graph.share,
         )

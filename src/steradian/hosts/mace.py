@@ -177,6 +177,7 @@ class MACE(ConvolutionHost):
                 num_channels=config.num_channels,
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
+                degrees_out=dims.degrees_out,
             )
             layers.append(
                 MACELayer(

@@ -245,6 +245,8 @@ class NequIP(ConvolutionHost):
                 num_channels=dims.channels_in,
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
+                degrees_out=degrees_out,
+                channels_out=channels,
             )
             neighbors = config.avg_num_neighbors or avg_num_neighbors
             layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))

@@ -26,7 +26,7 @@ from steradian.graph import Edges, Graph
 from steradian.hosts.base import Host, HostOutput
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.radial import cosine_cutoff, safe_norm
+from steradian.radial import cosine_envelope, safe_norm
 
 __all__ = ["ViSNet", "ViSNetLayer"]
 
@@ -406,6 +406,8 @@ class ViSNet(Host):
                 num_channels=channels,
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
+                degrees_out=natural_degrees(config.l_max),
+                unit_weights=False,
             )
             layers.append(ViSNetLayer(config, first, index == config.num_layers - 1, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)
@@ -417,10 +419,14 @@ class ViSNet(Host):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
+    @property
+    def reach(self) -> float:
+        return super().reach + self.cutoff  # neighbours enter the embedding too
+
     def edges(self, graph: Graph, vectors: Tensor) -> Edges:
         """Lengths, radial basis (cut off), cosine cutoff and harmonics of the edges."""
         lengths = safe_norm(vectors)
-        envelope = cosine_cutoff(lengths, self.cutoff)
+        envelope = cosine_envelope(lengths, self.cutoff)
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
@@ -432,6 +438,9 @@ class ViSNet(Host):
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,
+            cell=graph.cell,
+            pbc=graph.pbc,
+            share=graph.share,
         )
 
     def rows(self, edges: Edges) -> Rows:

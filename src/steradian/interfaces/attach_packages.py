@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steradian.operators.base import SlotSpec
-from steradian.radial import cosine_cutoff, polynomial_envelope
+from steradian.radial import cosine_envelope, polynomial_envelope
 
 __all__ = ["AttachError", "ForeignEdges", "Package", "Seen", "Slot", "package_of"]
 
@@ -342,7 +342,7 @@ class PygViSNet(Package):
             vectors=lengths.unsqueeze(1) * given["d_ij"][between, :3],
             lengths=lengths,
             radial=seen.values["radial"][between],
-            envelope=cosine_cutoff(lengths, spec.cutoff),
+            envelope=cosine_envelope(lengths, spec.cutoff),
             num_atoms=len(scalars),
         )
         return features, edges

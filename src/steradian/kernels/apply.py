@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -15,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.kernels.codegen import lanes_of
 from steradian.kernels.frozen import of_weight
+from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled
 from steradian.kernels.polynomial import Operand, Polynomial
 from steradian.kernels.program import Program, folded, program_of
+from steradian.kernels.team import run_tasks
 
-__all__ = ["evaluate_cpu"]
+__all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program"]
 
 #: Multiply-adds below which a second thread costs more than it brings.
 WORTH_A_THREAD = 400_000
@@ -164,12 +163,9 @@ def _run_pass(
     listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
     num_segments, num_blocks = len(bounds) - 1, channels * itemsize // 64
 
-    def work(first: int, last: int, block_first: int, block_last: int) -> None:
-        function(*addresses, *listing, first, last, block_first, block_last)
-
     threads = torch.get_num_threads()
     if threads == 1 or one.weight * num_rows * channels < WORTH_A_THREAD:
-        work(0, num_segments, 0, num_blocks)
+        function(*addresses, *listing, 0, num_segments, 0, num_blocks)
         return
     if num_segments < 4 * threads and num_blocks > 1 and not one.sums_channels:
         cuts = [round(num_blocks * part / threads) for part in range(threads + 1)]
@@ -178,14 +174,7 @@ def _run_pass(
         targets = [num_rows * part // threads for part in range(1, threads)]
         cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
-    for future in [_pool(os.getpid(), threads).submit(work, *task) for task in tasks]:
-        future.result()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # one pool per process: the threads of a pool do not survive a fork
-    return ThreadPoolExecutor(threads, thread_name_prefix="steradian")
+    run_tasks(function, [(*addresses, *listing, *task) for task in tasks], threads)
 
 
 @cache

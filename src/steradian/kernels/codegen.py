@@ -13,22 +13,16 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from steradian.kernels.lanes import FLAGS, lanes_of
+from steradian.kernels.native import FUNCTION
 from steradian.kernels.program import Program, Slot, Term
 
-__all__ = ["FUNCTION", "lanes_of", "module_of"]
+__all__ = ["module_of"]
 
-FUNCTION = "run"
 I64 = ir.IntType(64)
-#: Sums may be fused and rearranged, once, when the code is made; NaN and infinity keep their meaning.
-FLAGS = ("contract", "reassoc", "nsz")
 #: An input vector with more uses than this in a program with few of them stays in a register.
 MANY_USES = 4
 REGISTERS_FOR_INPUTS = 12
-
-
-def lanes_of(itemsize: int) -> int:
-    """Channels in one vector of 64 bytes."""
-    return 64 // itemsize
 
 
 def module_of(program: Program, itemsize: int, channels: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["of_weight"]
+__all__ = ["of_weight", "of_weights"]
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -26,4 +26,16 @@ def of_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Any]) -> Any:
     known = entries.get(key)
     if known is None or known[0] != state:
         known = entries[key] = (state, make(weight))
+    return known[1]
+
+
+def of_weights(weights: Sequence[Tensor], key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a function of several weights; kept while none of them takes a gradient or changes."""
+    if any(weight.requires_grad for weight in weights):
+        return make()
+    state = tuple((weight._version, weight.data_ptr(), weight.dtype) for weight in weights)
+    entries = _KNOWN.setdefault(weights[0], {})
+    known = entries.get(key)
+    if known is None or known[0] != state:
+        known = entries[key] = (state, make())
     return known[1]

@@ -1,4 +1,4 @@
-"""Machine code of programs: made by LLVM on first use, kept on disk, loaded by later processes.
+"""Machine code: made by LLVM on first use, kept on disk, loaded by later processes.
 
 The cache is ``$STERADIAN_CACHE`` or ``~/.cache/steradian``; a file is written whole or not at all, and carries its own
 checksum. Where it cannot be written, code is made anew in every process.
@@ -22,9 +22,11 @@ from weakref import WeakKeyDictionary
 
 from steradian.kernels.program import Program
 
-__all__ = ["cache_folder", "compiled"]
+__all__ = ["cache_folder", "compiled", "compiled_text"]
 
 VERSION = 1
+#: Name of the function in every module.
+FUNCTION = "run"
 #: Seconds of work after which the user is told.
 WORTH_A_LINE = 1.0
 _LOCK = threading.Lock()
@@ -49,8 +51,29 @@ def compiled(program: Program, itemsize: int, channels: int) -> Callable:
     with _LOCK:
         functions = _FUNCTIONS.setdefault(program, {})
         if key not in functions:
-            functions[key] = _load(_object_code(program, *key))
+            functions[key] = _load(_program_code(program, itemsize, channels), 9)
         return functions[key]
+
+
+def _program_code(program: Program, itemsize: int, channels: int) -> bytes:
+    from steradian.kernels.codegen import module_of
+
+    names = ", ".join(slot.operand.name for slot in program.outputs)
+    description = f"{itemsize} {channels} {_description(program)}"
+    return _object_code(names, description, lambda: module_of(program, itemsize, channels))
+
+
+def compiled_text(name: str, description: str, make: Callable[[], str], num_arguments: int) -> Callable:
+    """The function ``run`` of a module in LLVM's language, of int64 arguments.
+
+    Args:
+        name: what it computes, for messages.
+        description: everything the code depends on, the version of its maker included.
+        make: returns the text; not called where the code is at hand.
+        num_arguments: of the function.
+    """
+    with _LOCK:
+        return _load(_object_code(name, description, make), num_arguments)
 
 
 @cache
@@ -69,15 +92,15 @@ def _target() -> tuple[Any, str]:
     return machine, f"{VERSION} {llvmlite.__version__} {target.triple} {name} {features}"
 
 
-def _object_code(program: Program, itemsize: int, channels: int) -> bytes:
+def _object_code(name: str, description: str, make: Callable[[], str]) -> bytes:
     _, target = _target()
-    key = hashlib.sha256(f"{target} {itemsize} {channels} {_description(program)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{target} {description}".encode()).hexdigest()
     path = cache_folder() / "kernels" / f"{key}.o"
     with contextlib.suppress(OSError):
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             return content[32:]
-    code = _compile(program, itemsize, channels)
+    code = _compile(name, make)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -99,34 +122,28 @@ def _description(program: Program) -> str:
     return repr((slots, targets, program.nodes, nodes))
 
 
-def _compile(program: Program, itemsize: int, channels: int) -> bytes:
+def _compile(name: str, make: Callable[[], str]) -> bytes:
     import llvmlite.binding as llvm
-
-    from steradian.kernels.codegen import module_of
 
     global _seconds
     started = time.perf_counter()
     machine, _ = _target()
-    module = llvm.parse_assembly(module_of(program, itemsize, channels))
-    code = machine.emit_object(module)
+    code = machine.emit_object(llvm.parse_assembly(make()))
     before, _seconds = _seconds, _seconds + time.perf_counter() - started
     if before < WORTH_A_LINE <= _seconds:
         print("steradian: making machine code for this model (once; kept for later runs)", file=sys.stderr)
     if os.environ.get("STERADIAN_VERBOSE_KERNELS"):
-        names = ", ".join(slot.operand.name for slot in program.outputs)
-        print(f"steradian: {names}: {time.perf_counter() - started:.2f} s, {len(code)} bytes", file=sys.stderr)
+        print(f"steradian: {name}: {time.perf_counter() - started:.2f} s, {len(code)} bytes", file=sys.stderr)
     return code
 
 
-def _load(code: bytes) -> Callable:
+def _load(code: bytes, num_arguments: int) -> Callable:
     import llvmlite.binding as llvm
-
-    from steradian.kernels.codegen import FUNCTION
 
     machine, _ = _target()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)  # the code lives as long as its engine
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * num_arguments)
     return signature(engine.get_function_address(FUNCTION))

@@ -34,6 +34,11 @@ class SlotSpec:
         num_channels: C.
         cutoff: [Å].
         num_radial: R, the width of ``edges.radial``.
+        degrees_out: irreps of the layer's local update, to which a mixer's update must be reduced; None where the host
+            adds an update of any irreps.
+        channels_out: channels of the local update, if not C.
+        scalars_only: the layer uses nothing but scalars of what a mixer attends to.
+        unit_weights: the host's weights have unit variance (and are scaled where they are used); a mixer's should too.
     """
 
     host: str
@@ -43,6 +48,10 @@ class SlotSpec:
     num_channels: int
     cutoff: float
     num_radial: int = 8
+    degrees_out: tuple[tuple[int, int], ...] | None = None
+    channels_out: int | None = None
+    scalars_only: bool = False
+    unit_weights: bool = True
 
     @property
     def dim(self) -> int:
@@ -77,9 +86,24 @@ class GlobalMixer(nn.Module, ABC):
     rotation: Rotation = "exact"
     supports_pbc: bool = False
 
+    def summary(self) -> str:
+        """One line for ``steradian inspect``."""
+        return f"{type(self).__name__}; rotation: {self.rotation}"
+
     @abstractmethod
+    def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
+        """What to add to the local update.
+
+        Args:
+            features: ``[N, D, C]`` that the layer started from.
+            local_update: ``[N, D', C]`` made of the neighbours.
+            positions: ``[N, 3]`` [Å], differentiable.
+            edges: of the layer.
+        """
+
     def forward(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
-        """The update ``[N, D, C]`` to use in place of ``local_update [N, D, C]``; positions ``[N, 3]`` [Å]."""
+        """The update ``[N, D', C]`` to use in place of ``local_update``."""
+        return local_update + self.global_update(features, local_update, positions, edges)
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]

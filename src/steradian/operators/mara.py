@@ -7,12 +7,15 @@ Equation numbers are those of the paper.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from steradian.config import MARAConfig
+from steradian.kernels import backend_for
+from steradian.kernels.frozen import of_weights
 from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec
 from steradian.operators.mara_kernel import (
     NUMBERS_PER_BLOCK,
@@ -244,18 +247,43 @@ class MARA(EdgeGate):
         scalars = self._scalars(features)
         if self.normalize:
             return self._pooled_normalized(scalars, edges)
-        field = sphere_field(edges.vectors, self.points, self.field)
-        slope, point, value, query = self._node_tables(scalars)
-        slope, point = slope.index_select(0, edges.receivers), point.index_select(0, edges.receivers)
-        tables = self._tables()
-        dropout = self.dropout if self.training else 0.0
-        pooled = gate_logits_to_pooled(field, slope, point, tables, self.weights, dropout)
-        pooled = pooled + value.index_select(0, edges.senders)
+        nodes, value, query = self._node_tables(scalars)
+        pooled = self._attend(edges, nodes) + value.index_select(0, edges.senders)
         if self.residual:
-            mean_field = (field @ self.weights).unsqueeze(1)
+            mean_field = (sphere_field(edges.vectors, self.points, self.field) @ self.weights).unsqueeze(1)
             pooled = pooled + query.index_select(0, edges.receivers) + mean_field * self._head_mean(self.W_f)
-            pooled = pooled + tables.value_point @ self.weights
+            pooled = pooled + self._tables().value_point @ self.weights
         return pooled
+
+    def _attend(self, edges: Any, nodes: Tensor) -> Tensor:
+        """``[E, H]`` pooled attention without the value's node term."""
+        dropout = self.dropout if self.training else 0.0
+        if not dropout and backend_for(edges.vectors, nodes) == "cpu":
+            from steradian.operators.mara_cpu import flat_tables, pool_on_sphere
+
+            names = ("W_f", "Wk_f", "Wv_f", *(("p",) if self.p is not None else ()))
+            weights = [getattr(self, name) for name in names]
+            tables = of_weights(weights, self, lambda: flat_tables(self._tables(), self.weights))
+            reference = partial(self._pool_reference, edges.receivers)
+            return pool_on_sphere(edges.vectors, nodes, tables, edges.receivers, self.points, self.field, reference)
+        return self._pool(edges.vectors, edges.receivers, nodes, self._tables(), dropout)
+
+    def _pool_reference(self, receivers: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor) -> Tensor:
+        """What the CPU's machine code computes, from its tables, in plain PyTorch."""
+        points = self.grid.num_points
+        pair, by_point, by_square = tables.split([2, 4 * points, points**2], dim=1)
+        point_field, field_point, value_point, _ = by_point.unflatten(1, (4, points)).unbind(1)
+        point_point = by_square.unflatten(1, (points, points)) - self.weights.log()
+        unpacked = LogitTables(pair[:, 0], point_field, field_point, point_point, pair[:, 1], value_point)
+        return self._pool(vectors, receivers, nodes, unpacked)
+
+    def _pool(
+        self, vectors: Tensor, receivers: Tensor, nodes: Tensor, tables: LogitTables, dropout: float = 0.0
+    ) -> Tensor:
+        field = sphere_field(vectors, self.points, self.field)
+        centres = nodes.index_select(0, receivers)
+        point = centres[..., 1:] + self.weights.log()
+        return gate_logits_to_pooled(field, centres[..., 0], point, tables, self.weights, dropout)
 
     @torch.no_grad()
     def attention_maps(self, features: Tensor, edges: Any, chosen: Tensor | None = None) -> dict[str, Any]:
@@ -282,8 +310,9 @@ class MARA(EdgeGate):
         if self.normalize:
             attention, _, _ = self._normalized_attention(scalars, field, centres, edges.senders[chosen])
         else:
-            slope, point, _, _ = self._node_tables(scalars)
-            attention = attention_on_sphere(field, slope[centres], point[centres], self._tables())
+            nodes = self._node_tables(scalars)[0][centres]
+            point = nodes[..., 1:] + self.weights.log()
+            attention = attention_on_sphere(field, nodes[..., 0], point, self._tables())
         return attention, (self.weights @ attention).mean(1)
 
     def _scalars(self, features: Tensor) -> Tensor:
@@ -300,22 +329,32 @@ class MARA(EdgeGate):
         """Mean over the channels of each head: ``[..., d] -> [..., H]``."""
         return self._per_head(table).mean(-1)
 
-    def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per atom a_i . u' ``[N, H]``, a_i . p + log w ``[N, H, K]``, mean value and mean query ``[N, H]``.
+    def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per atom a_i . u' and a_i . p ``[N, H, 1 + K]``, mean value and mean query ``[N, H]``.
 
         The hidden width is contracted on the weights, before any atom is seen: one product with [F, H (K + 3)].
         """
-        heads, points = self.num_heads, self.grid.num_points
+        points = self.grid.num_points
+        columns = of_weights(
+            [self.W_h, self.Wk_f, self.Wv_h, *([] if self.p is None else [self.p])], self, self._node_columns
+        )
+        out = (scalars @ columns).unflatten(1, (self.num_heads, -1))
+        nodes = out[..., 2:]
+        if self.p is None:
+            nodes = torch.cat([nodes, out.new_zeros((*out.shape[:2], points))], dim=2)
+        return nodes, out[..., 0], out[..., 1]
+
+    def _node_columns(self) -> Tensor:
+        """``[F, H (3 + K)]``: features to mean value, mean query, a . u', a . p of each head."""
+        heads = self.num_heads
         scale = (self.hidden_dim // heads) ** -0.5
         query = self.W_h.unflatten(0, (heads, -1))  # [H, d/H, F]
-        ahead = [torch.einsum("hcf,hc->hf", query, self._per_head(self.Wk_f) * scale).unsqueeze(1)]
-        ahead += [self.Wv_h.unflatten(0, (heads, -1)).mean(1).unsqueeze(1), query.mean(1).unsqueeze(1)]
+        rows = [self.Wv_h.unflatten(0, (heads, -1)).mean(1).unsqueeze(1), query.mean(1).unsqueeze(1)]
+        key = (self._per_head(self.Wk_f) * scale).unsqueeze(1)  # [H, 1, d/H]
         if self.p is not None:
-            ahead.append(torch.einsum("hcf,khc->hkf", query, self._per_head(self.p) * scale))
-        columns = torch.cat(ahead, dim=1)
-        out = (scalars @ columns.flatten(0, 1).T).unflatten(1, (heads, -1))
-        point = out[..., 3:] if self.p is not None else out.new_zeros((*out.shape[:2], points))
-        return out[..., 0], point + self.weights.log(), out[..., 1], out[..., 2]
+            key = torch.cat([key, (self._per_head(self.p) * scale).transpose(0, 1)], dim=1)
+        rows.append(torch.bmm(key, query))
+        return torch.cat(rows, dim=1).flatten(0, 1).t()
 
     def _tables(self) -> LogitTables:
         scale = (self.hidden_dim // self.num_heads) ** -0.5

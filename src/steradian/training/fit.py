@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,10 @@ def fit(
             return result_of(directory, prepared.position, saved["best_metrics"], "finished")
         if dry_run:
             return take_dry_steps(prepared, process, directory)
-        if process.rank == 0:
-            begin_record(directory, prepared, resume is not None, overwrite)
-        return train(prepared, process, directory, saved, progress, loggers)
+        with directory.held() if process.rank == 0 else nullcontext():
+            if process.rank == 0:
+                begin_record(directory, prepared, resume is not None, overwrite)
+            return train(prepared, process, directory, saved, progress, loggers)
 
 
 def over(prepared: Prepared) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from steradian.checkpoint import write_atomically
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
@@ -38,6 +40,7 @@ class RunDirectory:
         self.log_file = path / "log.txt"
         self.state = path / "last.ckpt"
         self.model = path / "model.safetensors"
+        self.lock = path / ".lock"
 
     @property
     def in_use(self) -> bool:
@@ -69,6 +72,30 @@ class RunDirectory:
                 f"{self.path} holds a run already: go on with --resume {self.path}, replace it with --overwrite,"
                 " or choose another name with --set name=NEW"
             )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; a killed process holds nothing.
+
+        Raises:
+            RunExistsError: another process trains there.
+            ConfigError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.lock, "w")  # noqa: SIM115 (open as long as the folder is held)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
+        with file:
+            if not _locked(file):
+                raise RunExistsError(
+                    f"{self.path}: another process is training there; wait for it, or choose another name with"
+                    " --set name=NEW"
+                )
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
 
     def start(self, config: RunConfig, overwrite: bool) -> None:
         """Make the folder for a new run and write its configuration.
@@ -127,6 +154,21 @@ class RunDirectory:
             self.metrics.unlink()
         elif len(whole) > count + 1 or len(whole) != len(lines):
             write_atomically(self.metrics, "".join(whole[: count + 1]).encode())
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock a file until it is closed; True also where there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _line(values: list[Any]) -> str:

@@ -1,0 +1,13 @@
+"""What every section of a configuration file is made of."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Section"]
+
+
+class Section(BaseModel):
+    """A section: unknown keys are errors, and a section never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

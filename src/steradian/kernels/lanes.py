@@ -1,0 +1,254 @@
+"""A small language for kernels in which every vector lane is a row of its own, written into LLVM's.
+
+Values are vectors of 64 bytes with the usual operators; arrays of such vectors live in scratch memory; tables shared by
+all rows are broadcast, tables of rows are gathered. No sum ever runs across lanes, so the inner sizes (points of a
+grid, say) are loops of any length without padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+__all__ = ["Array", "Lanes", "Loop", "Value", "exp2_coefficients", "lanes_of"]
+
+I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+#: Sums may be fused and rearranged, once, when the code is made; NaN and infinity keep their meaning.
+FLAGS = ("contract", "reassoc", "nsz")
+
+
+def lanes_of(itemsize: int) -> int:
+    """Numbers in one vector of 64 bytes."""
+    return 64 // itemsize
+
+
+def exp2_coefficients(itemsize: int) -> list[float]:
+    """Coefficients of a polynomial for 2^x on [-1/2, 1/2], exact to the rounding of float32 (4) or float64 (8)."""
+    degree = 6 if itemsize == 4 else 13
+    if itemsize == 8:  # Taylor: ln2^14 / 2^14 / 14! is below 1e-17
+        return [math.log(2) ** n / math.factorial(n) for n in range(degree + 1)]
+    nodes = np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1)) / 2
+    return [float(c) for c in np.polynomial.polynomial.polyfit(nodes, 2.0**nodes, degree)]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A vector of numbers, one per row."""
+
+    lanes: Lanes
+    ir: Any
+
+    def _with(self, operation: str, other: Any) -> Value:
+        return Value(self.lanes, getattr(self.lanes.b, operation)(self.ir, self.lanes.value(other).ir, flags=FLAGS))
+
+    def __add__(self, other: Any) -> Value:
+        return self._with("fadd", other)
+
+    def __sub__(self, other: Any) -> Value:
+        return self._with("fsub", other)
+
+    def __mul__(self, other: Any) -> Value:
+        return self._with("fmul", other)
+
+    def __truediv__(self, other: Any) -> Value:
+        return self._with("fdiv", other)
+
+    def __neg__(self) -> Value:
+        return self.lanes.value(0.0) - self
+
+    def sqrt(self) -> Value:
+        return self.lanes.intrinsic("sqrt", self)
+
+    def maximum(self, other: Any) -> Value:
+        """The larger one; a NaN in ``other`` is kept."""
+        other = self.lanes.value(other)
+        return self.where(self.greater(other), other)
+
+    def greater(self, other: Any) -> Any:
+        return self.lanes.b.fcmp_ordered(">", self.ir, self.lanes.value(other).ir)
+
+    def where(self, condition: Any, otherwise: Any) -> Value:
+        return Value(self.lanes, self.lanes.b.select(condition, self.ir, self.lanes.value(otherwise).ir))
+
+
+@dataclass(frozen=True)
+class Array:
+    """Vectors in scratch memory."""
+
+    lanes: Lanes
+    address: ir.Value
+
+    def place(self, index: Any) -> Any:
+        b = self.lanes.b
+        return b.inttoptr(b.add(self.address, b.mul(self.lanes.integer(index), I64(64))), self.lanes.pointer)
+
+    def __getitem__(self, index: Any) -> Value:
+        loaded = self.lanes.b.load(self.place(index))
+        loaded.align = 64
+        return Value(self.lanes, loaded)
+
+    def __setitem__(self, index: Any, value: Value) -> None:
+        self.lanes.b.store(value.ir, self.place(index)).align = 64
+
+    def add(self, index: Any, value: Value) -> None:
+        self[index] = self[index] + value
+
+
+@dataclass
+class Loop:
+    """The body of a loop: its index, and totals that go from one turn to the next (and out of the loop)."""
+
+    index: Any
+    totals: list[Value]
+
+
+class Lanes:
+    """Builds one function of int64 arguments."""
+
+    def __init__(self, name: str, num_arguments: int, itemsize: int) -> None:
+        self.itemsize, self.width = itemsize, lanes_of(itemsize)
+        self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
+        self.whole = ir.VectorType(I32 if itemsize == 4 else I64, self.width)
+        self.vector = ir.VectorType(self.real, self.width)
+        self.pointer = self.vector.as_pointer()
+        self.module = ir.Module(name=name)
+        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64] * num_arguments), name=name)
+        self.function.attributes.add("nounwind")
+        self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.mask: Any = None
+
+    def finish(self) -> str:
+        self.b.ret_void()
+        return str(self.module)
+
+    # ---------------------------------------------------------------------------------------------------------- values
+
+    def integer(self, value: Any) -> Any:
+        return I64(value) if isinstance(value, int) else value
+
+    def value(self, value: Any) -> Value:
+        if isinstance(value, Value):
+            return value
+        number = struct.unpack("f", struct.pack("f", value))[0] if self.itemsize == 4 else value
+        return Value(self, ir.Constant(self.vector, [ir.Constant(self.real, number)] * self.width))
+
+    def splat(self, scalar: Any, kind: Any) -> Any:
+        undefined = ir.Constant(kind, ir.Undefined)
+        one = self.b.insert_element(undefined, scalar, I32(0))
+        return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, self.width), [0] * self.width))
+
+    def broadcast(self, base: Any, index: Any) -> Value:
+        """Number ``index`` of a table, in all lanes."""
+        b = self.b
+        address = b.add(base, b.mul(self.integer(index), I64(self.itemsize)))
+        return Value(self, self.splat(b.load(b.inttoptr(address, self.real.as_pointer())), self.vector))
+
+    def intrinsic(self, name: str, *values: Value) -> Value:
+        full = f"llvm.{name}.v{self.width}f{8 * self.itemsize}"
+        kind = ir.FunctionType(self.vector, [self.vector] * len(values))
+        function = self.module.globals.get(full) or ir.Function(self.module, kind, name=full)
+        return Value(self, self.b.call(function, [value.ir for value in values], fastmath=FLAGS))
+
+    def exp2(self, x: Value) -> Value:
+        """2^x for x <= 0; what is negligible against one (below 2^-100, 2^-700) is rounded up to that."""
+        floor = self.value(-100.0 if self.itemsize == 4 else -700.0)
+        x = floor.maximum(x)
+        nearest = self.intrinsic("rint", x)
+        rest = x - nearest
+        *lower, total = (self.value(c) for c in exp2_coefficients(self.itemsize))
+        for coefficient in reversed(lower):
+            total = total * rest + coefficient
+        b = self.b
+        shift = ir.Constant(self.whole, [23 if self.itemsize == 4 else 52] * self.width)
+        power = b.shl(b.fptosi(nearest.ir, self.whole), shift)
+        return Value(self, b.bitcast(b.add(b.bitcast(total.ir, self.whole), power), self.vector))
+
+    # ------------------------------------------------------------------------------------------------------------ rows
+
+    def rows(self, block: Any, num_rows: Any) -> Any:
+        """Rows of this block of lanes, the last row again where there are no more; sets the mask of true ones."""
+        b = self.b
+        kind = ir.VectorType(I64, self.width)
+        steps = ir.Constant(kind, list(range(self.width)))
+        rows = b.add(self.splat(b.mul(block, I64(self.width)), kind), steps)
+        bound = self.splat(num_rows, kind)
+        self.mask = b.icmp_signed("<", rows, bound)
+        return b.select(self.mask, rows, b.sub(bound, ir.Constant(kind, [1] * self.width)))
+
+    def addresses(self, base: Any, rows: Any, stride: Any) -> Any:
+        """Byte addresses of rows of ``stride`` numbers."""
+        b = self.b
+        kind = ir.VectorType(I64, self.width)
+        size = self.splat(b.mul(self.integer(stride), I64(self.itemsize)), kind)
+        return b.add(self.splat(base, kind), b.mul(rows, size))
+
+    def addresses_of_integers(self, base: Any, rows: Any) -> Any:
+        """Byte addresses of entries of an int64 index."""
+        kind = ir.VectorType(I64, self.width)
+        return self.b.add(self.splat(base, kind), self.b.mul(rows, ir.Constant(kind, [8] * self.width)))
+
+    def _pointers(self, addresses: Any, offset: Any, kind: Any, size: int) -> Any:
+        b = self.b
+        step = self.splat(b.mul(self.integer(offset), I64(size)), ir.VectorType(I64, self.width))
+        return b.inttoptr(b.add(addresses, step), ir.VectorType(kind.as_pointer(), self.width))
+
+    def gather(self, addresses: Any, offset: Any = 0) -> Value:
+        return Value(self, self._gather(addresses, offset, self.real, self.itemsize))
+
+    def gather_integers(self, addresses: Any) -> Any:
+        return self._gather(addresses, 0, I64, 8)
+
+    def _gather(self, addresses: Any, offset: Any, kind: Any, size: int) -> Any:
+        vector = ir.VectorType(kind, self.width)
+        pointers = self._pointers(addresses, offset, kind, size)
+        mask = ir.VectorType(I1, self.width)
+        short = f"v{self.width}{'i' if kind is I64 else 'f'}{8 * size}"
+        name = f"llvm.masked.gather.{short}.v{self.width}p0"
+        signature = ir.FunctionType(vector, [pointers.type, I32, mask, vector])
+        function = self.module.globals.get(name) or ir.Function(self.module, signature, name=name)
+        # rows past the end repeat the last one: every lane may be read
+        every = ir.Constant(mask, [1] * self.width)
+        return self.b.call(function, [pointers, I32(size), every, ir.Constant(vector, ir.Undefined)])
+
+    def scatter(self, value: Value, addresses: Any, offset: Any = 0) -> None:
+        """Write the true rows."""
+        pointers = self._pointers(addresses, offset, self.real, self.itemsize)
+        name = f"llvm.masked.scatter.v{self.width}f{8 * self.itemsize}.v{self.width}p0"
+        signature = ir.FunctionType(ir.VoidType(), [self.vector, pointers.type, I32, self.mask.type])
+        function = self.module.globals.get(name) or ir.Function(self.module, signature, name=name)
+        self.b.call(function, [value.ir, pointers, I32(self.itemsize), self.mask])
+
+    # ----------------------------------------------------------------------------------------------------------- loops
+
+    @contextlib.contextmanager
+    def loop(self, first: Any, last: Any, *totals: Value) -> Iterator[Loop]:
+        """``for index in range(first, last)``; assign ``loop.totals`` in the body, read them after it."""
+        b = self.b
+        before = b.block
+        head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(I64)
+        index.add_incoming(self.integer(first), before)
+        running = []
+        for total in totals:
+            phi = b.phi(self.vector)
+            phi.add_incoming(total.ir, before)
+            running.append(phi)
+        b.cbranch(b.icmp_signed("<", index, self.integer(last)), body, after)
+        b.position_at_end(body)
+        loop = Loop(index, [Value(self, phi) for phi in running])
+        yield loop
+        index.add_incoming(b.add(index, I64(1)), b.block)
+        for phi, total in zip(running, loop.totals):
+            phi.add_incoming(total.ir, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        loop.totals = [Value(self, phi) for phi in running]

@@ -1,0 +1,133 @@
+"""Euclidean fast attention in a crystal: wave vectors of the reciprocal lattice in place of a sphere of directions.
+
+In a molecule the plane waves of a pair of channels have one length w (its frequency) and all directions; their mean is
+``sin(w r) / (w r)``. In a crystal only waves with the lattice's period give every image of an atom the same value. Each
+pair of channels sums those in a smooth shell around its frequency,
+
+.. math:: K_n(r) = \\frac{(2π)^3}{V} \\sum_k g_n(|k|) \\, e^{i k·r}, \\quad \\int g_n \\, d^3k = 1,
+
+which by Poisson's formula is the sum over all images of ``∫ g_n(k) sin(k r) / (k r) d^3k``: the kernel of the molecule,
+damped beyond the inverse width of the shell. It is exactly periodic, invariant under translations and rotations (of
+atoms and cell), the same per atom in a supercell, and smooth as the cell changes, because a wave vector enters with
+weight zero. The number of wave vectors grows with the volume, so the cost grows with the square of the size.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
+from steradian.operators.efa_attention import Waves, attend_one_system
+from steradian.radial import safe_norm
+from steradian.sharing import Share
+
+__all__ = ["lattice_vectors", "reciprocal_attention", "shell_weights"]
+
+
+def shell_weights(wave_numbers: Tensor, frequencies: Tensor, width: float) -> Tensor:
+    """Density g_n of the shell around every frequency, ``[K, n]`` [Å^3]; its integral over all wave vectors is one.
+
+    Args:
+        wave_numbers: ``[K]`` lengths of wave vectors [1/Å].
+        frequencies: ``[n]`` [1/Å].
+        width: half width of the shells [1/Å]; beyond it value, slope and curvature are zero.
+    """
+    nodes, node_weights = _gauss_legendre(8)
+    points, weights = (torch.as_tensor(values).to(frequencies) for values in (nodes, node_weights))
+    low, high = (frequencies - width).clamp(min=0.0), frequencies + width
+    half = 0.5 * (high - low)
+    k = low + half * (1 + points.unsqueeze(-1))  # [nodes, n]
+    volume = 4 * math.pi * half * (weights.unsqueeze(-1) * k.square() * _window((k - frequencies) / width)).sum(0)
+    return _window((wave_numbers.unsqueeze(-1) - frequencies) / width) / volume
+
+
+def _window(x: Tensor) -> Tensor:
+    return (1 - x.square()).clamp(min=0.0).pow(3)
+
+
+@cache
+def _gauss_legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(count)
+
+
+def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
+    """``[K, 3]`` integers m of the wave vectors ``2 pi m cell^-T`` shorter than ``longest`` [1/Å]; zero comes first.
+
+    Of two opposite vectors one is listed.
+
+    Args:
+        cell: ``[3, 3]`` lattice vectors as rows [Å].
+    """
+    matrix = cell.detach().cpu().double().numpy()
+    reach = np.floor(longest * np.linalg.norm(matrix, axis=1) / (2 * math.pi)).astype(int)
+    axes = [np.arange(0, reach[0] + 1), np.arange(-reach[1], reach[1] + 1), np.arange(-reach[2], reach[2] + 1)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    first = (grid[:, 0] > 0) | ((grid[:, 0] == 0) & ((grid[:, 1] > 0) | ((grid[:, 1] == 0) & (grid[:, 2] > 0))))
+    vectors = 2 * math.pi * grid @ np.linalg.inv(matrix).T
+    chosen = grid[first & (np.linalg.norm(vectors, axis=1) < longest)]
+    return torch.from_numpy(np.concatenate([np.zeros((1, 3), dtype=chosen.dtype), chosen])).to(cell.device)
+
+
+def reciprocal_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cell: Tensor,
+    frequencies: Tensor,
+    width: float,
+    *,
+    size: int | None = None,
+    degree_scaling: list[float] | None = None,
+    share: Share | None = None,
+) -> Tensor:
+    """Attention of every atom of a crystal to all atoms and their images.
+
+    Args:
+        queries, keys: ``[N, D, F]``, F even.
+        values: ``[N, D_v, F_v]``.
+        positions: ``[N, 3]`` [Å], anywhere.
+        cell: ``[3, 3]`` lattice vectors as rows [Å], differentiable; periodic in all three directions.
+        frequencies: ``[F / 2]`` [1/Å].
+        width: half width of the shells of wave numbers [1/Å].
+        size: numbers per query that the square root is taken of; None for D F.
+        degree_scaling: integrate the product with the harmonics of the wave vector up to ``len - 1``, whose squares sum
+            to the squared factor of their degree.
+        share: sum keys and values over processes.
+
+    Returns:
+        ``[N, D_v, F_v]``, or with harmonics ``[N, A, D_v, F_v]``, those of even degree first.
+
+    Raises:
+        ValueError: the cell has no volume.
+    """
+    volume = torch.linalg.det(cell).abs()
+    if not bool(volume > 0):
+        raise ValueError("a periodic system needs three independent lattice vectors")
+    inverse = torch.linalg.inv(cell)
+    inside = positions - torch.floor(positions @ inverse).detach() @ cell  # small phases have more digits
+    longest = float(frequencies.detach().max()) + width
+    integers = lattice_vectors(cell, longest).to(cell)
+    vectors = 2 * math.pi * integers @ inverse.T
+    lengths = safe_norm(vectors)
+    counted = 1 + integers.any(1).to(cell)  # for the opposite vector
+    density = shell_weights(lengths, frequencies, width) * ((2 * math.pi) ** 3 / volume * counted).unsqueeze(-1)
+    even, odd = density.unsqueeze(0), None
+    if degree_scaling is not None:
+        highest = len(degree_scaling) - 1
+        functions = spherical_harmonics(unit_vectors(vectors, lengths), highest).T
+        factors = [
+            f * (2 * degree + 1) ** -0.5 for degree, f in enumerate(degree_scaling) for _ in range(2 * degree + 1)
+        ]
+        functions = functions * torch.tensor(factors, dtype=cell.dtype, device=cell.device).unsqueeze(-1)
+        is_odd = torch.tensor([degree % 2 == 1 for degree in range(highest + 1) for _ in range(2 * degree + 1)])
+        even, odd = (functions[chosen].unsqueeze(-1) * density for chosen in (~is_odd, is_odd))
+    waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share)
+    scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
+    out = attend_one_system(queries * scale, keys, values, inside, waves)
+    return out.squeeze(1) if degree_scaling is None else out

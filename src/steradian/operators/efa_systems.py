@@ -1,0 +1,98 @@
+"""Atoms of a batch arranged system by system, so that sums over systems are batched products of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["SystemBlock", "blocks_of_systems", "join_blocks"]
+
+WORTH_PADDING = 1.2
+"""Systems share a block while the padded block has at most this many times the atoms."""
+
+
+@dataclass(frozen=True)
+class SystemBlock:
+    """Some systems of similar size.
+
+    Attributes:
+        systems: which systems, in order.
+        num_atoms: atoms of the largest one.
+        atoms: ``[B * num_atoms]`` atom of every place, N (beyond the last atom) for padding; None where the block is
+            the whole batch in order.
+        padded: whether there is padding.
+    """
+
+    systems: tuple[int, ...]
+    num_atoms: int
+    atoms: Tensor | None
+    padded: bool
+
+    def take(self, values: Tensor) -> Tensor:
+        """``[N, ...]`` to ``[B, num_atoms, ...]``, zeros for padding."""
+        if self.atoms is not None:
+            if self.padded:
+                values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])
+            values = values.index_select(0, self.atoms)
+        return values.unflatten(0, (len(self.systems), self.num_atoms))
+
+
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def blocks_of_systems(system: Tensor, num_systems: int) -> tuple[list[SystemBlock], Tensor | None]:
+    """Blocks that hold every system with atoms once, and for :func:`join_blocks` the place of every atom.
+
+    Args:
+        system: ``[N]`` index of each atom's system, ascending. The result is kept as long as this tensor lives.
+        num_systems: S.
+    """
+    known = _KNOWN.get(system)
+    if known is None:
+        counts = torch.bincount(system, minlength=num_systems).tolist()
+        known = _KNOWN[system] = _arrange(counts, system.device)
+    return known
+
+
+def _arrange(counts: Sequence[int], device: torch.device) -> tuple[list[SystemBlock], Tensor | None]:
+    present = [number for number, count in enumerate(counts) if count]
+    sizes = {counts[number] for number in present}
+    if len(sizes) <= 1:
+        size = sizes.pop() if sizes else 0
+        return ([SystemBlock(tuple(present), size, None, False)] if present else []), None
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    groups: list[list[int]] = []
+    for number in sorted(present, key=lambda number: counts[number]):
+        if groups and len(groups[-1] + [number]) * counts[number] <= WORTH_PADDING * (
+            sum(counts[member] for member in groups[-1]) + counts[number]
+        ):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    blocks, place, offset = [], torch.empty(starts[-1], dtype=torch.int64), 0
+    for group in groups:
+        size = max(counts[number] for number in group)
+        atoms = torch.full((len(group), size), starts[-1], dtype=torch.int64)
+        for row, number in enumerate(group):
+            count = counts[number]
+            own = torch.arange(starts[number], starts[number] + count)
+            atoms[row, :count] = own
+            place[own] = offset + row * size + torch.arange(count)
+        offset += atoms.numel()
+        padded = any(counts[number] < size for number in group)
+        blocks.append(SystemBlock(tuple(group), size, atoms.flatten().to(device), padded))
+    return blocks, place.to(device)
+
+
+def join_blocks(parts: Sequence[Tensor], place: Tensor | None) -> Tensor:
+    """Values of every block ``[B, num_atoms, ...]`` back to ``[N, ...]``."""
+    flat = [part.flatten(0, 1) for part in parts]
+    if place is None:
+        return flat[0]
+    return torch.cat(flat).index_select(0, place)

@@ -1,0 +1,191 @@
+"""What Euclidean fast attention is: a sum over pairs with sin(w r) / (w r), and its counterpart in a crystal."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from steradian.config_efa import EFAConfig, TensorIntegrationConfig
+from steradian.equivariant.irreps import natural_degrees
+from steradian.operators.efa import EuclideanFastAttention, frequencies_up_to
+from steradian.operators.efa_attention import DirectionRule, rotary_attention
+from steradian.operators.efa_periodic import lattice_vectors, reciprocal_attention, shell_weights
+from steradian.sphere.grids import lebedev
+
+CELL = torch.tensor([[5.1, 0.0, 0.0], [0.9, 4.7, 0.0], [-0.6, 0.8, 5.6]], dtype=torch.float64)
+FREQUENCIES = torch.tensor([0.0, 0.7, 1.4, 2.1], dtype=torch.float64)
+WIDTH = 0.7
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def features(num_atoms, seed=0):
+    """Queries, keys, values."""
+    return (
+        random(num_atoms, 1, 8, seed=seed),
+        random(num_atoms, 1, 8, seed=seed + 1),
+        random(num_atoms, 4, 3, seed=seed + 2),
+    )
+
+
+def crystal(num_atoms=4, seed=5):
+    fractions = torch.rand(num_atoms, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return fractions @ CELL
+
+
+def pair_scores(q, k):
+    """``[N, N, n]``: the product of queries and keys of every pair of channels."""
+    return torch.einsum("idnp,jdnp->ijn", q.unflatten(-1, (-1, 2)), k.unflatten(-1, (-1, 2))) * q[0].numel() ** -0.5
+
+
+def direct_sum(q, k, v, kernel):
+    """``sum_j sum_n <q_i, k_j>_n K_n(i, j) v_j`` with a kernel ``[N, N, n]``."""
+    return torch.einsum("ijn,ijn,jde->ide", pair_scores(q, k), kernel, v)
+
+
+def test_a_molecule_is_a_sum_of_sinc_over_pairs():
+    q, k, v = features(20)
+    positions = 1.5 * random(20, 3, seed=9)
+    distances = (positions[:, None] - positions).norm(dim=-1)
+    grid = lebedev(434)
+    rule = DirectionRule.from_grid(grid.points, grid.weights)
+    assert float(distances.max() * FREQUENCIES.max()) < 7.5 * math.pi, "the rule resolves the largest phase"
+    ours = rotary_attention(q, k, v, positions, FREQUENCIES, rule, torch.zeros(20, dtype=torch.int64))
+    theirs = direct_sum(q, k, v, torch.sinc(distances.unsqueeze(-1) * FREQUENCIES / math.pi))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def damped_kernel(distances):
+    """``∫ g_n(k) sin(k r) / (k r) d^3k`` by quadrature, ``[..., n]``."""
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    top = float(FREQUENCIES.max()) + WIDTH
+    k, w = torch.from_numpy(0.5 * top * (nodes + 1)), torch.from_numpy(0.5 * top * weights)
+    density = shell_weights(k, FREQUENCIES, WIDTH) * (4 * math.pi * k.square() * w).unsqueeze(-1)
+    return torch.sinc(distances.unsqueeze(-1) * k / math.pi) @ density
+
+
+def test_shells_integrate_to_one():
+    assert torch.allclose(
+        damped_kernel(torch.zeros(1, dtype=torch.float64)), torch.ones(1, 4, dtype=torch.float64), atol=1e-4
+    )
+
+
+def test_a_crystal_is_a_sum_over_all_images():
+    q, k, v = features(4)
+    positions = crystal()
+    ours = reciprocal_attention(q, k, v, positions, CELL, FREQUENCIES, WIDTH)
+    reach = torch.arange(-11, 12, dtype=torch.float64)
+    images = torch.cartesian_prod(reach, reach, reach) @ CELL
+    images = images[images.norm(dim=1) < 45]
+    kernel = torch.stack(
+        [damped_kernel((positions[i] - positions[:, None] - images).norm(dim=-1)).sum(1) for i in range(4)]
+    )
+    theirs = direct_sum(q, k, v, kernel)
+    assert (ours - theirs).abs().max() < 2e-3 * theirs.abs().max()  # images beyond 45 Å are left out
+
+
+def test_a_large_box_gives_the_damped_molecule():
+    """Far images are out of reach of the damped kernel, so a molecule in a box is a molecule."""
+    q, k, v = features(5)
+    positions = random(5, 3, seed=3)
+    errors = []
+    theirs = direct_sum(q, k, v, damped_kernel((positions[:, None] - positions).norm(dim=-1)))
+    for length in (8.0, 16.0, 32.0):
+        box = length * torch.eye(3, dtype=torch.float64)
+        ours = reciprocal_attention(q, k, v, positions, box, FREQUENCIES, WIDTH)
+        errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 2e-3
+
+
+@pytest.mark.parametrize("scaling", [None, [1.0, 0.5, 2.0]])
+def test_symmetries_of_a_crystal_are_exact(scaling):
+    q, k, v = features(4)
+    positions = crystal()
+
+    def attention(positions, cell, q=q, k=k, v=v):
+        return reciprocal_attention(q, k, v, positions, cell, FREQUENCIES, WIDTH, degree_scaling=scaling)
+
+    before = attention(positions, CELL)
+    scale = float(before.abs().max())
+    assert torch.allclose(attention(positions + random(3, seed=2), CELL), before, atol=1e-12 * scale)
+    # every atom moved by lattice vectors of its own
+    hops = torch.tensor([[1, 0, -2], [0, 3, 0], [0, 0, 0], [-5, 1, 1]], dtype=torch.float64) @ CELL
+    assert torch.allclose(attention(positions + hops, CELL), before, atol=1e-12 * scale)
+    # another basis of the same lattice
+    basis = torch.tensor([[1, 1, 0], [0, 1, 0], [2, 0, 1]], dtype=torch.float64)
+    assert torch.allclose(attention(positions, basis @ CELL), before, atol=1e-12 * scale)
+    # a supercell: twice the atoms, the same values
+    double = torch.cat([positions, positions + CELL[1]])
+    doubled = attention(
+        double, torch.diag(torch.tensor([1.0, 2.0, 1.0]).double()) @ CELL, *(torch.cat([x, x]) for x in (q, k, v))
+    )
+    assert torch.allclose(doubled, torch.cat([before, before]), atol=1e-12 * scale)
+    if scaling is None:
+        matrix = torch.linalg.qr(random(3, 3, seed=8))[0]
+        assert torch.allclose(attention(positions @ matrix.T, CELL @ matrix.T), before, atol=1e-12 * scale)
+
+
+def test_nothing_jumps_as_the_cell_changes():
+    """Wave vectors come and go with the cell: value and slope stay continuous."""
+    q, k, v = features(4)
+    fractions = crystal() @ torch.linalg.inv(CELL)
+    factors, counts, values, slopes = np.linspace(0.9, 1.1, 401), [], [], []
+    for factor in factors:
+        stretch = torch.tensor(factor, dtype=torch.float64, requires_grad=True)
+        cell = stretch * CELL
+        out = (reciprocal_attention(q, k, v, fractions @ cell, cell, FREQUENCIES, WIDTH) * v).sum()
+        counts.append(len(lattice_vectors(cell, float(FREQUENCIES.max()) + WIDTH)))
+        values.append(out.item())
+        slopes.append(torch.autograd.grad(out, stretch)[0].item())
+    assert len(set(counts)) > 10, "wave vectors must come and go for this to test something"
+    values, slopes, step = np.array(values), np.array(slopes), factors[1] - factors[0]
+    rise = 0.5 * step * (slopes[1:] + slopes[:-1])
+    assert np.abs(np.diff(values) - rise).max() < 2e-3 * np.abs(rise).max()
+    assert np.abs(np.diff(slopes)).max() < 0.05 * np.ptp(slopes)
+
+
+@pytest.mark.parametrize("integration", [None, TensorIntegrationConfig(learned_paths=True)])
+def test_module_in_mixed_batches(integration):
+    """Molecules and crystals in any order; derivatives by strain and positions against differences."""
+    torch.manual_seed(0)
+    config = EFAConfig(periodic=True, max_length_A=2.0, num_points=110, tensor_integration=integration)
+    attention = EuclideanFastAttention(config, natural_degrees(1), 4).double()
+    assert torch.equal(attention.frequencies, frequencies_up_to(math.pi, 2.0, 2))
+    x, positions = random(14, 4, 4), 1.5 * random(14, 3, seed=1)
+    system = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 4, 2, 2, 3]))
+    cell = torch.stack([0 * CELL, CELL, 1.1 * CELL, 0 * CELL, 0 * CELL])
+    pbc = torch.tensor([[False] * 3, [True] * 3, [True] * 3, [False] * 3, [False] * 3])
+    together = attention(x, positions, system, 5, cell, pbc)
+    for number in range(5):
+        own = system == number
+        alone = attention(
+            x[own], positions[own], torch.zeros(int(own.sum()), dtype=torch.int64), 1, cell[number : number + 1],
+            pbc[number : number + 1],
+        )  # fmt: skip
+        assert torch.allclose(together[own], alone, atol=1e-12)
+
+    def value(strain):
+        deformation = torch.eye(3, dtype=torch.float64) + strain
+        return attention(x, positions @ deformation, system, 5, cell @ deformation, pbc).square().sum()
+
+    strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(value, [strain], eps=1e-5, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(value, [strain], eps=1e-5, atol=1e-4, rtol=1e-4)
+
+
+def test_periodicity_must_be_asked_for_and_be_whole():
+    attention = EuclideanFastAttention(EFAConfig(), natural_degrees(0), 4).double()
+    given = random(2, 1, 4), random(2, 3), torch.zeros(2, dtype=torch.int64), 1, CELL[None]
+    with pytest.raises(ValueError, match="periodic=true"):
+        attention(*given, torch.tensor([[True, True, True]]))
+    attention = EuclideanFastAttention(EFAConfig(periodic=True), natural_degrees(0), 4).double()
+    with pytest.raises(ValueError, match="in all three directions or in none"):
+        attention(*given, torch.tensor([[True, True, False]]))
+    with pytest.raises(ValueError, match="three independent lattice vectors"):
+        attention(*given[:4], 0 * CELL[None], torch.tensor([[True, True, True]]))
