@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.build import build_potential
+from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import MARAConfig
 from steradian.data.structures import Structure
 from steradian.interfaces.attach import AttachError, attach, detach, load_attached, save_attached
+from steradian.interfaces.convert import convert_file
+from steradian.interfaces.foreign_export import export
 from steradian.neighbors import make_graph
 from steradian.operators.mara import MARA
 
@@ -300,6 +302,23 @@ def test_attached_equals_the_gate_of_our_own_host(name):
     assert len(ours.gates) == len(attachment.gates)
     assert np.abs(ours.forces.numpy() - forces.detach().numpy()).max() < 1e-9 * float(forces.detach().abs().max())
     assert abs(float(ours.interaction_energy) - float(energy.detach())) < 1e-9 * max(1.0, abs(float(energy.detach())))
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_exported_and_converted(name, precision, tmp_path):
+    """What the exporter reads off a live model is all that a conversion needs; the self-test is the proof."""
+    model, _ = CASES[name][0]()
+    model = model.to(getattr(torch, precision))
+    export(model, str(tmp_path / "foreign.npz"))
+    potential = convert_file(tmp_path / "foreign.npz")
+    assert potential.config.precision == precision
+    assert len(potential.self_test.structures) == 2
+    save_potential(tmp_path / "model.safetensors", potential)
+    assert load_potential(tmp_path / "model.safetensors").self_test is not None
+    torch.save(model, tmp_path / "foreign.model")
+    again = convert_file(tmp_path / "foreign.model", trust=True)
+    assert again.config == potential.config
 
 
 def test_one_gate_is_copied_into_every_layer_it_fits(case):

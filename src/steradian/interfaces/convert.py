@@ -102,7 +102,7 @@ def convert_arrays(
     """A potential from arrays named as :mod:`steradian.interfaces.foreign_export` names them; see :func:`convert_file`.
 
     Args:
-        package: ``mace-torch``, ``nequip`` or ``pyg``.
+        package: ``mace-torch``, ``nequip`` or ``torch_geometric``.
         hyper: hyper-parameters.
         arrays: ``weights/NAME`` and ``test/INDEX/NAME``.
         head, elements: see :func:`convert_file`.
@@ -110,16 +110,18 @@ def convert_arrays(
     state = {name.removeprefix("weights/"): value for name, value in arrays.items() if name.startswith("weights/")}
     if head is not None and package != "mace-torch":
         raise ForeignModelError(f"a model of {package} has no heads; leave --head out")
-    if elements is not None and package != "pyg":
+    if elements is not None and package != "torch_geometric":
         raise ForeignModelError(f"a model of {package} says which elements it has; leave --elements out")
     if package == "mace-torch":
         config, statistics, weights = config_and_weights_from_mace_torch(state, hyper, head)
     elif package == "nequip":
         config, statistics, weights = config_and_weights_from_nequip(state, hyper)
-    elif package == "pyg":
+    elif package == "torch_geometric":
         config, statistics, weights = config_and_weights_from_pyg_visnet(state, hyper, elements)
     else:
-        raise ForeignModelError(f"models of '{package}' cannot be converted; known: mace-torch, nequip, pyg")
+        raise ForeignModelError(
+            f"models of '{package}' cannot be converted; known: mace-torch, nequip, torch_geometric"
+        )
     potential = build_potential(config, statistics, seed=0)
     potential.host.load_state_dict(weights)
     potential.eval()

@@ -25,9 +25,11 @@ import torch
 def export(model: torch.nn.Module, path: str) -> str:
     """Write weights, hyper-parameters and self-test of a live model; returns the name of its package."""
     package = package_of(model)
-    describe, evaluate = {"mace-torch": (_mace, _mace_run), "nequip": (_nequip, _nequip_run), "pyg": (_pyg, _pyg_run)}[
-        package
-    ]
+    describe, evaluate = {
+        "mace-torch": (_mace, _mace_run),
+        "nequip": (_nequip, _nequip_run),
+        "torch_geometric": (_pyg, _pyg_run),
+    }[package]
     model = copy.deepcopy(model).cpu().eval()
     hyper, numbers = describe(model)
     weights = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
@@ -50,11 +52,11 @@ def export(model: torch.nn.Module, path: str) -> str:
 
 
 def package_of(model: torch.nn.Module) -> str:
-    """``mace-torch``, ``nequip`` or ``pyg``."""
+    """``mace-torch``, ``nequip`` or ``torch_geometric``."""
     for part in model.modules():
         module = type(part).__module__
         for name, beginning in (("mace-torch", "mace.modules.blocks"), ("nequip", "nequip.nn.interaction_block"),
-                                ("pyg", "torch_geometric.nn.models.visnet")):  # fmt: skip
+                                ("torch_geometric", "torch_geometric.nn.models.visnet")):  # fmt: skip
             if beginning in module:
                 return name
     raise ValueError(f"{type(model).__name__} is no model of mace-torch, nequip or torch_geometric's ViSNet")
