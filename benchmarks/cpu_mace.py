@@ -1,6 +1,6 @@
 """MACE on the CPU here, in mace-torch and in mlip: the same weights, the same atoms, turn by turn in one run.
 
-    python benchmarks/cpu_mace.py --peer-python .venv-parity/bin/python [--mlip-python PYTHON]
+    python benchmarks/cpu_mace.py --peer-python .venv-parity-mace/bin/python [--mlip-python PYTHON]
                                   [--data ../shared/data/3bpa/train_300K.xyz]
                                   [--only main two_threads calculator water table memory mara] [--repeats 9]
 
@@ -93,10 +93,10 @@ def structures(kind: str, batch: int, data: Path) -> dict[str, Any]:
 class Child:
     """A side in its own interpreter."""
 
-    def __init__(self, python: str, side: str, folder: Path) -> None:
+    def __init__(self, python: str, side: str, folder: Path, sides: str = "sides.py") -> None:
         self.name = side
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the child lives)
-        script = Path(__file__).with_name("sides.py")
+        script = Path(__file__).with_name(sides)
         self.process = subprocess.Popen(
             [python, str(script), "--serve", side, "--folder", str(folder)],
             stdin=subprocess.PIPE,
@@ -221,7 +221,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", default=".venv-parity/bin/python", help="interpreter that has mace-torch")
+    parser.add_argument("--peer-python", default=".venv-parity-mace/bin/python", help="interpreter that has mace-torch")
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/3bpa/train_300K.xyz")
     parser.add_argument("--mlip-python", help="interpreter that has mlip, for the first two cases")
     parser.add_argument("--only", nargs="*", help="names of cases before their colon")

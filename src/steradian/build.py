@@ -16,10 +16,11 @@ from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
-from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.base import GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.efa_mixer import EFAMixer
-from steradian.operators.mara import MARA
+from steradian.operators.mara import mara_factory
 from steradian.potential import Potential
+from steradian.self_test import SelfTest, SelfTestError
 
 HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
 
@@ -29,13 +30,7 @@ __all__ = ["build_potential", "gate_factory", "load_potential", "mixer_factory",
 def gate_factory(config: ModelConfig) -> GateFactory:
     """The factory that fills the edge gates as the configuration says."""
     gate = config.edge_gate
-    if not isinstance(gate, MARAConfig):
-        return empty_slot
-
-    def make(spec: SlotSpec) -> EdgeGate | None:
-        return MARA.from_config(gate, spec) if _has_layer(gate.layers, spec, "model.edge_gate") else None
-
-    return make
+    return mara_factory(gate) if isinstance(gate, MARAConfig) else empty_slot
 
 
 def mixer_factory(config: ModelConfig) -> MixerFactory:
@@ -110,9 +105,10 @@ def save_potential(path: Path | str, potential: Potential, extra: dict[str, Any]
     """Write a model file (see :mod:`steradian.checkpoint`); whole or not at all."""
     # The file says how each average was obtained, so that it can be rebuilt without the training set.
     statistics = potential.statistics.to_dict()
-    write_model_file(
-        path, potential.state_dict(), potential.config.model_dump(mode="json"), statistics, dict(extra or {})
-    )
+    extra = dict(extra or {})
+    if potential.self_test is not None:
+        extra["self_test"] = potential.self_test.to_dict()
+    write_model_file(path, potential.state_dict(), potential.config.model_dump(mode="json"), statistics, extra)
 
 
 def load_potential(
@@ -126,7 +122,7 @@ def load_potential(
         dtype: overrides the precision it was trained in.
 
     Raises:
-        ModelFileError: missing, damaged, or not a steradian model.
+        ModelFileError: missing, damaged, not a steradian model, or a converted one that fails its self-test.
     """
     weights, header = read_model_file(path)
     try:
@@ -147,4 +143,11 @@ def load_potential(
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
         potential.config = config.model_copy(update={"precision": name})
         potential.to(dtype)
-    return potential.to(device).eval()
+    potential = potential.to(device).eval()
+    if "self_test" in header["extra"]:
+        potential.self_test = SelfTest.from_dict(header["extra"]["self_test"])
+        try:
+            potential.self_test.check(potential)
+        except SelfTestError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+    return potential

@@ -16,6 +16,7 @@ from steradian.precision import POLICIES
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
+    from steradian.self_test import SelfTest
 
 __all__ = ["Potential"]
 
@@ -47,6 +48,7 @@ class Potential(nn.Module):
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
+        self.self_test: SelfTest | None = None  # of a converted model, until it is trained
         # one entry per tensor of numbers that is alive: the same tensor comes again at every step of a simulation
         self._species_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.to(POLICIES[config.precision].compute)
@@ -150,6 +152,8 @@ class Potential(nn.Module):
 
     def train(self, mode: bool = True) -> Potential:
         """As :meth:`torch.nn.Module.train`; weights frozen by :meth:`for_inference` can be trained again."""
+        if mode:
+            self.self_test = None
         if mode and self._frozen:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)

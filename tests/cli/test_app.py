@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -57,16 +57,21 @@ def test_importing_the_command_line_imports_nothing_heavy():
     assert answer.stdout.strip() == "[]"
 
 
+def processor_seconds_of_children():
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def test_help_is_quick_and_lists_every_command():
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds_of_children()
         answer = run("--help")
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds_of_children() - start)
     assert answer.returncode == 0
     for command in ("train", "evaluate", "compare", "md", "attend", "inspect", "demo", "dataset", "config"):
         assert command in answer.stdout
-    assert min(times) < 2.0  # 0.5 s on a quiet machine; the bound allows for a busy one
+    assert min(times) < 1.5  # processor time, which a busy machine stretches little; 0.5 s where nothing else runs
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "compare", "md", "attend", "inspect", "demo"])

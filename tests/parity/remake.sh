@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the numbers of the peer packages again, compare them with the frozen ones, then run the parity tests.
+# Make the numbers of the peer packages again, compare them with the frozen ones, then run the parity tests, and those of
+# operators attached to the peers' own models.
 #
 #   PARITY_MACE, PARITY_NEQUIP, PARITY_PYG
 #                     interpreters that have mace-torch, nequip and torch_geometric already; without one an environment
@@ -21,7 +22,8 @@ peer() {
         "${PYTHON:-python3}" -m venv "$venv"
         echo "${PARITY_TORCH:-torch>=2.8,<2.14}" >"$venv/constraints.txt"
         "$venv/bin/python" -m pip install --quiet --upgrade pip
-        "$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" torch "$2"
+        "$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" torch "$2" \
+            ase cuequivariance numba pydantic pytest pyyaml safetensors scipy vesin
         touch "$venv/.installed"
     fi
     echo "$venv/bin/python"
@@ -43,3 +45,7 @@ pyg=$(peer pyg torch_geometric==2.8.1 "${PARITY_PYG:-}")
 "$nequip" tests/parity/make_nequip.py tests/parity/data --check
 "$pyg" tests/parity/make_pyg_visnet.py tests/parity/data --check
 "$ours" -m pytest tests/parity
+# operators in live models of the peers; steradian runs from the sources there
+for python in "$mace" "$nequip" "$pyg"; do
+    PYTHONPATH=src "$python" -m pytest tests/parity/check_attach.py
+done

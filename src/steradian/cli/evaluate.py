@@ -144,7 +144,7 @@ def load(path: Path, device: str, dtype: str | None) -> Potential:
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: not available here; try --device cpu") from None
-    return load_potential(path, device=place, dtype=names[dtype])
+    return load_potential(path, device=place, dtype=names[dtype]).for_inference(radial_table=False)
 
 
 def read(data: str, keys: KeysConfig, units: UnitsConfig, require: tuple[str, ...]) -> list[Structure]:

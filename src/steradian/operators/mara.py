@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steradian.config import MARAConfig
 from steradian.kernels import backend_for
 from steradian.kernels.frozen import of_weights
-from steradian.operators.base import EdgeGate, Rotation, SlotSpec
+from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec
 from steradian.operators.mara_kernel import (
     NUMBERS_PER_BLOCK,
     LogitTables,
@@ -25,7 +25,7 @@ from steradian.operators.mara_kernel import (
 )
 from steradian.sphere.grids import SphereGrid, equiangular, make_grid
 
-__all__ = ["MARA", "sphere_field"]
+__all__ = ["MARA", "mara_factory", "sphere_field"]
 
 #: Size of the field at a usual neighbour distance, [Å] and [Å^2]: only the scale of the random start depends on it.
 TYPICAL_FIELD = {"distance": 4.0, "squared": 20.0}
@@ -413,3 +413,23 @@ class MARA(EdgeGate):
         reached = total > torch.finfo(total.dtype).eps
         mean = torch.where(reached, excess, 0.0) / torch.where(reached, total, 1.0)
         return (1 + mean).index_select(0, edges.senders)
+
+
+def mara_factory(config: MARAConfig) -> GateFactory:
+    """The factory that fills the edge gates of a model's layers as a configuration section says.
+
+    It raises ValueError where ``config.layers`` lists a layer that the model does not have.
+    """
+
+    def make(spec: SlotSpec) -> EdgeGate | None:
+        if config.layers is not None:
+            outside = [layer for layer in config.layers if not 0 <= layer < spec.num_layers]
+            if outside:
+                raise ValueError(
+                    f"model.edge_gate.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}"
+                )
+            if spec.layer not in config.layers:
+                return None
+        return MARA.from_config(config, spec)
+
+    return make
