@@ -9,11 +9,21 @@ import torch
 
 from steradian.config_efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.irreps import all_degrees, dim, natural_degrees
-from steradian.operators import efa_attention, efa_kernel
+from steradian.operators import efa_attention, efa_kernel, efa_pairs
 from steradian.operators.efa import EuclideanFastAttention, frequencies_up_to
 from steradian.operators.efa_attention import DirectionRule, attention_per_direction, rotary_attention, rotary_encoding
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
 from steradian.sphere.grids import design, lebedev
+
+
+@pytest.fixture(params=["linear", "pairs"])
+def order(request, monkeypatch):
+    """Both orders of the same sums, whatever is cheaper; small pieces so that there are several."""
+    monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: request.param == "pairs")
+    monkeypatch.setattr(efa_attention, "NUMBERS_OF_MOMENTS", 2000)
+    monkeypatch.setattr(efa_pairs, "NUMBERS_PER_TILE", 64)
+    return request.param
+
 
 SYSTEM = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 4])  # system 3 has no atoms
 NUM_SYSTEMS = 5
@@ -52,14 +62,14 @@ def quadratic(q, k, v, positions, frequencies, points, weights, system):
 
 
 @pytest.mark.parametrize("grid", [lebedev(26), lebedev(74), design(5)], ids=lambda grid: grid.name)
-def test_equals_the_sum_over_pairs(grid):
+def test_equals_the_sum_over_pairs(grid, order):
     made = DirectionRule.from_grid(grid.points, grid.weights)
     ours = rotary_attention(*problem(), made, SYSTEM, NUM_SYSTEMS)
     theirs = quadratic(*problem(), grid.points, grid.weights, SYSTEM)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
-def test_two_atoms_have_the_analytic_answer():
+def test_two_atoms_have_the_analytic_answer(order):
     """Two atoms, one frequency, scalars: y = 1 + sin(w r) / (w r)."""
     for distance in (0.5, 2.0, 4.0):
         positions = torch.tensor([[0.3, -0.2, 1.0]] * 2, dtype=torch.float64)
@@ -71,8 +81,7 @@ def test_two_atoms_have_the_analytic_answer():
         assert torch.allclose(y.flatten(), torch.full((2,), 1 + math.sin(0.7 * distance) / (0.7 * distance)).double())
 
 
-def test_first_second_and_third_derivatives(monkeypatch):
-    monkeypatch.setattr(efa_attention, "NUMBERS_OF_MOMENTS", 2000)  # several chunks of directions
+def test_first_second_and_third_derivatives(order):
     inputs = [
         tensor[:6].requires_grad_(True) if tensor.ndim > 1 else tensor.requires_grad_(True) for tensor in problem()
     ]
@@ -83,19 +92,19 @@ def test_first_second_and_third_derivatives(monkeypatch):
         def attention(*tensors, made=made, given=given):
             return rotary_attention(*tensors, made, system, NUM_SYSTEMS, functions=given)
 
-        assert torch.autograd.gradcheck(attention, inputs)
-        assert torch.autograd.gradgradcheck(attention, inputs)
+        assert torch.autograd.gradcheck(attention, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(attention, inputs, fast_mode=True)
 
     def slope(positions):
         q, k, v, _, w = (tensor.detach() for tensor in inputs)
         y = rotary_attention(q, k, v, positions, w, rule(14), system, NUM_SYSTEMS)
         return torch.autograd.grad(y.square().sum(), positions, create_graph=True)[0]
 
-    assert torch.autograd.gradgradcheck(slope, [inputs[3]])
+    assert torch.autograd.gradgradcheck(slope, [inputs[3]], fast_mode=True)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_batch_equals_its_systems(shuffled):
+def test_a_batch_equals_its_systems(shuffled, order):
     """Sizes 4, 2, 4, 0 and 1: padded, joined, and put back in order; also systems of equal size."""
     system = SYSTEM.clone() if not shuffled else torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3])
     q, k, v, positions, w = problem()
@@ -119,22 +128,30 @@ def test_blocks_hold_every_atom_once():
     assert blocks_of_systems(system, len(sizes))[0] is blocks
 
 
-def test_blocks_of_atoms_and_chunks_of_directions_change_nothing(monkeypatch):
+def test_orders_blocks_and_chunks_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     system = torch.zeros(300, dtype=torch.int64)
     given = [tensor.requires_grad_(True) for tensor in problem(num_atoms=300)]
     results = []
-    for block, chunk in ((1 << 30, 1 << 30), (64 * 50, 300)):
+    for order, block, chunk in (
+        ("linear", 1 << 30, 1 << 30),
+        ("linear", 64 * 50, 300),
+        ("pairs", 1 << 30, 0),
+        ("pairs", 5000, 0),
+    ):
+        monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape, order=order: order == "pairs")
+        monkeypatch.setattr(efa_pairs, "NUMBERS_PER_TILE", block)
         monkeypatch.setattr(efa_kernel, "NUMBERS_PER_BLOCK", block)
         monkeypatch.setattr(efa_attention, "NUMBERS_OF_MOMENTS", chunk)
         y = rotary_attention(*given, rule(), system)
         cotangent = torch.randn(y.shape, generator=generator.manual_seed(1), dtype=y.dtype)
         results.append([y, *torch.autograd.grad((y * cotangent).sum(), given)])
-    for one, other in zip(*results):
-        assert torch.allclose(one, other, rtol=0, atol=1e-11)
+    for others in results[1:]:
+        for one, other in zip(results[0], others):
+            assert torch.allclose(one, other, rtol=0, atol=1e-11)
 
 
-def test_deferred_integration_is_what_is_averaged():
+def test_deferred_integration_is_what_is_averaged(order):
     grid = lebedev(26)
     q, k, v, positions, w = problem()
     per_direction = attention_per_direction(q, k, v, positions, w, grid.points, SYSTEM, NUM_SYSTEMS)
@@ -175,16 +192,17 @@ def turned(features, degrees, matrix):
     return out
 
 
+@pytest.mark.filterwarnings("ignore:a system is about")
 @pytest.mark.parametrize("integration", [None, TensorIntegrationConfig(learned_paths=True)])
 @pytest.mark.parametrize("degrees", [natural_degrees(1), all_degrees(1)], ids=["natural", "both"])
-def test_equivariance_improves_with_the_rule(degrees, integration):
+def test_equivariance_improves_with_the_rule(degrees, integration, order):
     matrix = torch.linalg.qr(random(3, 3))[0]
     matrix = matrix * torch.linalg.det(matrix)
     features, positions = random(7, dim(degrees), 4), 2 * random(7, 3, seed=1)
     system, errors = torch.zeros(7, dtype=torch.int64), []
     for num_points in (26, 50, 194):
         torch.manual_seed(0)
-        config = EFAConfig(num_points=num_points, max_length_A=8.0, tensor_integration=integration)
+        config = EFAConfig(num_points=num_points, max_length_A=24.0, tensor_integration=integration, max_frequency=9.0)
         attention = EuclideanFastAttention(config, degrees, 4).double()
         assert attention.degrees_out == degrees
         before = turned(attention(features, positions, system), degrees, matrix)
@@ -193,6 +211,15 @@ def test_equivariance_improves_with_the_rule(degrees, integration):
     assert errors[0] > errors[1] > errors[2]
     assert errors[1] < 1e-4
     assert errors[2] < 1e-12
+
+
+def test_small_systems_are_summed_pair_by_pair():
+    """The number of atoms where the orders cost the same falls with the width of the features."""
+    wide, narrow = (50, 16, 8, 128), (50, 8, 2, 32)
+    assert efa_pairs.pairs_are_cheaper(500, *wide)
+    assert not efa_pairs.pairs_are_cheaper(1000, *wide)
+    assert efa_pairs.pairs_are_cheaper(64, *narrow)
+    assert not efa_pairs.pairs_are_cheaper(200, *narrow)
 
 
 def test_constants_keep_their_digits_through_casts():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steradian.operators.efa_kernel import apply_moments, moments, plane_waves
+from steradian.operators.efa_pairs import attend_pairs, pairs_are_cheaper
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
 from steradian.sharing import Share
 
@@ -31,7 +32,7 @@ __all__ = [
     "rotary_encoding",
 ]
 
-NUMBERS_OF_MOMENTS = 1 << 20
+NUMBERS_OF_MOMENTS = 1 << 18
 """Moments of so many numbers exist at a time (and for the derivative of the attention all of them)."""
 
 
@@ -187,10 +188,15 @@ def attend_one_system(queries: Tensor, keys: Tensor, values: Tensor, positions: 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:
     """``[B, L e, N]`` from ``[B, n, a, N]``, ``[B, e, N]`` and ``[B, 3, N]``; even results first, then odd ones."""
     crossed, num_pairs = _crossed(queries), queries.shape[1]
+    num_points = len(waves.vectors)
+    if waves.symmetric and waves.share is None:
+        shape = positions.shape[-1], 2 * num_points, num_pairs, queries.shape[2], values.shape[1]
+        if pairs_are_cheaper(*shape):
+            return _attend_pairs(queries, crossed, keys, values, positions, waves)
     if len(waves.frequencies) == 1:  # one phase for all pairs
         queries, keys, crossed = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (queries, keys, crossed))
     out: Tensor | None = None
-    for chunk in _chunks(len(waves.vectors), keys, values):
+    for chunk in _chunks(num_points, keys, values):
         turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
         sums = moments(turning, keys, values)
         if waves.share is not None:
@@ -209,6 +215,27 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
         out = part if out is None else out + part
     assert out is not None
     return out
+
+
+def _attend_pairs(
+    queries: Tensor, crossed: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves
+) -> Tensor:
+    """As :func:`_attend` for a symmetric rule, pair by pair."""
+    turning = plane_waves(torch.matmul(waves.vectors, positions), waves.frequencies)
+    num_pairs = queries.shape[1]
+    turning = turning.permute(0, 3, 2, 1, 4)  # [B, n or 1, 2, m, N]
+    quarter = torch.stack([turning[:, :, 1], -turning[:, :, 0]], dim=2)
+    joined = [tensor.flatten(0, 1) for tensor in (queries, crossed, keys)]
+    parts = []
+    for weights, left, query in ((waves.even, turning, joined[0]), (waves.odd, quarter, joined[1])):
+        if weights is None:
+            continue
+        both = left.expand(-1, num_pairs, -1, -1, -1).flatten(2, 3).flatten(0, 1)
+        for function in weights:  # [m, n or 1]
+            right = (turning * function.T[:, None, :, None]).flatten(2, 3)
+            right = right.expand(-1, num_pairs, -1, -1).flatten(0, 1)
+            parts.append(attend_pairs(both, right, query, joined[2], values))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _weighted(sums: Tensor, weights: Tensor) -> Tensor:
