@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steradian.activations import silu
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 
@@ -184,7 +185,7 @@ class RadialNetwork(nn.Module):
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
-            x = torch.nn.functional.silu(x @ (weight * scale))
+            x = silu(x @ (weight * scale))
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)

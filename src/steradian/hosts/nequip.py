@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steradian.activations import silu
 from steradian.config import NequIPConfig
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
@@ -93,7 +94,7 @@ class GatedNonlinearity(nn.Module):
 
     def forward(self, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
         """``[N, D, C]`` from one block ``[N, 2 l + 1, channels]`` per irrep."""
-        even = (nn.functional.silu(blocks[EVEN_SCALAR]) * SILU_SECOND_MOMENT).unflatten(2, (-1, self.num_channels))
+        even = (silu(blocks[EVEN_SCALAR]) * SILU_SECOND_MOMENT).unflatten(2, (-1, self.num_channels))
         scalars = even[:, 0]  # [N, 1 + G, C]
         parts = [scalars[:, :1]]
         if self.odd_scalars:
@@ -187,7 +188,7 @@ class Readout(nn.Module):
     def forward(self, scalars: Tensor) -> Tensor:
         x = scalars @ self.weights[0] * self.weights[0].shape[0] ** -0.5
         for weight in self.weights[1:]:
-            x = nn.functional.silu(x) @ weight * (SILU_GAIN * weight.shape[0] ** -0.5)
+            x = silu(x) @ weight * (SILU_GAIN * weight.shape[0] ** -0.5)
         return x.squeeze(-1)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steradian.activations import silu
 from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
@@ -260,11 +261,11 @@ class ViSNetLayer(nn.Module):
             scalars = scalars.squeeze(1)
         channels = self.num_channels
         key_filter, value_filter, *edge_filters = (
-            nn.functional.silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters)
+            silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters)
         )
         messages = self._messages(self.norm(scalars), key_filter, value_filter, alpha, rows)  # [E + N, C]
         summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
-        weights = nn.functional.silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
+        weights = silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
         if vectors is None or self.vectors is None or self.vector_norm is None:
             scalar_update = self.update(summed)
             vector_update = self._carried(None, weights, rows)
@@ -289,7 +290,7 @@ class ViSNetLayer(nn.Module):
         products = evaluate(
             product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, None]
         )
-        attention = nn.functional.silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
+        attention = silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
         weight = rows.envelope
         if alpha is not None:
             # no gate on what an atom tells itself
@@ -347,10 +348,10 @@ class Readout(nn.Module):
     def forward(self, scalars: Tensor, vectors: Tensor) -> Tensor:
         """``[N]`` from scalars ``[N, C]`` and vectors ``[N, size, C]``."""
         lengths_of, carried = self.vectors(vectors).split([scalars.shape[1], self.width], dim=2)
-        hidden = nn.functional.silu(self.hidden(torch.cat([scalars, _lengths(lengths_of)], dim=1)))
+        hidden = silu(self.hidden(torch.cat([scalars, _lengths(lengths_of)], dim=1)))
         scalars, weights = self.out(hidden).split(self.width, dim=1)
         lengths = _lengths(self.last_vectors(weights.unsqueeze(1) * carried))
-        hidden = nn.functional.silu(self.last_hidden(torch.cat([nn.functional.silu(scalars), lengths], dim=1)))
+        hidden = silu(self.last_hidden(torch.cat([silu(scalars), lengths], dim=1)))
         return self.last_out(hidden).squeeze(1)
 
 
