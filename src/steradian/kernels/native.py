@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from steradian.kernels.heap import keep_freed_memory
 from steradian.kernels.program import Program
 
 __all__ = ["cache_folder", "compiled", "compiled_text"]
 
-VERSION = 1
+#: Part of what identifies code in the cache: to be raised with every change of its makers.
+VERSION = 2
 #: Name of the function in every module.
 FUNCTION = "run"
 #: Seconds of work after which the user is told.
@@ -82,6 +84,7 @@ def _target() -> tuple[Any, str]:
     import llvmlite
     import llvmlite.binding as llvm
 
+    keep_freed_memory()  # here begins the fast path, for which it matters
     with contextlib.suppress(RuntimeError):  # newer versions do this by themselves and say so by an error
         llvm.initialize()
     llvm.initialize_native_target()
