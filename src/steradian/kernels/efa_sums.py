@@ -4,8 +4,8 @@
 
 see :mod:`steradian.operators.efa_kernel`. The product ``z = t x`` is formed for one small block at a time, in the
 first-level cache, right before a product of matrices reads it. Sixteen (float64: eight) atoms are a block:
-``t [B, K, R, W]``, ``x [B, K, X, W]``, ``y [B, K W, E]``, ``S [B, J, E]`` with W lanes, E a multiple of W, K even, and
-J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row ``feature_of[j]`` of x. All of t and
+``t [B, K, R, W]``, ``x [B, K, X, W]``, ``y [B, C, K W, P]``, ``S [B, C, J, P]`` with W lanes, columns e in C panels of
+P = W or 2 W, K even, and J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row ``feature_of[j]`` of x. All of t and
 x may be sums over several (t, x).
 """
 
@@ -19,13 +19,13 @@ from steradian.kernels.tiles import ROWS, Tiles
 __all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "sums_module"]
 
 #: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 1
+VERSION = 3
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_blocks",  # K
     "num_waves",  # R
     "num_features",  # X
-    "num_vectors",  # E / W
+    "num_panels",  # C
     "num_tiles",  # J / 8
     "wave_of",  # [J] int64
     "feature_of",  # [J] int64
@@ -47,27 +47,27 @@ DEPTH = 128
 """Rows whose z is formed at a time for the application; so much of S stays in the first-level cache."""
 
 
-def num_scratch(num_vectors: int, itemsize: int) -> int:
+def num_scratch(num_columns: int) -> int:
     """Vectors of scratch memory that a task needs."""
-    return max(ROWS * BLOCKS, DEPTH, 2 * num_vectors * (64 // itemsize))
+    return max(ROWS * BLOCKS, DEPTH, 2 * num_columns)
 
 
-def sums_module(kind: str, itemsize: int, pair: bool, whole: bool) -> str:
+def sums_module(kind: str, itemsize: int, columns: int, whole: bool) -> str:
     """LLVM's text of ``run(arguments, scratch, first, last)``.
 
     Args:
         kind: one of KINDS.
         itemsize: 4 or 8.
-        pair: E / W is even, so that tiles are two vectors wide.
+        columns: vectors in a panel, P / W.
         whole: the rows of every tile have one wave.
     """
-    return _Kernel(kind, itemsize, pair, whole).text
+    return _Kernel(kind, itemsize, columns, whole).text
 
 
 class _Kernel:
-    def __init__(self, kind: str, itemsize: int, pair: bool, whole: bool) -> None:
+    def __init__(self, kind: str, itemsize: int, columns: int, whole: bool) -> None:
         self.tiles = Tiles(ARGUMENTS, itemsize)
-        self.given, self.columns, self.whole = self.tiles.given, 2 if pair else 1, whole
+        self.given, self.columns, self.whole = self.tiles.given, columns, whole
         self.zero = self.tiles.value(0.0)
         {"moments": self._moments, "apply": self._apply, "contract": self._contract}[kind]()
         self.text = self.tiles.finish()
@@ -97,21 +97,26 @@ class _Kernel:
             ]
         return pairs.totals
 
-    def _multiply(self, place: Any, row_step: Any, count: Any, numbers: Any, vectors: Any) -> None:
-        """Add a product to a tile: rows ``row_step`` vectors apart."""
-        tiles = self.tiles
-        places = [
-            tiles.plus(place, tiles.times(row_step, 64 * row), 64 * column)
-            for row in range(ROWS)
-            for column in range(self.columns)
-        ]
-        totals = tiles.product([tiles.vector_at(at) for at in places], count, numbers, vectors)
-        for total, at in zip(totals, places):
-            tiles.put(total, at)
+    def _multiply(self, place: Any, count: Any, numbers: Any, right: Any) -> None:
+        """Add to a tile ``numbers(k)`` times vectors ``right + k``: sums of sums, so that rounding stays small."""
+        tiles, at = self.tiles, range(ROWS * self.columns)
+        totals = tiles.product([self.zero for _ in at], count, numbers, lambda k: self._panel_row(right, k))
+        for index, total in zip(at, totals):
+            tiles.add_to(total, place, index)
 
-    def _columns(self) -> Any:
-        """A loop over the tiles' columns."""
-        return self.tiles.loop(0, self.tiles.b.sdiv(self.given["num_vectors"], self.tiles.integer(self.columns)))
+    def _panel_row(self, base: Any, row: Any) -> list[Value]:
+        place = self._panel_place(base, row)
+        return [self.tiles.vector_at(place, column) for column in range(self.columns)]
+
+    def _panel_place(self, base: Any, row: Any) -> Any:
+        return self.tiles.vector_address(base, self.tiles.times(row, self.columns))
+
+    def _panel(self, name: str, system: Any, panel: Any) -> Any:
+        """Where a panel of y or S begins."""
+        tiles, given = self.tiles, self.given
+        rows = tiles.times(given["num_blocks"], tiles.width) if name == "values" else tiles.times(given["num_tiles"], ROWS)
+        number = tiles.plus(tiles.times(system, given["num_panels"]), panel)
+        return self._panel_place(given[name], tiles.times(number, rows))
 
     # ------------------------------------------------------------------------------------------------------------- kinds
 
@@ -128,26 +133,17 @@ class _Kernel:
                 with tiles.loop(0, count) as blocks:
                     for row, z in enumerate(self._products(tiles.plus(first, blocks.index), rows)):
                         tiles.put(z, tiles.scratch, tiles.plus(blocks.index, row * BLOCKS))
-                self._moments_of_tile(task.index, tiles.times(first, tiles.width), tiles.times(count, tiles.width))
+                with tiles.loop(0, given["num_panels"]) as panel:
+                    values = self._panel_place(
+                        self._panel("values", system, panel.index), tiles.times(start, tiles.width)
+                    )
+                    sums = self._panel_place(self._panel("sums", system, panel.index), tiles.times(tile, ROWS))
+                    self._multiply(sums, tiles.times(count, tiles.width), self._of_rows, values)
 
-    def _moments_of_tile(self, task: Any, first_atom: Any, num_atoms: Any) -> None:
-        tiles, given = self.tiles, self.given
-        vectors = given["num_vectors"]
-        values = tiles.vector_address(given["values"], tiles.times(first_atom, vectors))
-        sums = tiles.vector_address(given["sums"], tiles.times(task, ROWS, vectors))
-        with self._columns() as columns:
-            offset = tiles.times(columns.index, 64 * self.columns)
-
-            def numbers(atom: Any) -> list[Value]:
-                return [
-                    tiles.broadcast(tiles.plus(tiles.scratch, 64 * BLOCKS * row), atom) for row in range(ROWS)
-                ]
-
-            def right(atom: Any) -> list[Value]:
-                place = tiles.plus(tiles.vector_address(values, tiles.times(atom, vectors)), offset)
-                return [tiles.vector_at(place, column) for column in range(self.columns)]
-
-            self._multiply(tiles.plus(sums, offset), vectors, num_atoms, numbers, right)
+    def _of_rows(self, atom: Any) -> list[Value]:
+        """z of one atom, from rows of blocks."""
+        step = 64 * BLOCKS
+        return [self.tiles.broadcast(self.tiles.plus(self.tiles.scratch, step * row), atom) for row in range(ROWS)]
 
     def _apply(self) -> None:
         tiles, given, b = self.tiles, self.given, self.tiles.b
@@ -161,69 +157,62 @@ class _Kernel:
                     rows = self._rows(tiles.plus(start, part.index))
                     for row, z in enumerate(self._products(task.index, rows)):
                         tiles.put(z, tiles.scratch, tiles.plus(tiles.times(part.index, ROWS), row))
-                system = b.sdiv(task.index, given["num_blocks"])
-                row = tiles.times(tiles.plus(tiles.times(system, given["num_tiles"]), start), ROWS)
-                self._apply_to_block(task.index, row, tiles.times(count, ROWS))
+                system, block = b.sdiv(task.index, given["num_blocks"]), b.srem(task.index, given["num_blocks"])
+                with tiles.loop(0, given["num_panels"]) as panel:
+                    sums = self._panel_place(self._panel("sums", system, panel.index), tiles.times(start, ROWS))
+                    values = self._panel("values", system, panel.index)
+                    for atoms in range(0, tiles.width, ROWS):
 
-    def _apply_to_block(self, block: Any, first_row: Any, num_rows: Any) -> None:
-        tiles, given = self.tiles, self.given
-        vectors = given["num_vectors"]
-        sums = tiles.vector_address(given["sums"], tiles.times(first_row, vectors))
-        values = tiles.vector_address(given["values"], tiles.times(block, tiles.width, vectors))
-        with self._columns() as columns:
-            offset = tiles.times(columns.index, 64 * self.columns)
+                        def numbers(row: Any, atoms: int = atoms) -> list[Value]:
+                            place = tiles.vector_address(tiles.scratch, row)
+                            return [tiles.broadcast(place, atoms + atom) for atom in range(ROWS)]
 
-            def right(row: Any) -> list[Value]:
-                place = tiles.plus(tiles.vector_address(sums, tiles.times(row, vectors)), offset)
-                return [tiles.vector_at(place, column) for column in range(self.columns)]
-
-            for atoms in range(0, tiles.width, ROWS):
-
-                def numbers(row: Any, atoms: int = atoms) -> list[Value]:
-                    place = tiles.vector_address(tiles.scratch, row)
-                    return [tiles.broadcast(place, atoms + atom) for atom in range(ROWS)]
-
-                place = tiles.plus(values, offset, tiles.times(vectors, 64 * atoms))
-                self._multiply(place, vectors, num_rows, numbers, right)
+                        place = self._panel_place(values, tiles.plus(tiles.times(block, tiles.width), atoms))
+                        self._multiply(place, tiles.times(count, ROWS), numbers, sums)
 
     def _contract(self) -> None:
         tiles, given, b = self.tiles, self.given, self.tiles.b
-        length = tiles.times(given["num_vectors"], tiles.width)
+        length = tiles.width * self.columns
         with tiles.loop(tiles.first, tiles.last) as task:
             block = tiles.times(task.index, 2)
-            self._transpose(block, length)
-            system = b.sdiv(block, given["num_blocks"])
-            first = tiles.times(system, given["num_tiles"])
+            system, place = b.sdiv(block, given["num_blocks"]), b.srem(block, given["num_blocks"])
+            self._transpose(system, place, length)
             with tiles.loop(0, given["num_tiles"]) as loop:
-                row = tiles.times(tiles.plus(first, loop.index), ROWS)
-                sums = tiles.vector_address(given["sums"], tiles.times(row, given["num_vectors"]))
+                with tiles.loop(0, given["num_panels"], *[self.zero] * (2 * ROWS)) as panel:
+                    sums = self._panel_place(
+                        self._panel("sums", system, panel.index), tiles.times(loop.index, ROWS)
+                    )
+                    right = tiles.vector_address(tiles.scratch, tiles.times(panel.index, 2 * length))
+                    panel.totals = self._contract_panel(panel.totals, length, sums, right)
+                self._distribute(block, self._rows(loop.index), [panel.totals[::2], panel.totals[1::2]])
 
-                def numbers(column: Any, sums: Any = sums) -> list[Value]:
-                    steps = [tiles.times(given["num_vectors"], 64 * row) for row in range(ROWS)]
-                    return [tiles.broadcast(tiles.plus(sums, step), column) for step in steps]
-
-                def right(column: Any) -> list[Value]:
-                    place = tiles.vector_address(tiles.scratch, tiles.times(column, 2))
-                    return [tiles.vector_at(place, column) for column in range(2)]
-
-                found = tiles.product([self.zero] * (2 * ROWS), length, numbers, right)
-                self._distribute(block, self._rows(loop.index), [found[::2], found[1::2]])
-
-    def _transpose(self, block: Any, length: Any) -> None:
-        """Values of two blocks of atoms into scratch memory, atoms in the lanes."""
+    def _contract_panel(self, totals: list[Value], length: int, sums: Any, right: Any) -> list[Value]:
         tiles = self.tiles
-        for half in range(2):
-            kind = tiles.whole_addresses
-            steps = tiles.times(length, tiles.itemsize)
-            base = tiles.plus(
-                self.given["values"], tiles.times(tiles.plus(block, half), tiles.width, steps)
-            )
-            addresses = tiles.b.add(
-                tiles.splat(base, kind), tiles.b.mul(tiles.splat(steps, kind), tiles.lane_numbers)
-            )
-            with tiles.loop(0, length) as loop:
-                value = tiles.gather(addresses, loop.index)
-                tiles.put(value, tiles.scratch, tiles.plus(tiles.times(loop.index, 2), half))
+        step = tiles.itemsize * length
+
+        def numbers(column: Any) -> list[Value]:
+            return [tiles.broadcast(tiles.plus(sums, step * row), column) for row in range(ROWS)]
+
+        def vectors(column: Any) -> list[Value]:
+            place = tiles.vector_address(right, tiles.times(column, 2))
+            return [tiles.vector_at(place, half) for half in range(2)]
+
+        return tiles.product(totals, length, numbers, vectors)
+
+    def _transpose(self, system: Any, block: Any, length: int) -> None:
+        """Values of two blocks of atoms into scratch memory, atoms in the lanes."""
+        tiles, b, kind = self.tiles, self.tiles.b, self.tiles.whole_addresses
+        step = tiles.itemsize * length
+        with tiles.loop(0, self.given["num_panels"]) as panel:
+            values = self._panel("values", system, panel.index)
+            target = tiles.vector_address(tiles.scratch, tiles.times(panel.index, 2 * length))
+            for half in range(2):
+                base = tiles.plus(values, tiles.times(tiles.plus(block, half), tiles.width * step))
+                steps = b.mul(tiles.splat(tiles.integer(step), kind), tiles.lane_numbers)
+                addresses = b.add(tiles.splat(base, kind), steps)
+                with tiles.loop(0, length) as loop:
+                    value = tiles.gather(addresses, loop.index)
+                    tiles.put(value, target, tiles.plus(tiles.times(loop.index, 2), half))
 
     def _distribute(self, block: Any, rows: list[tuple[Any, Any]], found: list[list[Value]]) -> None:
         """Add products of S y with x to dT/dt and with t to dT/dx."""

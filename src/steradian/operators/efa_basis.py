@@ -84,12 +84,13 @@ class RuleWaves:
     Args:
         directions: ``[m, 3]``; of their dtype is what is made.
         weights: ``[m]``, not negative, together one; the opposite directions are counted in.
-        tolerance: largest error of K; None for the rounding of the dtype. K(x, x) is one.
+        tolerance: largest error of K, where K(x, x) is one; None for four times the spacing of numbers at one, which
+            leaves errors of the attention and of its derivatives at or below those of rounding (1e-8 and 3e-7).
     """
 
     def __init__(self, directions: Tensor, weights: Tensor, tolerance: float | None = None) -> None:
         self.directions, self.weights = directions.detach(), weights.detach()
-        self.tolerance = torch.finfo(directions.dtype).eps if tolerance is None else tolerance
+        self.tolerance = 4 * torch.finfo(directions.dtype).eps if tolerance is None else tolerance
         self._known: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
         self._rows: dict[tuple[int | None, ...], WaveRows] = {}
 

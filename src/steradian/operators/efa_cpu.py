@@ -56,10 +56,10 @@ def attend_isolated(
     rows = _rows(positions, frequencies, directions, weights)
     waves = _Waves.apply(x.flatten(0, 1).contiguous(), frequencies, rows).unflatten(0, (batch, -1))
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
-    v = pad(values, (0, -num_values % lanes, 0, padding))
+    v = _panels(values, padding, lanes)
     way = _sums(rows, len(frequencies), 2 * queries.shape[2])
     out = apply_moments(moments(waves, k, v, way=way), waves, q, way=way)
-    return out[:, :num_atoms, :num_values]
+    return out.transpose(1, 2).flatten(2)[:, :num_atoms, :num_values]
 
 
 def _blocks_of_pairs(features: Tensor, padding: int, lanes: int) -> Tensor:
@@ -67,6 +67,14 @@ def _blocks_of_pairs(features: Tensor, padding: int, lanes: int) -> Tensor:
     features = pad(features, (0, 0, 0, 0, 0, padding))
     blocks = features.unflatten(3, (-1, 2)).unflatten(1, (-1, lanes))  # [B, K, W, D, n, 2]
     return blocks.permute(0, 1, 4, 5, 3, 2).reshape(*blocks.shape[:2], -1, lanes)
+
+
+def _panels(values: Tensor, padding: int, lanes: int) -> Tensor:
+    """``[B, N, e]`` to ``[B, C, K W, P]``."""
+    vectors = -(-values.shape[2] // lanes)
+    width = lanes * (2 if vectors % 2 == 0 else 1)
+    values = pad(values, (0, vectors * lanes - values.shape[2], 0, padding))
+    return values.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
 
 
 def _rows(positions: Tensor, frequencies: Tensor, directions: Tensor, weights: Tensor) -> WaveRows:

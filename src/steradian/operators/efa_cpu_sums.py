@@ -67,10 +67,10 @@ def run_kernel(task: Task) -> None:
 
 
 @cache
-def _function(kind: str, itemsize: int, pair: bool, whole: bool) -> Callable:
+def _function(kind: str, itemsize: int, columns: int, whole: bool) -> Callable:
     name = f"sums of attention, {kind}"
-    description = f"efa sums {VERSION} {kind} {itemsize} {pair} {whole}"
-    return compiled_text(name, description, lambda: sums_module(kind, itemsize, pair, whole), 4)
+    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole}"
+    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole), 4)
 
 
 class CpuSums:
@@ -88,15 +88,15 @@ class CpuSums:
             raise ValueError(f"{self.num_rows} rows are no multiple of {ROWS}")
 
     def moments(self, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``[B, J, E]`` from ``[B, K W, E]`` and pairs of ``[B, K, R, W]`` and ``[B, K, X, W]``."""
-        sums = values.new_zeros(values.shape[0], self.num_rows, values.shape[2])
+        """``[B, C, J, P]`` from ``[B, C, K W, P]`` and pairs of ``[B, K, R, W]`` and ``[B, K, X, W]``."""
+        sums = values.new_zeros(*values.shape[:2], self.num_rows, values.shape[3])
         self._run("moments", values.contiguous(), sums, pairs)
         return sums
 
     def apply(self, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``[B, K W, E]`` from ``[B, J, E]`` and pairs."""
-        batch, blocks, _, lanes = pairs[0][0].shape
-        values = sums.new_zeros(batch, blocks * lanes, sums.shape[2])
+        """``[B, C, K W, P]`` from ``[B, C, J, P]`` and pairs."""
+        _, blocks, _, lanes = pairs[0][0].shape
+        values = sums.new_zeros(*sums.shape[:2], blocks * lanes, sums.shape[3])
         self._run("apply", values, sums.contiguous(), pairs)
         return values
 
@@ -122,22 +122,22 @@ class CpuSums:
     ) -> None:
         waves, features = ([pair[number].contiguous() for pair in pairs] for number in range(2))
         batch, blocks, num_waves, lanes = waves[0].shape
-        vectors = values.shape[2] // lanes
+        panels, width = values.shape[1], values.shape[3]
         tables = {
             "waves": _addresses(waves), "features": _addresses(features),
             "by_waves": _addresses(outputs[::2]), "by_features": _addresses(outputs[1::2]),
         }  # fmt: skip
         numbers = {name: table.ctypes.data for name, table in tables.items()} | {
             "num_blocks": blocks, "num_waves": num_waves, "num_features": features[0].shape[2],
-            "num_vectors": vectors, "num_tiles": self.num_rows // ROWS, "num_pairs": len(pairs),
+            "num_panels": panels, "num_tiles": self.num_rows // ROWS, "num_pairs": len(pairs),
             "wave_of": self.wave_of.data_ptr(), "feature_of": self.feature_of.data_ptr(),
             "values": values.data_ptr(), "sums": sums.data_ptr(),
         }  # fmt: skip
         parts = batch * {"moments": self.num_rows // ROWS, "apply": blocks, "contract": blocks // 2}[kind]
-        function = _function(kind, values.element_size(), vectors % 2 == 0, self.whole)
-        work = batch * blocks * lanes * self.num_rows * values.shape[2]
-        scratch = num_scratch(vectors, values.element_size())
-        run_kernel(Task(function, ARGUMENTS, numbers, scratch, parts if values.shape[2] else 0, work))
+        function = _function(kind, values.element_size(), width // lanes, self.whole)
+        work = batch * blocks * lanes * self.num_rows * panels * width
+        scratch = num_scratch(panels * width)
+        run_kernel(Task(function, ARGUMENTS, numbers, scratch, parts if panels else 0, work))
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
