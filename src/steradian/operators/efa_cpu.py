@@ -21,11 +21,14 @@ from steradian.kernels.efa_waves import ARGUMENTS, VERSION, num_scratch, waves_m
 from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled_text
 from steradian.operators.efa_basis import RuleWaves, WaveRows, step_of_phase
+from steradian.operators.efa_cpu_pairs import PairShape, attend_pairs
 from steradian.operators.efa_cpu_sums import CpuSums, Task, run_kernel
 from steradian.operators.efa_kernel import apply_moments, moments
 
 __all__ = ["attend_isolated"]
 
+PAIRS_ARE_SLOWER = 0.9
+"""Measured: speed of multiply-adds pair by pair over that of the sums."""
 _RULES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _SUMS: dict[tuple[tuple[int, ...], int, int], CpuSums] = {}
 
@@ -56,10 +59,28 @@ def attend_isolated(
     rows = _rows(positions, frequencies, directions, weights)
     waves = _Waves.apply(x.flatten(0, 1).contiguous(), frequencies, rows).unflatten(0, (batch, -1))
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
+    width = 2 * queries.shape[2]
+    if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
+        v = pad(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
+        out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
+        return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
     v = _panels(values, padding, lanes)
-    way = _sums(rows, len(frequencies), 2 * queries.shape[2])
+    way = _sums(rows, len(frequencies), width)
     out = apply_moments(moments(waves, k, v, way=way), waves, q, way=way)
     return out.transpose(1, 2).flatten(2)[:, :num_atoms, :num_values]
+
+
+def pairs_are_cheaper(num_atoms: int, num_rows: int, num_features: int, width: int, num_values: int) -> bool:
+    """Whether all pairs are less work than the sums.
+
+    Args:
+        num_atoms: N of a system.
+        num_rows: R of the waves.
+        num_features: n a of queries and keys.
+        width: a.
+        num_values: e.
+    """
+    return num_atoms * (num_rows + num_features + num_values) < PAIRS_ARE_SLOWER * 2 * num_rows * width * num_values
 
 
 def _blocks_of_pairs(features: Tensor, padding: int, lanes: int) -> Tensor:
