@@ -260,9 +260,7 @@ class ViSNetLayer(nn.Module):
             scalars, vectors = features.split([1, self.size], dim=1)
             scalars = scalars.squeeze(1)
         channels = self.num_channels
-        key_filter, value_filter, *edge_filters = (
-            silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters)
-        )
+        key_filter, value_filter, *edge_filters = (silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters))
         messages = self._messages(self.norm(scalars), key_filter, value_filter, alpha, rows)  # [E + N, C]
         summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
         weights = silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
