@@ -194,6 +194,8 @@ def run_case(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
                 result.setdefault("memory", {})[child.name] = child.ask("memory", case["memory"])
         for child in children:
             child.stop()
+    # above one: something else ran too, and times (less so ratios) are longer than on an idle machine
+    result["load_average"] = round(os.getloadavg()[0], 1)
     return result
 
 
@@ -212,7 +214,7 @@ def check(children: list[Child], result: dict[str, Any]) -> None:
 
 def show(name: str, result: dict[str, Any]) -> None:
     for task, rows in result.items():
-        if task in ("case", "sides", "largest_relative_difference"):
+        if task in ("case", "sides", "largest_relative_difference", "load_average"):
             continue
         for side, row in rows.items():
             figures = "   ".join(f"{key} {value:g}" for key, value in row.items())

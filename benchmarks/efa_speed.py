@@ -5,7 +5,7 @@
     python benchmarks/efa_speed.py growth     [--sizes 1000 10000 100000 1000000]
 
 * block: degree 1, 32 features for input, queries, keys and values, 50 or 86 points, float32; forward, and forward +
-  gradient by positions; one system, and 16 systems of 32 atoms.
+  gradient by positions; one system, and 16 systems of 32 atoms; graded: fewer points for lower frequencies.
 * network: energy and forces of 32 clusters of 32 atoms, two layers, 128 features, with and without EFA (random
   weights).
 * growth: the block on ever more atoms, forward + gradient; peak memory of a process each.
@@ -68,12 +68,14 @@ def best_ms(run: Callable[[], object], least_s: float = 1.0) -> float:
     return 1e3 * best
 
 
-def block_runs(num_atoms: int, num_systems: int, num_points: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def block_runs(
+    num_atoms: int, num_systems: int, num_points: int, graded: bool = False
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """The block without and with the gradient by positions."""
     torch.manual_seed(0)
     frequency = math.pi if num_points == 50 else 2 * math.pi
     # the time does not depend on positions; a length that large keeps the warning about the size away
-    config = EFAConfig(num_points=num_points, max_frequency=frequency, max_length_A=1e4)
+    config = EFAConfig(num_points=num_points, max_frequency=frequency, max_length_A=1e4, graded=graded)
     block = EuclideanFastAttention(config, natural_degrees(1), 32).requires_grad_(False)
     features, cotangent = torch.randn(num_atoms, 4, 32), torch.randn(num_atoms, 4, 32)
     positions = 5 * torch.randn(num_atoms, 3)
@@ -93,16 +95,17 @@ def block_runs(num_atoms: int, num_systems: int, num_points: int) -> tuple[Calla
 
 def measure_block(sizes: list[int]) -> list[dict]:
     rows = []
-    cases = [(size, 1, points) for size in sizes for points in (50, 86)] + [(128, 4, 50), (512, 16, 50)]
-    print(f"{'atoms':>6} {'systems':>7} {'points':>6} {'forward':>10} {'JAX':>9} {'gradient':>10} {'JAX':>9}  [ms]")
+    cases = [(size, 1, points, graded) for size in sizes for points in (50, 86) for graded in (False, True)]
+    cases += [(128, 4, 50, False), (512, 16, 50, False)]
+    print(
+        f"{'atoms':>6} {'systems':>7} {'points':>6} graded {'forward':>10} {'JAX':>9} {'gradient':>10} {'JAX':>9}  [ms]"
+    )
     for case in cases:
         forward, gradient = (best_ms(run) for run in block_runs(*case))
-        jax = JAX_BLOCK.get(case, (math.nan, math.nan))
-        print(
-            f"{case[0]:6} {case[1]:7} {case[2]:6} {forward:10.2f} {jax[0]:9.1f} {gradient:10.2f} {jax[1]:9.1f}",
-            flush=True,
-        )
-        rows.append(dict(zip(("atoms", "systems", "points"), case)) | {
+        jax = JAX_BLOCK.get(case[:3], (math.nan, math.nan))
+        shown = f"{case[0]:6} {case[1]:7} {case[2]:6} {'yes' if case[3] else 'no':>6}"
+        print(f"{shown} {forward:10.2f} {jax[0]:9.1f} {gradient:10.2f} {jax[1]:9.1f}", flush=True)
+        rows.append(dict(zip(("atoms", "systems", "points", "graded"), case)) | {
             "forward_ms": round(forward, 3), "gradient_ms": round(gradient, 3),
             "jax_over_ours": [round(theirs / ours, 2) for theirs, ours in zip(jax, (forward, gradient))],
         })  # fmt: skip

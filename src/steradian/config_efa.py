@@ -30,6 +30,7 @@ class EFAConfig(Section):
     max_frequency: float = Field(math.pi, gt=0, description="largest frequency times max_length_A (dimensionless)")
     max_length_A: float = Field(15.0, gt=0, description="largest distance that the frequencies are made for")
     trainable_frequencies: bool = False
+    graded: bool = Field(False, description="fewer points for lower frequencies, at the error of the largest one")
     parametrized: bool = Field(True, description="learned maps to queries, keys and values; false: the features")
     num_features_qk: int | None = Field(None, ge=2, description="even; null: as the input")
     num_features_v: int | None = Field(None, ge=1, description="null: as the input")
@@ -59,6 +60,8 @@ class EFAConfig(Section):
             raise ValueError(f"num_features_qk must be even (channels rotate in pairs), not {self.num_features_qk}")
         if not self.parametrized and (self.num_features_qk or self.num_features_v):
             raise ValueError("num_features_qk and num_features_v need parametrized: true")
+        if self.graded and self.trainable_frequencies:
+            raise ValueError("graded rules need fixed frequencies")
         return self
 
 

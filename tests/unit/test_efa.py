@@ -225,7 +225,37 @@ def test_small_systems_are_summed_pair_by_pair():
 def test_constants_keep_their_digits_through_casts():
     attention = EuclideanFastAttention(EFAConfig(num_points=50), natural_degrees(1), 4).float().double()
     assert torch.equal(attention.frequencies, frequencies_up_to(math.pi, 15.0, 2))
-    assert abs(float(attention.rule.weights.sum()) - 1) < 1e-15
+    assert abs(float(attention.bands[0].rule.weights.sum()) - 1) < 1e-15
+
+
+@pytest.mark.parametrize("integration", [None, {"max_degree_sph": 1, "max_degree": 1}])
+def test_graded_rules_keep_the_error(integration):
+    """Lower frequencies need fewer directions for the same error, up to the largest distance there is."""
+    features, positions = (
+        random(12, 4, 32),
+        5.7 * torch.rand(12, 3, generator=torch.Generator().manual_seed(1)).double(),
+    )
+    system = torch.zeros(12, dtype=torch.int64)
+    results = {}
+    for name, options in {"plain": {}, "graded": {"graded": True}, "fine": {"num_points": 194}}.items():
+        torch.manual_seed(0)
+        config = EFAConfig(max_length_A=10.0, tensor_integration=integration, **options)
+        attention = EuclideanFastAttention(config, natural_degrees(1), 32).double()
+        results[name] = attention(features, positions, system)
+        if name == "graded":
+            directions = [2 * len(band.rule.weights) for band in attention.bands]
+            assert directions[-1] == 50
+            assert directions == sorted(directions)
+            counts = [band.pairs.stop - band.pairs.start for band in attention.bands]
+            assert sum(counts) == 16
+            assert sum(m * n for m, n in zip(directions, counts)) < (0.8 if integration is None else 1.0) * 800
+            assert "points)" in attention.summary()
+    scale = results["fine"].abs().max()
+    errors = {name: ((results[name] - results["fine"]).abs().max() / scale).item() for name in ("plain", "graded")}
+    assert 1e-13 < errors["plain"] < 1e-8
+    assert 1e-13 < errors["graded"] < 1e-8
+    with pytest.raises(ValueError, match="graded rules need fixed frequencies"):
+        EFAConfig(graded=True, trainable_frequencies=True)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_stopped_and_resumed_equals_whole(
     directory = RunDirectory(config.output / config.name)
     for number, stop in enumerate(stops):
 
-        def wish(keeper: RunKeeper, trainer: object, stop: int = stop) -> int:
+        def wish(keeper: RunKeeper, trainer: object, interval: float = 0.0, *, stop: int = stop) -> int:
             return 3 if keeper.position.step == stop else 0
 
         monkeypatch.setattr(RunKeeper, "_wish", wish)
@@ -97,7 +97,7 @@ def test_random_state_matters(whole: RunDirectory, folder: Path, monkeypatch: py
     """The comparison can fail: without the generators' states the resumed run has other dropout."""
     config = toy_config(folder, "careless")
     directory = RunDirectory(config.output / config.name)
-    monkeypatch.setattr(RunKeeper, "_wish", lambda keeper, trainer: 3 if keeper.position.step == 5 else 0)
+    monkeypatch.setattr(RunKeeper, "_wish", lambda keeper, *_: 3 if keeper.position.step == 5 else 0)
     fit(config, progress=False)
     monkeypatch.undo()
     monkeypatch.setattr("steradian.training.keeper.restore_random_state", lambda state: None)

@@ -7,6 +7,7 @@ Frank, Chmiela, Müller, Unke, "Euclidean Fast Attention: Machine Learning Globa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from steradian.equivariant.irreps import (
 )
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
-from steradian.operators.efa_limits import RESOLVED, SizeWatch, resolved_phase
+from steradian.operators.efa_limits import RESOLVED, SizeWatch, graded_points, resolved_phase
 from steradian.operators.efa_periodic import reciprocal_attention
 from steradian.sharing import Share
 from steradian.sphere.grids import lebedev
@@ -104,6 +105,35 @@ class TensorIntegration(nn.Module):
         return self.product.of_pairs(pairs)
 
 
+@dataclass(frozen=True)
+class Band:
+    """Pairs of channels with one rule, and for tensor integration harmonics, even and odd, at its directions."""
+
+    pairs: slice
+    rule: DirectionRule
+    functions: tuple[Tensor, Tensor] | None
+
+    def to(self, like: Tensor) -> Band:
+        functions = None if self.functions is None else (self.functions[0].to(like), self.functions[1].to(like))
+        return Band(self.pairs, self.rule.to(like), functions)
+
+
+def _odd_components(l_max: int) -> Tensor:
+    return torch.tensor([degree % 2 for degree in range(l_max + 1) for _ in range(2 * degree + 1)], dtype=torch.bool)
+
+
+def _harmonics(directions: Tensor, degree_scaling: list[float] | None) -> tuple[Tensor, Tensor] | None:
+    """``[A, m]`` and ``[O, m]`` harmonics whose squares sum to the squared factor of their degree."""
+    if degree_scaling is None:
+        return None
+    l_max = len(degree_scaling) - 1
+    values = spherical_harmonics(directions, l_max).T.clone()  # [(l + 1)^2, m]
+    for degree, factor in enumerate(degree_scaling):
+        values[degree**2 : (degree + 1) ** 2] *= factor / math.sqrt(2 * degree + 1)
+    odd = _odd_components(l_max)
+    return values[~odd], values[odd]
+
+
 class EuclideanFastAttention(nn.Module):
     """Every atom attends to all atoms of its system: ``[N, D, C] -> [N, D', C_v]``.
 
@@ -143,9 +173,7 @@ class EuclideanFastAttention(nn.Module):
         super().__init__()
         self.config, self.degrees, self.num_channels = config, degrees, num_channels
         self.nominal = nominal or degrees
-        grid = lebedev(config.num_points)
-        self.grid = grid
-        self._rule = DirectionRule.from_grid(grid.points, grid.weights)
+        self.grid = lebedev(config.num_points)
         nominal_qk = _nominal(self.nominal, config.max_degree_qk, config.include_pseudotensors_qk, "max_degree_qk")
         nominal_v = _nominal(self.nominal, config.max_degree_v, config.include_pseudotensors_v, "max_degree_v")
         # irreps that are asked for but not there would be zeros; only the scale of the scores knows of them
@@ -168,11 +196,12 @@ class EuclideanFastAttention(nn.Module):
         else:
             self.register_buffer("frequencies", start, persistent=False)
         self._start = start
-        spacing = float(start[-1]) / max(1, len(start) - 1)
-        self.shell_width = config.shell_width_per_A or spacing
+        self.shell_width = config.shell_width_per_A or float(start[-1]) / max(1, len(start) - 1)
+        self._degree_scaling: list[float] | None = None
         self.integration: TensorIntegration | None = None
         if config.tensor_integration is not None:
             self.integration = self._make_integration(config.tensor_integration, nominal_v)
+        self._bands = self._make_bands()
         self.watch = SizeWatch(config.num_points)
         self.degrees_out = self.degrees_v if self.integration is None else self.integration.degrees_out
         self._place()
@@ -193,25 +222,37 @@ class EuclideanFastAttention(nn.Module):
             has_pseudotensors(out),
             config.learned_paths,
         )
-        values = spherical_harmonics(self._rule.directions, l_sph).T.clone()  # [(l + 1)^2, m]
         self._degree_scaling = config.degree_scaling or [1.0] * (l_sph + 1)
-        for degree, factor in enumerate(self._degree_scaling):
-            values[degree**2 : (degree + 1) ** 2] *= factor / math.sqrt(2 * degree + 1)
-        odd = torch.tensor([degree % 2 for degree in range(l_sph + 1) for _ in range(2 * degree + 1)], dtype=torch.bool)
-        self._harmonics = (values[~odd], values[odd])
+        odd = _odd_components(l_sph)
         self._order = torch.cat([torch.nonzero(~odd), torch.nonzero(odd)]).squeeze(1).argsort()
         return integration
+
+    def _make_bands(self) -> list[Band]:
+        """Neighbouring pairs of channels that share a rule; one band unless the rules are graded."""
+        count, points = len(self._start), self.config.num_points
+        chosen = [points] * count
+        if self.config.graded:
+            phases = self._start * self.config.max_length_A
+            extra = 0 if self._degree_scaling is None else len(self._degree_scaling) - 1
+            chosen = graded_points(points, self.config.max_frequency, phases, extra)
+        bands, start = [], 0
+        for stop in range(1, count + 1):
+            if stop == count or chosen[stop] != chosen[start]:
+                grid = lebedev(chosen[start])
+                rule = DirectionRule.from_grid(grid.points, grid.weights)
+                bands.append(Band(slice(start, stop), rule, _harmonics(rule.directions, self._degree_scaling)))
+                start = stop
+        return bands
 
     # ------------------------------------------------------------------------------------------- constants of the grid
 
     def _place(self) -> None:
         """Grid and fixed frequencies in the dtype and on the device of the parameters, always from float64."""
         like = next((p.detach() for p in self.parameters()), self.frequencies.detach())
-        self.rule = self._rule.to(like)
+        self.bands = [band.to(like) for band in self._bands]
         if not self.config.trainable_frequencies:
             self.frequencies = self._start.to(like)
         if self.integration is not None:
-            self.functions = tuple(values.to(like) for values in self._harmonics)
             self.order = self._order.to(like.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EuclideanFastAttention:
@@ -230,9 +271,11 @@ class EuclideanFastAttention(nn.Module):
         """What the attention resolves, in words."""
         largest = self.largest_frequency
         reach = resolved_phase(self.config.num_points) / largest
+        points = [band.rule for band in self.bands]
+        graded = f" ({2 * len(points[0].weights)} to {2 * len(points[-1].weights)} points)" if len(points) > 1 else ""
         parts = [
             f"{len(self.frequencies)} frequencies up to {largest:.3g}/Å",
-            f"{self.grid.name} resolves systems up to {reach:.0f} Å (error of a plane wave {RESOLVED:.0e})",
+            f"{self.grid.name}{graded} resolves systems up to {reach:.0f} Å (error of a plane wave {RESOLVED:.0e})",
         ]
         if self.config.periodic:
             parts.append(f"crystals: shells of wave numbers of half width {self.shell_width:.3g}/Å")
@@ -287,21 +330,26 @@ class EuclideanFastAttention(nn.Module):
         num_systems: int,
         share: Share | None,
     ) -> Tensor:
-        functions: Any = None if self.integration is None else self.functions
         self.watch.look(positions, system, num_systems, self.largest_frequency)
-        return rotary_attention(
-            queries,
-            keys,
-            values,
-            positions,
-            self.frequencies,
-            self.rule,
-            system,
-            num_systems,
-            size=self.size,
-            functions=functions,
-            share=share,
-        )
+        out: Tensor | None = None
+        for band in self.bands:
+            channels = slice(2 * band.pairs.start, 2 * band.pairs.stop)
+            part = rotary_attention(
+                queries[..., channels],
+                keys[..., channels],
+                values,
+                positions,
+                self.frequencies[band.pairs],
+                band.rule,
+                system,
+                num_systems,
+                size=self.size,
+                functions=band.functions,
+                share=share,
+            )
+            out = part if out is None else out + part
+        assert out is not None
+        return out
 
     def _mixed(
         self,

@@ -14,9 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from steradian.sphere.grids import SphereGrid, lebedev
+from steradian.sphere.grids import LEBEDEV_DEGREES, SphereGrid, lebedev
 
-__all__ = ["RESOLVED", "SizeWatch", "plane_wave_error", "resolved_phase"]
+__all__ = ["RESOLVED", "SizeWatch", "graded_points", "plane_wave_error", "resolved_phase"]
 
 RESOLVED = 2e-5
 """Error of a plane wave's mean up to which a rule counts as sufficient; the largest in the paper's table."""
@@ -47,6 +47,28 @@ def resolved_phase(num_points: int, tolerance: float = RESOLVED) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if plane_wave_error(grid, middle) < tolerance else (low, middle)
     return low
+
+
+def graded_points(num_points: int, largest_phase: float, phases: Tensor, extra_degree: int = 0) -> list[int]:
+    """The smallest Lebedev rule for each phase that errs no more than the given one does at the largest phase.
+
+    Args:
+        num_points: of the rule for the largest phase.
+        largest_phase: largest frequency times distance.
+        phases: ``[n]`` the same for every frequency.
+        extra_degree: of a polynomial of the direction that is integrated together with the waves.
+    """
+    known = [points for points in LEBEDEV_DEGREES if points <= num_points and not lebedev(points).has_negative_weights]
+    allowed = max(plane_wave_error(lebedev(num_points), largest_phase), 1e-12)
+    chosen = []
+    for phase in phases.tolist():
+        degree = next(
+            (lebedev(points).degree for points in known if plane_wave_error(lebedev(points), phase) <= allowed),
+            LEBEDEV_DEGREES[num_points],
+        )
+        fits = [points for points in known if LEBEDEV_DEGREES[points] >= degree + (extra_degree if phase else 0)]
+        chosen.append(fits[0] if fits else num_points)
+    return chosen
 
 
 class SizeWatch:

@@ -180,8 +180,9 @@ class RunKeeper(pl.Callback):
         patience = self.config.early_stopping_patience
         last = self.position.epoch >= self.config.max_epochs
         stale = patience is not None and self.position.stale >= patience
-        wish = self._wish(trainer)
-        if stale or last or wish or time.monotonic() - self._last_save > SHORTEST_SAVE_INTERVAL_S:
+        # saving is collective, so a clock must not decide it in every process for itself
+        wish = self._wish(trainer, SHORTEST_SAVE_INTERVAL_S)
+        if stale or last or wish:
             self.save(trainer, pl_module)
         if stale and not last:
             raise StopTraining("early_stopping")
@@ -250,19 +251,22 @@ class RunKeeper(pl.Callback):
             self.on_row(row)
         self.reporter.validation(row, best=self.position.best_epoch == epoch)
 
-    def _wish(self, trainer: pl.Trainer) -> int:
-        """3: a signal asks to stop; 2: the time is up; 1: a state is due; 0: nothing. All processes agree."""
+    def _wish(self, trainer: pl.Trainer, interval: float = math.inf) -> int:
+        """3: a signal asks to stop; 2: the time is up; 1: a state is due; 0: nothing. All processes agree.
+
+        A state is due after ``interval`` or ``checkpoint_every_s``, whichever is shorter [s].
+        """
         wish = 0
         if self.request.signal is not None:
             wish = 3
         elif self.config.max_time_s is not None and self.elapsed_s >= self.config.max_time_s:
             wish = 2
-        elif time.monotonic() - self._last_save >= self.config.checkpoint_every_s:
+        elif time.monotonic() - self._last_save >= min(interval, self.config.checkpoint_every_s):
             wish = 1
         if trainer.world_size == 1:
             return wish
         device = trainer.strategy.root_device
-        if device.type == "cuda" and self.position.step % AGREE_EVERY:
+        if device.type == "cuda" and interval == math.inf and self.position.step % AGREE_EVERY:
             return 0
         together = torch.tensor(wish, device=device)
         torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
