@@ -63,6 +63,7 @@ def build_potential(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
+    elements = {"elements": sorted(statistics.elements)} if config.host.kind == "mace" else {}
     host = HOSTS[config.host.kind](
         config.host,
         num_elements=len(statistics.elements),
@@ -71,6 +72,7 @@ def build_potential(
         shift=statistics.energy_shift,
         make_gate=_isolated(make_gate or gate_factory(config)),
         make_mixer=_isolated(make_mixer or mixer_factory(config)),
+        **elements,
     )
     return Potential(host, config, statistics)
 

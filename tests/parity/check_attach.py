@@ -171,12 +171,8 @@ if has("nequip"):
 if has("torch_geometric"):
     CASES["visnet"] = (pyg_model, pyg_call, pyg_converted)
     CASES["vertex"] = (lambda: pyg_model(vertex=True, lmax=1), pyg_call, pyg_converted)
-CONVERTIBLE = [
-    name for name, case in CASES.items()
-    if case[2] and name not in ("RealAgnosticAttResidualInteractionBlock", "RealAgnosticDensityInteractionBlock",
-                                "RealAgnosticDensityResidualInteractionBlock",
-                                "RealAgnosticResidualNonLinearInteractionBlock")
-]  # fmt: skip
+NOT_CONVERTIBLE = ("RealAgnosticAttResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock")
+CONVERTIBLE = [name for name, case in CASES.items() if case[2] and name not in NOT_CONVERTIBLE]
 
 
 @pytest.fixture(params=list(CASES))
