@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -79,15 +80,15 @@ class ConvolutionHost(Host):
             envelope = self.radial_scale * envelope
         return self.radial_basis(lengths) * envelope.unsqueeze(-1)
 
-    def tabulate_radial(self, num_intervals: int) -> float:
+    def tabulate_radial(self, num_intervals: int) -> float | None:
         exact = copy.deepcopy(self).double()
         return max(
             layer.radial_network.tabulate(exact.radial, self.cutoff, num_intervals)  # type: ignore[operator, union-attr]
             for layer in self.get_submodule("layers").children()
         )
 
-    def edges(self, graph: Graph, vectors: Tensor) -> Edges:
-        """Lengths, radial basis, envelope and harmonics of the edges."""
+    def edges(self, graph: Graph, vectors: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Edges:
+        """Lengths, radial basis (of transformed lengths), envelope and harmonics of the edges."""
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
         return Edges(
@@ -95,7 +96,7 @@ class ConvolutionHost(Host):
             receivers=graph.receivers,
             vectors=vectors,
             lengths=lengths,
-            radial=self._radial(lengths, envelope),
+            radial=self._radial(lengths if transform is None else transform(lengths), envelope),
             envelope=envelope,
             harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
             num_atoms=graph.num_atoms,
