@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from steradian.config_base import Section
 from steradian.config_efa import EFAConfig, O3MPNNConfig
 from steradian.config_hosts import ExpNormalConfig, MACEConfig, NequIPConfig, RadialConfig, ReadoutConfig, ViSNetConfig
+from steradian.config_precision import PRESETS, PrecisionConfig, Preset
 
 __all__ = [
     "ConfigError",
@@ -34,6 +35,7 @@ __all__ = [
     "ReadoutConfig",
     "RunConfig",
     "TrainingConfig",
+    "PrecisionConfig",
     "ViSNetConfig",
     "dump_config",
     "json_schema",
@@ -131,12 +133,22 @@ class ModelConfig(Section):
     host: HostConfig = MACEConfig()
     edge_gate: EdgeGateConfig = NoGate()
     global_mixer: GlobalMixerConfig = NoMixer()
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Preset | PrecisionConfig = Field(
+        "float32", description="a preset, or a section with a preset and other formats for single roles"
+    )
 
     @field_validator("host", mode="before")
     @classmethod
     def _mace_unless_said(cls, host: Any) -> Any:
         return {"kind": "mace", **host} if isinstance(host, dict) else host
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known_preset(cls, precision: Any) -> Any:
+        if isinstance(precision, str) and precision not in PRESETS:
+            raise ValueError(f"unknown preset; choose {', '.join(PRESETS)}")
+        # one kind of value goes on, so that a mistake is told once
+        return PrecisionConfig.model_validate(precision) if isinstance(precision, dict) else precision
 
 
 # -------------------------------------------------------------------------------------------------------------- data

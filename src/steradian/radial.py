@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from steradian.activations import silu
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.kernels.frozen import of_weight
+from steradian.precision import WithRole, cast
 
 __all__ = [
     "RadialBasis",
@@ -146,11 +148,12 @@ def _chebyshev(x: Tensor, num: int) -> Tensor:
     return torch.stack(values[1 : num + 1], dim=-1)
 
 
-class RadialNetwork(nn.Module):
+class RadialNetwork(WithRole):
     """Bias-free perceptron from the radial basis to the weights of a tensor product: ``[E, R] -> [E, P, C]``.
 
     Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment: unit-variance weights keep unit variance. The
-    last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+    last layer is linear, so an edge gate may scale its input instead of its (wider) output. In a format of its own
+    (:mod:`steradian.precision`) it stays in it from the first layer to the result, which products take as it is.
 
     Args:
         num_radial: R.
@@ -158,6 +161,8 @@ class RadialNetwork(nn.Module):
         num_paths, num_channels: P and C of the weights.
         gain: factor on SiLU, where a published model has another one.
     """
+
+    role = "radial"
 
     def __init__(
         self,
@@ -181,15 +186,20 @@ class RadialNetwork(nn.Module):
         """
         if self.table is not None and lengths is not None:
             return self.table(lengths, gate)
-        x = radial  # constants go into the weights, which are smaller than what they multiply
+        x = cast(radial, self.low)  # constants go into the weights, which are smaller than what they multiply
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
-            x = silu(x @ (weight * scale))
+            x = silu(x @ self._scaled(weight, scale))
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
-            x = x * gate.unsqueeze(-1)
-        return (x @ (last * scale)).view(-1, self.num_paths, self.num_channels)
+            x = x * cast(gate, self.low).unsqueeze(-1)
+        return (x @ self._scaled(last, scale)).view(-1, self.num_paths, self.num_channels)
+
+    def _scaled(self, weight: Tensor, scale: float) -> Tensor:
+        if self.low is None:
+            return weight * scale
+        return of_weight(weight, (scale, self.low), lambda value: cast(value * scale, self.low))
 
     def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
         """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).
@@ -203,7 +213,7 @@ class RadialNetwork(nn.Module):
             Largest error of a weight half way between knots, relative to the largest weight.
         """
         exact = copy.deepcopy(self).double()
-        exact.table = None
+        exact.table = exact.low = None
 
         def weights(lengths: Tensor) -> Tensor:
             return exact(radial_of(lengths)).detach()

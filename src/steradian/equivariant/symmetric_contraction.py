@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.precision import WithRole, cast
 
 __all__ = ["SymmetricContraction", "contraction_polynomial", "published_path_count"]
 
@@ -94,7 +95,7 @@ def _initial_scales(polynomial: Polynomial, degrees_in: Degrees, degrees_out: De
     return scales
 
 
-class SymmetricContraction(nn.Module):
+class SymmetricContraction(WithRole):
     """``B = sum_p w[element, p] U_p(A, ..., A)`` up to a given correlation (Batatia et al. 2022, equation 10).
 
     Args:
@@ -106,6 +107,10 @@ class SymmetricContraction(nn.Module):
 
     The weight is ``[Z, P, C]``, P the number of independent couplings.
     """
+
+    role = "contraction"
+    #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
+    tables_dtype: torch.dtype | None = None
 
     def __init__(
         self, degrees_in: Degrees, degrees_out: Degrees, correlation: int, num_elements: int, num_channels: int
@@ -120,4 +125,6 @@ class SymmetricContraction(nn.Module):
 
     def forward(self, features: Tensor, species: Tensor) -> Tensor:
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
-        return evaluate(self.polynomial, [self.weight, features], gathers=[species, None])
+        given = [cast(self.weight, self.low), cast(features, self.low)]
+        out = evaluate(self.polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        return out.to(features.dtype)

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
@@ -30,6 +31,8 @@ class Host(nn.Module, ABC):
     """
 
     cutoff: float
+    #: Whether vectors may come in a wider format than that of the features.
+    takes_exact_vectors = False
 
     @property
     def reach(self) -> float:
@@ -69,6 +72,9 @@ class ConvolutionHost(Host):
     envelope_p: int
     l_max: int
     radial_scale: float = 1.0
+    takes_exact_vectors = True
+    #: Format of the harmonics (role ``harmonics`` of :mod:`steradian.precision`); None: that of the features.
+    harmonics_dtype: torch.dtype | None = None
 
     def radial(self, lengths: Tensor) -> Tensor:
         """Radial basis times envelope ``[E, R]``."""
@@ -87,17 +93,23 @@ class ConvolutionHost(Host):
         )
 
     def edges(self, graph: Graph, vectors: Tensor) -> Edges:
-        """Lengths, radial basis, envelope and harmonics of the edges."""
+        """Lengths, radial basis, envelope and harmonics of the edges, in the format of the weights.
+
+        Lengths and radial basis are worked out in the format of the vectors, harmonics in that of their role.
+        """
+        dtype = next(self.parameters()).dtype
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
-            vectors=vectors,
-            lengths=lengths,
-            radial=self._radial(lengths, envelope),
-            envelope=envelope,
-            harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
+            vectors=vectors.to(dtype),
+            lengths=lengths.to(dtype),
+            radial=self._radial(lengths, envelope).to(dtype),
+            envelope=envelope.to(dtype),
+            harmonics=spherical_harmonics(
+                unit_vectors(vectors, lengths).to(self.harmonics_dtype or dtype), self.l_max
+            ).to(dtype),
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,
