@@ -54,8 +54,13 @@ def evaluate(
         raise ValueError("scatter needs num_rows")
     gathers = gathers if gathers is not None else [None] * len(inputs)
     wide = arithmetic_of(inputs)
-    inputs = [value if value.dtype == wide else value.to(wide) for value in inputs]
-    if backend_for(*inputs) == "cpu":
+    first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
+    backend = backend_for(first)
+    inputs = [
+        value if backend == "cpu" and _reads(polynomial, place, value, gathers) else value.to(wide)
+        for place, value in enumerate(inputs)
+    ]
+    if backend == "cpu":
         from steradian.kernels.apply import evaluate_cpu
 
         return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality)
@@ -68,3 +73,9 @@ def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
     if len(formats) == 1 and inputs[0].dtype.itemsize >= 4:
         return inputs[0].dtype
     return torch.float64 if torch.float64 in formats else torch.float32
+
+
+def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Tensor | None]) -> bool:
+    """Whether the machine code reads this input of bfloat16 itself; weights that are folded first are widened."""
+    folded = place == polynomial.outer and gathers[place] is not None
+    return value.dtype == torch.bfloat16 and polynomial.inputs[place].has_channels and not folded
