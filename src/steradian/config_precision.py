@@ -20,6 +20,7 @@ Role = Literal[
     "radial",
     "messages",
     "accumulate",
+    "paths",
     "contraction",
     "node",
     "attention",
@@ -33,7 +34,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 #: Roles that take no format of 16 bits: their rounding is not averaged out by anything that follows.
 WIDE_ROLES = ("geometry", "harmonics", "tables", "accumulate", "energy", "forces")
 #: Roles that a layer may have of its own.
-LAYER_ROLES = ("radial", "messages", "accumulate", "contraction", "node", "attention")
+LAYER_ROLES = ("radial", "messages", "accumulate", "paths", "contraction", "node", "attention")
 
 
 def check_roles(roles: Mapping[Role, Format], where: str) -> None:

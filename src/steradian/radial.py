@@ -152,8 +152,10 @@ class RadialNetwork(WithRole):
     """Bias-free perceptron from the radial basis to the weights of a tensor product: ``[E, R] -> [E, P, C]``.
 
     Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment: unit-variance weights keep unit variance. The
-    last layer is linear, so an edge gate may scale its input instead of its (wider) output. In a format of its own
-    (:mod:`steradian.precision`) it stays in it from the first layer to the result, which products take as it is.
+    last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+
+    A format of its own (:mod:`steradian.precision`) is that of the last product, by far the largest, and of its result,
+    which tensor products take as it is. The narrow layers before it would bring most of the error and little speed.
 
     Args:
         num_radial: R.
@@ -186,20 +188,19 @@ class RadialNetwork(WithRole):
         """
         if self.table is not None and lengths is not None:
             return self.table(lengths, gate)
-        x = cast(radial, self.low)  # constants go into the weights, which are smaller than what they multiply
+        x = radial  # constants go into the weights, which are smaller than what they multiply
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
-            x = silu(x @ self._scaled(weight, scale))
+            x = silu(x @ (weight * scale))
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
-            x = x * cast(gate, self.low).unsqueeze(-1)
-        return (x @ self._scaled(last, scale)).view(-1, self.num_paths, self.num_channels)
-
-    def _scaled(self, weight: Tensor, scale: float) -> Tensor:
+            x = x * gate.unsqueeze(-1)
         if self.low is None:
-            return weight * scale
-        return of_weight(weight, (scale, self.low), lambda value: cast(value * scale, self.low))
+            last = last * scale
+        else:
+            last = of_weight(last, ("scaled", self.low), lambda weight: cast(weight * scale, self.low))
+        return (cast(x, self.low) @ last).view(-1, self.num_paths, self.num_channels)
 
     def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
         """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).

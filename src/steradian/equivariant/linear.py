@@ -57,6 +57,8 @@ class PathLinear(WithRole):
         widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
     """
 
+    role = "paths"
+
     def __init__(
         self,
         table: PathTable,

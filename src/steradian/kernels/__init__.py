@@ -56,8 +56,9 @@ def evaluate(
     wide = arithmetic_of(inputs)
     first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
     backend = backend_for(first)
+    readable = backend == "cpu" and wide == torch.float32
     inputs = [
-        value if backend == "cpu" and _reads(polynomial, place, value, gathers) else value.to(wide)
+        value if readable and _reads(polynomial, place, value, gathers) else value.to(wide)
         for place, value in enumerate(inputs)
     ]
     if backend == "cpu":
