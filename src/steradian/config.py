@@ -265,6 +265,10 @@ class TrainingConfig(Section):
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better monitored metric")
     validate_every: int = Field(1, ge=1, description="epochs")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds between checkpoints inside an epoch")
+    progressive_correlation: list[int] | None = Field(
+        None,
+        description="MACE: start with terms of order 1; epochs from which order 2, 3, ... take part, such as [20, 40]",
+    )
     seed: int = 0
     loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
@@ -278,6 +282,19 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _check_orders(self) -> RunConfig:
+        epochs = self.training.progressive_correlation
+        if epochs is None:
+            return self
+        host = self.model.host
+        if not isinstance(host, MACEConfig):
+            raise ValueError("training.progressive_correlation belongs to the host 'mace'")
+        wanted = max(host.correlations) - 1
+        if len(epochs) != wanted or epochs != sorted(epochs) or min(epochs, default=0) < 0:
+            raise ValueError(f"training.progressive_correlation needs {wanted} epochs in ascending order")
+        return self
 
 
 # ------------------------------------------------------------------------------------------- reading and explaining

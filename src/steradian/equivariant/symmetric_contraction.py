@@ -8,6 +8,7 @@ from mace-torch's while the functions that can be represented are the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from math import factorial
 
@@ -109,6 +110,8 @@ class SymmetricContraction(WithRole):
     """
 
     role = "contraction"
+    #: Highest number of factors that takes part at present (see :mod:`steradian.training.progressive`).
+    order: int
     #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
     tables_dtype: torch.dtype | None = None
 
@@ -116,6 +119,7 @@ class SymmetricContraction(WithRole):
         self, degrees_in: Degrees, degrees_out: Degrees, correlation: int, num_elements: int, num_channels: int
     ) -> None:
         super().__init__()
+        self.correlation = self.order = correlation
         self.polynomial = contraction_polynomial(degrees_in, degrees_out, correlation)
         scales = torch.as_tensor(
             _initial_scales(self.polynomial, degrees_in, degrees_out), dtype=torch.get_default_dtype()
@@ -126,5 +130,19 @@ class SymmetricContraction(WithRole):
     def forward(self, features: Tensor, species: Tensor) -> Tensor:
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
         given = [cast(self.weight, self.low), cast(features, self.low)]
-        out = evaluate(self.polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)
+        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
         return out.to(features.dtype)
+
+    @torch.no_grad()
+    def clear_orders_above(self, order: int) -> None:
+        """Put the weights of terms with more factors to zero."""
+        for group in self.polynomial.terms:
+            if len(group.factors) - 1 > order:
+                self.weight[:, torch.as_tensor(np.unique(group.indices[:, 0]))] = 0.0
+
+
+@cache
+def _truncated(polynomial: Polynomial, order: int) -> Polynomial:
+    """The terms of a contraction with at most so many factors, on the same weights."""
+    return replace(polynomial, terms=tuple(group for group in polynomial.terms if len(group.factors) - 1 <= order))
