@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
-from steradian.config import EFAConfig, MARAConfig, ModelConfig
+from steradian.config import EFAConfig, MARAConfig, ModelConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
@@ -19,7 +19,7 @@ from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.efa_mixer import efa_factory
 from steradian.operators.mara import mara_factory
-from steradian.potential import Potential
+from steradian.potential import PLAIN, Potential
 from steradian.self_test import SelfTest, SelfTestError
 
 HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
@@ -100,18 +100,30 @@ def save_potential(path: Path | str, potential: Potential, extra: dict[str, Any]
 
 
 def load_potential(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    precision: str | PrecisionConfig | None = None,
 ) -> Potential:
     """Rebuild a potential from a model file or the folder of a training run, ready for evaluation.
 
     Args:
         path: ``.safetensors`` file, or a folder with ``model.safetensors``.
         device: where to put it.
-        dtype: overrides the precision it was trained in.
+        dtype: float32 or float64 for all roles; overrides the precision it was trained in.
+        precision: preset (see :mod:`steradian.precision`) or section of the configuration; overrides the same.
 
     Raises:
         ModelFileError: missing, damaged, not a steradian model, or a converted one that fails its self-test.
+        ValueError: both ``dtype`` and ``precision``, or one that is not known.
     """
+    if dtype is not None:
+        if precision is not None:
+            raise ValueError("give dtype or precision, not both")
+        precision = PLAIN.get(dtype)
+        if precision is None:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     weights, header = read_model_file(path)
     try:
         config = ModelConfig.model_validate(header["model"])
@@ -125,17 +137,14 @@ def load_potential(
         raise ModelFileError(
             f"{path}: weights do not fit the configuration ({str(error).splitlines()[-1].strip()})"
         ) from None
-    if dtype is not None:
-        name = {torch.float32: "float32", torch.float64: "float64"}.get(dtype)
-        if name is None:
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
-        potential.config = config.model_copy(update={"precision": name})
-        potential.to(dtype)
     potential = potential.to(device).eval()
+    wanted = config.precision if precision is None else precision
     if "self_test" in header["extra"]:
         potential.self_test = SelfTest.from_dict(header["extra"]["self_test"])
+        # its bounds are those of rounding in one format; weights do not change by going to another policy and back
+        plain = wanted if wanted in PLAIN.values() else PLAIN[potential.dtype]
         try:
-            potential.self_test.check(potential)
+            potential.self_test.check(potential.set_precision(plain))
         except SelfTestError as error:
             raise ModelFileError(f"{path}: {error}") from None
-    return potential
+    return potential.set_precision(wanted)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from steradian.config_base import Section
 from steradian.config_efa import EFAConfig, O3MPNNConfig
 from steradian.config_hosts import ExpNormalConfig, MACEConfig, NequIPConfig, RadialConfig, ReadoutConfig, ViSNetConfig
+from steradian.config_precision import PRESETS, PrecisionConfig, Preset
 
 __all__ = [
     "ConfigError",
@@ -34,6 +35,7 @@ __all__ = [
     "ReadoutConfig",
     "RunConfig",
     "TrainingConfig",
+    "PrecisionConfig",
     "ViSNetConfig",
     "dump_config",
     "json_schema",
@@ -131,12 +133,22 @@ class ModelConfig(Section):
     host: HostConfig = MACEConfig()
     edge_gate: EdgeGateConfig = NoGate()
     global_mixer: GlobalMixerConfig = NoMixer()
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Preset | PrecisionConfig = Field(
+        "float32", description="a preset, or a section with a preset and other formats for single roles"
+    )
 
     @field_validator("host", mode="before")
     @classmethod
     def _mace_unless_said(cls, host: Any) -> Any:
         return {"kind": "mace", **host} if isinstance(host, dict) else host
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known_preset(cls, precision: Any) -> Any:
+        if isinstance(precision, str) and precision not in PRESETS:
+            raise ValueError(f"unknown preset; choose {', '.join(PRESETS)}")
+        # one kind of value goes on, so that a mistake is told once
+        return PrecisionConfig.model_validate(precision) if isinstance(precision, dict) else precision
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -253,6 +265,10 @@ class TrainingConfig(Section):
     early_stopping_patience: int | None = Field(None, ge=1, description="validations without a better monitored metric")
     validate_every: int = Field(1, ge=1, description="epochs")
     checkpoint_every_s: float = Field(300.0, gt=0, description="seconds between checkpoints inside an epoch")
+    progressive_correlation: list[int] | None = Field(
+        None,
+        description="MACE: start with terms of order 1; epochs from which order 2, 3, ... take part, such as [20, 40]",
+    )
     seed: int = 0
     loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
@@ -266,6 +282,19 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _check_orders(self) -> RunConfig:
+        epochs = self.training.progressive_correlation
+        if epochs is None:
+            return self
+        host = self.model.host
+        if not isinstance(host, MACEConfig):
+            raise ValueError("training.progressive_correlation belongs to the host 'mace'")
+        wanted = max(host.correlations) - 1
+        if len(epochs) != wanted or epochs != sorted(epochs) or min(epochs, default=0) < 0:
+            raise ValueError(f"training.progressive_correlation needs {wanted} epochs in ascending order")
+        return self
 
 
 # ------------------------------------------------------------------------------------------- reading and explaining

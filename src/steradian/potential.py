@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.config import ModelConfig
+from steradian.config import ModelConfig, PrecisionConfig
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
-from steradian.precision import POLICIES
+from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Potential"]
 
 SYMBOLS_UP_TO = 118
+PLAIN = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Potential(nn.Module):
@@ -51,7 +52,24 @@ class Potential(nn.Module):
         self.self_test: SelfTest | None = None  # of a converted model, until it is trained
         # one entry per tensor of numbers that is alive: the same tensor comes again at every step of a simulation
         self._species_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.to(POLICIES[config.precision].compute)
+        self.policy: PrecisionPolicy
+        self.set_precision(config.precision)
+
+    def set_precision(self, precision: str | PrecisionConfig) -> Potential:
+        """Compute in another precision from now on; weights are cast where their format is another one.
+
+        Args:
+            precision: preset (:data:`steradian.precision.POLICIES`) or section of the configuration; stored with the
+                model.
+
+        Raises:
+            ValueError: an unknown preset, or a layer that the host does not have.
+        """
+        policy = policy_of(precision)
+        assign(self.host, policy)
+        self.config = self.config.model_copy(update={"precision": precision})
+        self.policy = policy
+        return self.to(policy.weights)
 
     def _reference_tensor(self) -> Tensor:
         energies = [float(self.statistics.atom_references[number]) for number in self.elements]
@@ -61,6 +79,8 @@ class Potential(nn.Module):
         # Reference energies keep their digits whatever dtype the network is cast to.
         super()._apply(fn, recurse)
         self.atom_references = self._reference_tensor().to(self.atom_references.device)
+        if self.dtype != self.policy.weights and self.dtype in PLAIN:  # all roles go with the weights
+            self.set_precision(PLAIN[self.dtype])
         return self
 
     @property
@@ -70,7 +90,7 @@ class Potential(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in."""
+        """The dtype of the weights; roles may have others (:attr:`policy`)."""
         return next(self.host.parameters()).dtype
 
     @property
@@ -108,12 +128,15 @@ class Potential(nn.Module):
             stress: give the stress (zero for systems without a cell).
         """
         species = self.species(graph.numbers)
-        with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress):
+        policy = self.policy
+        with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)
-            cell = graph.cell.to(device=self.device, dtype=self.dtype)
+            cell = graph.cell.to(device=self.device, dtype=positions.dtype)
             strain = torch.zeros_like(cell).requires_grad_(stress)
             strained, cell_strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
-            output = self.host(replace(graph, cell=cell_strained), species, strained, vectors)
+            vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
+            inside = replace(graph, cell=cell_strained.to(policy.weights))
+            output = self.host(inside, species, strained.to(policy.weights), vectors)
             if graph.share is not None:  # copies of other processes' atoms do not count
                 energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
                 output = replace(output, atom_energies=energies)
@@ -122,16 +145,16 @@ class Potential(nn.Module):
         references = self.atom_references.index_select(0, species)
         if graph.share is not None:
             references = torch.where(graph.share.owned, references, 0.0)
-        atom_energies = output.atom_energies.to(torch.float64)
+        atom_energies = output.atom_energies.to(policy.energy)
         per_system = atom_energies.new_zeros((2, graph.num_systems))
-        both = torch.stack([atom_energies, references])
-        interaction, reference = per_system.index_add(1, graph.system, both)
+        both = torch.stack([atom_energies, references.to(policy.energy)])
+        interaction, reference = per_system.index_add(1, graph.system, both).to(torch.float64)
         prediction = Prediction(
             energy=interaction + reference,
             atom_energies=atom_energies + references,
             interaction_energy=interaction,
-            forces=-gradients.pop(0) if forces else None,
-            stress=_stress(gradients.pop(0), cell) if stress else None,
+            forces=-gradients.pop(0).to(policy.forces) if forces else None,
+            stress=_stress(gradients.pop(0), cell).to(policy.forces) if stress else None,
             gates=output.gates,
         )
         return prediction if self.training else _detached(prediction)
@@ -164,11 +187,11 @@ class Potential(nn.Module):
     def _centred(self, graph: Graph) -> Tensor:
         """Positions about the mean of each system: float32 loses nothing far from the origin."""
         positions = graph.positions.detach().to(device=self.device)
-        if positions.dtype != self.dtype and graph.num_atoms and graph.share is None:
+        if positions.dtype != self.policy.positions and graph.num_atoms and graph.share is None:
             counts = graph.atoms_per_system.to(positions.dtype).clamp(min=1).unsqueeze(-1)
             sums = positions.new_zeros((graph.num_systems, 3)).index_add(0, graph.system, positions)
             positions = positions - (sums / counts).index_select(0, graph.system)
-        return positions.to(self.dtype, copy=True)
+        return positions.to(self.policy.positions, copy=True)
 
     def _geometry(
         self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None

@@ -1,12 +1,24 @@
-"""Which dtype each role of a model uses. Modules ask for a role; nothing changes PyTorch's global dtype."""
+"""Which format each role of a model uses. Modules ask for their role; nothing changes PyTorch's global dtype.
+
+Weights and the features that go from module to module are kept in one format (float32, or float64). A module whose role
+has another format casts what enters its products, multiplies in that format, and casts the result back; the casts are
+ordinary differentiable operations, so the products of the backward passes run in the same format. See
+docs/precision.md.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["POLICIES", "PrecisionPolicy"]
+from steradian.config_precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
+
+__all__ = ["POLICIES", "PrecisionPolicy", "WithRole", "assign", "cast", "policy_of"]
 
 
 @dataclass(frozen=True)
@@ -14,21 +26,153 @@ class PrecisionPolicy:
     """A dtype per role.
 
     Attributes:
-        geometry: positions (centred per system before the cast), edge vectors, distances.
-        compute: parameters, features, messages and their sums.
+        name: of the preset, with what differs from it.
+        weights: parameters, their gradients, and features between modules (float32 or float64).
+        geometry: edge vectors, distances, radial basis. Positions are centred per system before any cast.
+        harmonics: spherical harmonics of the directions.
+        tables: constants of the products (Clebsch-Gordan coefficients), rounded to this.
+        radial: products of the radial network; its result stays in this format.
+        messages: features of the neighbours as they enter the tensor product.
+        accumulate: arithmetic of the tensor product and sums over neighbours.
+        paths: products that mix the paths of a tensor product, the largest of the linear maps.
+        contraction: what enters the symmetric contraction.
+        node: products of all other linear maps of the features.
+        attention: products in the edge gates and global mixers (queries, keys, values).
+        readout: products of the readout.
         energy: sum over atoms and reference energies. Totals of -20 000 eV keep only 2 meV in float32.
+        forces: sums of what the edges of an atom contribute to its force.
+        tf32: on a GPU, products of float32 matrices may use units of TF32 (10 bits of mantissa).
+        layers: roles of single layers.
     """
 
-    geometry: torch.dtype
-    compute: torch.dtype
+    name: str
+    weights: torch.dtype = torch.float32
+    geometry: torch.dtype = torch.float32
+    harmonics: torch.dtype = torch.float32
+    tables: torch.dtype = torch.float32
+    radial: torch.dtype = torch.float32
+    messages: torch.dtype = torch.float32
+    accumulate: torch.dtype = torch.float32
+    paths: torch.dtype = torch.float32
+    contraction: torch.dtype = torch.float32
+    node: torch.dtype = torch.float32
+    attention: torch.dtype = torch.float32
+    readout: torch.dtype = torch.float32
     energy: torch.dtype = torch.float64
+    forces: torch.dtype = torch.float32
+    tf32: bool = False
+    layers: Mapping[int, Mapping[str, torch.dtype]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.geometry.itemsize < 4:
-            raise ValueError(f"geometry needs at least float32, got {self.geometry}")
+        if self.weights not in (torch.float32, torch.float64):
+            raise ValueError(f"weights need float32 or float64, got {self.weights}")
+        for role in WIDE_ROLES:
+            if getattr(self, role).itemsize < 4:
+                raise ValueError(f"{role} needs at least float32, got {getattr(self, role)}")
 
+    def dtype(self, role: str, layer: int | None = None) -> torch.dtype:
+        """The format of a role, in a layer where it has one of its own."""
+        own = self.layers.get(layer, {}) if layer is not None else {}
+        found: torch.dtype = own.get(role, getattr(self, role))
+        return found
+
+    @property
+    def positions(self) -> torch.dtype:
+        """What positions are differentiated in: the wider of geometry and forces."""
+        return torch.promote_types(self.geometry, self.forces)
+
+    @property
+    def uses_float16(self) -> bool:
+        """Whether gradients may vanish in float16, so that training needs a scaled loss."""
+        own = [dtype for roles in self.layers.values() for dtype in roles.values()]
+        return torch.float16 in (*(getattr(self, role) for role in ROLES), *own)
+
+    @contextmanager
+    def matrix_units(self) -> Iterator[None]:
+        """Allow TF32 inside a ``with`` block where the policy says so; PyTorch's switch is put back after it."""
+        if not self.tf32 or not torch.cuda.is_available():
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+_EVERYTHING_64: dict[str, Any] = dict.fromkeys(("weights", *ROLES), torch.float64)
+_HALF_PRODUCTS: dict[str, Any] = dict.fromkeys(("radial", "messages", "paths", "node", "readout"), torch.float16)
 
 POLICIES = {
-    "float32": PrecisionPolicy(torch.float32, torch.float32),
-    "float64": PrecisionPolicy(torch.float64, torch.float64),
+    "float32": PrecisionPolicy("float32"),
+    "float64": PrecisionPolicy("float64", **_EVERYTHING_64),
+    "mixed": PrecisionPolicy("mixed", radial=torch.bfloat16, paths=torch.bfloat16),
+    "half": PrecisionPolicy("half", **_HALF_PRODUCTS),
+    "tf32": PrecisionPolicy("tf32", tf32=True),
 }
+assert set(POLICIES) == set(PRESETS)
+
+
+def policy_of(config: str | PrecisionConfig) -> PrecisionPolicy:
+    """The policy of a preset's name or of a section of the configuration.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if isinstance(config, str):
+        if config not in POLICIES:
+            raise ValueError(f"precision '{config}' is not known; choose {', '.join(POLICIES)}")
+        return POLICIES[config]
+    preset = POLICIES[config.preset]
+    roles: dict[str, Any] = {role: getattr(torch, name) for role, name in config.roles.items()}
+    layers = {
+        layer: {str(role): getattr(torch, name) for role, name in own.items()} for layer, own in config.layers.items()
+    }
+    changes = [f"{role} {name}" for role, name in config.roles.items()]
+    changes += [f"layer {layer} {role} {name}" for layer, own in config.layers.items() for role, name in own.items()]
+    name = f"{config.preset} with {', '.join(changes)}" if changes else config.preset
+    return replace(preset, name=name, layers=layers, **roles)
+
+
+class WithRole(nn.Module):
+    """A module that multiplies in the format of its role.
+
+    Attributes:
+        role: the module's; operators in the slots of a host have the role ``attention`` whatever it says.
+        low: format to multiply in, or None: that of the features. Set by :func:`assign`.
+    """
+
+    role: str = "node"
+    low: torch.dtype | None = None
+
+
+def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in a format; None leaves it as it is."""
+    return value if dtype is None else value.to(dtype)
+
+
+def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
+    """Give every module of a host the format of its role.
+
+    Raises:
+        ValueError: the policy names a layer that the host does not have.
+    """
+    count = len(list(host.get_submodule("layers").children()))
+    outside = sorted(layer for layer in policy.layers if not 0 <= layer < count)
+    if outside:
+        raise ValueError(f"precision.layers names {outside}; the host's layers are 0..{count - 1}")
+    for name, module in host.named_modules():
+        parts = name.split(".")
+        layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 else None
+        operator = bool({"gate", "mixer"} & set(parts))
+
+        def format_of(role: str, layer: int | None = layer) -> torch.dtype | None:
+            dtype = policy.dtype(role, layer)
+            return None if dtype == policy.weights else dtype
+
+        if isinstance(module, WithRole):
+            module.low = format_of("attention" if operator else module.role)
+        for role in ("accumulate", "tables", "harmonics"):
+            if hasattr(module, f"{role}_dtype"):
+                setattr(module, f"{role}_dtype", format_of(role, layer if role in LAYER_ROLES else None))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from steradian.activations import silu
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.kernels.frozen import of_weight
+from steradian.precision import WithRole, cast
 
 __all__ = [
     "RadialBasis",
@@ -146,11 +148,14 @@ def _chebyshev(x: Tensor, num: int) -> Tensor:
     return torch.stack(values[1 : num + 1], dim=-1)
 
 
-class RadialNetwork(nn.Module):
+class RadialNetwork(WithRole):
     """Bias-free perceptron from the radial basis to the weights of a tensor product: ``[E, R] -> [E, P, C]``.
 
     Layers are scaled by 1/sqrt(fan-in) and SiLU to unit second moment: unit-variance weights keep unit variance. The
     last layer is linear, so an edge gate may scale its input instead of its (wider) output.
+
+    A format of its own (:mod:`steradian.precision`) is that of the last product, by far the largest, and of its result,
+    which tensor products take as it is. The narrow layers before it would bring most of the error and little speed.
 
     Args:
         num_radial: R.
@@ -158,6 +163,8 @@ class RadialNetwork(nn.Module):
         num_paths, num_channels: P and C of the weights.
         gain: factor on SiLU, where a published model has another one.
     """
+
+    role = "radial"
 
     def __init__(
         self,
@@ -189,7 +196,11 @@ class RadialNetwork(nn.Module):
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)
-        return (x @ (last * scale)).view(-1, self.num_paths, self.num_channels)
+        if self.low is None:
+            last = last * scale
+        else:
+            last = of_weight(last, ("scaled", self.low), lambda weight: cast(weight * scale, self.low))
+        return (cast(x, self.low) @ last).view(-1, self.num_paths, self.num_channels)
 
     def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
         """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).
@@ -203,7 +214,7 @@ class RadialNetwork(nn.Module):
             Largest error of a weight half way between knots, relative to the largest weight.
         """
         exact = copy.deepcopy(self).double()
-        exact.table = None
+        exact.table = exact.low = None
 
         def weights(lengths: Tensor) -> Tensor:
             return exact(radial_of(lengths)).detach()

@@ -98,7 +98,7 @@ def test_compare_models_and_stored_errors(folder, tmp_path):
         (("evaluate", "bare", "nowhere.xyz"), "no such file"),
         (("evaluate", "bare", "bundled:nothing"), "bundled:malonaldehyde"),
         (("evaluate", "bare", "test.extxyz", *LABELS, "--device", "nonsense"), "--device cpu"),
-        (("evaluate", "bare", "test.extxyz", *LABELS, "--dtype", "float16"), "float32 or float64"),
+        (("evaluate", "bare", "test.extxyz", *LABELS, "--precision", "float16"), "choose float64, float32, mixed"),
         (("evaluate", "bare", "test.extxyz", *LABELS, "--out", "test.extxyz"), "cannot be used for the results"),
         (("evaluate", "bare", "test.extxyz", *LABELS, "--json", "."), "is a folder"),
         (("compare", "bare", "--data", "test.extxyz"), "2 to 7 models"),

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, train
+from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, precision, train
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,7 @@ app.command()(evaluate.compare)
 app.command()(md.md)
 app.command()(attend.attend)
 app.command()(inspect.inspect)
+app.command()(precision.precision)
 app.command()(convert.convert)
 app.command()(demo.demo)
 app.add_typer(dataset.app, name="dataset")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steradian.config import KeysConfig, UnitsConfig
+from steradian.config_precision import PRESETS
 
 if TYPE_CHECKING:
     from steradian.data.structures import Structure
@@ -31,7 +32,10 @@ Units = Annotated[str, typer.Option(metavar="ENERGY,LENGTH", help="Units of the 
 EnergyOnly = Annotated[bool, typer.Option("--energy-only", help="The structures carry no forces.")]
 Batch = Annotated[int, typer.Option(min=1, help="Structures predicted at once.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or float64.", show_default="as trained")]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", "--dtype", help="float64, float32, mixed, half or tf32.", show_default="as trained"),
+]
 Worst = Annotated[int, typer.Option(min=1, help="How many of the worst structures are listed.")]
 Seed = Annotated[int, typer.Option(help="Of the rotations and of the bootstrap.")]
 
@@ -52,14 +56,14 @@ def evaluate(
     energy_only: EnergyOnly = False,
     batch: Batch = 32,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    precision: Precision = None,
     seed: Seed = 0,
 ) -> None:
     """Errors of a model: MAE, RMSE, Q95, Q99 and MAX, in all, per element and per configuration type."""
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key, config_type=config_type_key)
     require = ("energy",) if energy_only else ("energy", "forces")
     check_writable(out, json)
-    potential = load(model, device, dtype)
+    potential = load(model, device, precision)
     structures = read(data, keys, parsed_units(units), require)
     found = evaluated(potential, model, name or model_name(model), structures, require, batch, worst, rotations, seed)
     show(found.report.tables() + ([found.audit.table()] if found.audit else []))
@@ -91,7 +95,7 @@ def compare(
     energy_only: EnergyOnly = False,
     batch: Batch = 32,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    precision: Precision = None,
     seed: Seed = 0,
 ) -> None:
     """Several models on the same structures: differences to the first, and which of them chance could have made."""
@@ -103,7 +107,7 @@ def compare(
     stored = [path.suffix == ".npz" for path in models]
     if data is None and not all(stored):
         raise ValueError("give --data FILE: models are compared on the structures of one file")
-    potentials = [None if old else load(path, device, dtype) for path, old in zip(models, stored)]
+    potentials = [None if old else load(path, device, precision) for path, old in zip(models, stored)]
     structures = read(data, keys, parsed_units(units), require) if data is not None and not all(stored) else []
 
     from steradian.evaluation.compare import compare as compare_reports
@@ -131,20 +135,19 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def load(path: Path, device: str, dtype: str | None) -> Potential:
+def load(path: Path, device: str, precision: str | None) -> Potential:
     import torch
 
     from steradian.build import load_potential
 
-    names = {"float32": torch.float32, "float64": torch.float64, None: None}
-    if dtype not in names:
-        raise ValueError(f"--dtype {dtype}: float32 or float64")
+    if precision is not None and precision not in PRESETS:
+        raise ValueError(f"--precision {precision}: choose {', '.join(PRESETS)}")
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: not available here; try --device cpu") from None
-    return load_potential(path, device=place, dtype=names[dtype]).for_inference(radial_table=False)
+    return load_potential(path, device=place, precision=precision).for_inference(radial_table=False)
 
 
 def read(data: str, keys: KeysConfig, units: UnitsConfig, require: tuple[str, ...]) -> list[Structure]:
@@ -247,7 +250,7 @@ def settings_of(potential: Potential) -> dict[str, str]:
         "cutoff": f"{potential.cutoff:g} Å",
         "elements": ", ".join(chemical_symbols[number] for number in potential.elements),
         "trained on": f"{statistics.num_frames} structures",
-        "precision": str(potential.dtype).removeprefix("torch."),
+        "precision": potential.policy.name,
     }
 
 

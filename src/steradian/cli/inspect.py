@@ -56,7 +56,7 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
         ("host", f"{host.kind}, {host.num_layers} layers, {host.num_channels} channels"),
         *host.summary().items(),
         ("cutoff", f"{host.cutoff_A} Å"),
-        ("precision", str(potential.dtype).removeprefix("torch.")),
+        ("precision", potential.policy.name),
     ]
     for index, layer in enumerate(potential.host.layers):
         gate = layer.gate

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from steradian.cli.evaluate import Precision, load
+
 __all__ = ["md"]
 
 
@@ -27,6 +29,7 @@ def md(
     friction: Annotated[float, typer.Option(help="[1/ps]")] = 10.0,
     save_every: Annotated[int, typer.Option(help="Steps between saved frames.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the velocities and the thermostat.")] = 0,
+    precision: Precision = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
@@ -57,7 +60,7 @@ def md(
     with Progress(steps) as progress:
         try:
             result = run_md(
-                model,
+                model if precision is None else load(model, "cpu", precision),
                 atoms,
                 out,
                 steps=steps,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import _per_irrep
 from steradian.kernels.frozen import of_weight
+from steradian.precision import WithRole, cast
 
 __all__ = ["MLP", "Activation", "Dense", "add_features", "change_degrees", "gated", "lecun_normal", "union"]
 
@@ -74,7 +75,7 @@ def add_features(one: Tensor, degrees_one: Degrees, other: Tensor, degrees_other
     return change_degrees(one, degrees_one, degrees) + change_degrees(other, degrees_other, degrees), degrees
 
 
-class Dense(nn.Module):
+class Dense(WithRole):
     """One matrix per irrep and a bias on the scalars: ``[N, D, C_in] -> [N, D, C_out]``.
 
     Args:
@@ -109,9 +110,9 @@ class Dense(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         weight = self.weight
-        if self.scale != 1.0:
-            weight = of_weight(weight, "scaled", lambda value: value * self.scale)
-        out = _per_irrep(features, self.degrees, weight)
+        if self.scale != 1.0 or self.low is not None:
+            weight = of_weight(weight, ("scaled", self.low), lambda value: cast(value * self.scale, self.low))
+        out = _per_irrep(cast(features, self.low), self.degrees, weight).to(features.dtype)
         if self.bias is None:
             return out
         if self.dim == 1:

@@ -11,11 +11,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
 from steradian.kernels.frozen import of_weight
+from steradian.precision import WithRole, cast
 
 __all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear"]
 
 
-class IrrepsLinear(nn.Module):
+class IrrepsLinear(WithRole):
     """Mixes channels degree by degree: ``[N, D, C_in] -> [N, D, C_out]``; weights ``[irreps, C_in, C_out]``.
 
     Scaled by 1/sqrt(C_in), so that unit-variance weights keep unit variance.
@@ -27,7 +28,8 @@ class IrrepsLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(len(degrees), channels_in, channels_out))
 
     def forward(self, features: Tensor) -> Tensor:
-        return _per_irrep(features, self.degrees, of_weight(self.weight, "scaled", _unit_variance))
+        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(_unit_variance(value), self.low))
+        return _per_irrep(cast(features, self.low), self.degrees, weight).to(features.dtype)
 
 
 def _per_irrep(features: Tensor, degrees: Degrees, weight: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def _mix(block: Tensor, matrix: Tensor) -> Tensor:
     return (block.reshape(-1, block.shape[2]) @ matrix).view(block.shape[0], block.shape[1], matrix.shape[1])
 
 
-class PathLinear(nn.Module):
+class PathLinear(WithRole):
     """Mixes the paths and channels of a tensor product: ``[N, D_paths, C] -> [N, D_out, C]``.
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
@@ -54,6 +56,8 @@ class PathLinear(nn.Module):
         degrees_out: irreps of the result.
         widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
     """
+
+    role = "paths"
 
     def __init__(
         self,
@@ -71,29 +75,34 @@ class PathLinear(nn.Module):
 
     def blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
         """``[N, 2 l + 1, width]`` of every irrep that a path reaches, from ``[N, D_paths, C]``."""
+        return {irrep: block.to(messages.dtype) for irrep, block in self._blocks(messages).items()}
+
+    def _blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
+        """In the format of the role."""
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
         sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
-        parts = messages.split(sizes, dim=1)
+        parts = cast(messages, self.low).split(sizes, dim=1)
         for (degree, parity), count, weight, part in zip(
             self.table.degrees_out, self.table.counts, self.weights, parts
         ):
             block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            blocks[degree, parity] = _mix(
-                block, of_weight(weight, "scaled", lambda value: value * value.shape[0] ** -0.5)
+            matrix = of_weight(
+                weight, ("scaled", self.low), lambda value: cast(value * value.shape[0] ** -0.5, self.low)
             )
+            blocks[degree, parity] = _mix(block, matrix)
         return blocks
 
     def forward(self, messages: Tensor) -> Tensor:
-        blocks = self.blocks(messages)
+        blocks = self._blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels))
+            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels), dtype=self.low)
             out.append(blocks.get((degree, parity), empty))
-        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).to(messages.dtype)
 
 
-class ElementLinear(nn.Module):
+class ElementLinear(WithRole):
     """A linear map per chemical element: weights ``[Z, irreps, C_in, C_out]``.
 
     Scaled by 1/sqrt(C_in * Z), as a fully connected product with one-hot elements is.
@@ -107,16 +116,16 @@ class ElementLinear(nn.Module):
     def forward(self, features: Tensor, species: Tensor) -> Tensor:
         """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
         scale = (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
-        weight = of_weight(self.weight, "scaled", lambda value: value * scale)
+        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(value * scale, self.low))
         order, back, counts = _by_element(species, weight.shape[0])
         if not len(order):
             return features.new_zeros((0, features.shape[1], weight.shape[-1]))
-        parts = features.index_select(0, order).split([count for _, count in counts])
+        parts = cast(features, self.low).index_select(0, order).split([count for _, count in counts])
         blocks = [_per_irrep(part, self.degrees, weight[element]) for part, (element, _) in zip(parts, counts)]
-        return torch.cat(blocks).index_select(0, back)
+        return torch.cat(blocks).index_select(0, back).to(features.dtype)
 
 
-class EmbeddedLinear(nn.Module):
+class EmbeddedLinear(WithRole):
     """A linear map per chemical element that is itself linear in the elements' embedding: ``x_c e_t W_ct``.
 
     The weights of an irrep are ``[C_in, T, width]``, scaled by 1/sqrt(C_in * T), as those of a fully connected product
@@ -148,7 +157,7 @@ class EmbeddedLinear(nn.Module):
             embedding: ``[Z, T]``.
         """
         order, back, counts = _by_element(species, embedding.shape[0])
-        parts = features.split([2 * degree + 1 for degree, _ in self.degrees], dim=1)
+        parts = cast(features, self.low).split([2 * degree + 1 for degree, _ in self.degrees], dim=1)
         present = [element for element, _ in counts]
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
@@ -161,7 +170,7 @@ class EmbeddedLinear(nn.Module):
             mixed = [_mix(piece, matrix) for piece, matrix in zip(pieces, matrices)]
             empty = block.new_zeros((0, block.shape[1], weight.shape[2]))
             out[irrep] = torch.cat(mixed).index_select(0, back) if mixed else empty
-        return out
+        return {irrep: block.to(features.dtype) for irrep, block in out.items()}
 
     def _per_element(self, weight: Tensor, embedding: Tensor, present: list[int]) -> list[Tensor]:
         """``[C_in, width]`` of every element in a list; made once for frozen weights."""
@@ -169,11 +178,11 @@ class EmbeddedLinear(nn.Module):
         def made(value: Tensor) -> list[Tensor]:
             scale = (value.shape[0] * value.shape[1]) ** -0.5
             mixed = torch.einsum("zt,ctd->zcd", embedding[present] * scale, value)
-            return list(mixed.contiguous().unbind(0))
+            return list(cast(mixed, self.low).contiguous().unbind(0))
 
         if embedding.requires_grad:
             return made(weight)
-        key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype)
+        key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype, self.low)
         return of_weight(weight, key, made)
 
 

@@ -19,6 +19,7 @@ from steradian.equivariant.dense import Dense, lecun_normal
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
 from steradian.graph import Edges
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.precision import WithRole, cast
 
 __all__ = ["CoupledProduct", "MessagePassing", "Paths", "SelfCoupling", "coupled_degrees", "coupling_paths"]
 
@@ -188,7 +189,7 @@ class SelfCoupling(nn.Module):
         return self.product(*self.dense(features).chunk(2, dim=-1))
 
 
-class MessagePassing(nn.Module):
+class MessagePassing(WithRole):
     """Sum over neighbours of the product of a filter and the neighbour's features.
 
     The filter is ``Y_lm(direction) R_l(r)``: harmonics whose squares sum to one, times a linear map (no bias) of the
@@ -200,6 +201,8 @@ class MessagePassing(nn.Module):
         num_radial, num_channels: R, C.
         highest, pseudotensors: of the result; see :func:`coupled_degrees`.
     """
+
+    role = "radial"
 
     def __init__(
         self,
@@ -221,7 +224,8 @@ class MessagePassing(nn.Module):
     def forward(self, features: Tensor, edges: Edges, gate: Tensor | None = None) -> Tensor:
         """Messages ``[N, D', C]``; edges carry basis times envelope. Every message is multiplied by ``gate [E]``."""
         radial = edges.radial if gate is None else edges.radial * gate.unsqueeze(-1)
-        weights = radial @ self.filter.transpose(0, 1).flatten(1)  # [E, (l_max + 1) C]
+        filters = cast(self.filter, self.low).transpose(0, 1).flatten(1)
+        weights = cast(radial, self.low) @ filters  # [E, (l_max + 1) C]
         products = evaluate(
             _message_polynomial(self.paths),
             [features, edges.harmonics[:, : (self.l_max + 1) ** 2], weights.unflatten(1, (self.l_max + 1, -1))],

@@ -8,6 +8,7 @@ from mace-torch's while the functions that can be represented are the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from math import factorial
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.precision import WithRole, cast
 
 __all__ = ["SymmetricContraction", "contraction_polynomial", "published_path_count"]
 
@@ -94,7 +96,7 @@ def _initial_scales(polynomial: Polynomial, degrees_in: Degrees, degrees_out: De
     return scales
 
 
-class SymmetricContraction(nn.Module):
+class SymmetricContraction(WithRole):
     """``B = sum_p w[element, p] U_p(A, ..., A)`` up to a given correlation (Batatia et al. 2022, equation 10).
 
     Args:
@@ -107,10 +109,17 @@ class SymmetricContraction(nn.Module):
     The weight is ``[Z, P, C]``, P the number of independent couplings.
     """
 
+    role = "contraction"
+    #: Highest number of factors that takes part at present (see :mod:`steradian.training.progressive`).
+    order: int
+    #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
+    tables_dtype: torch.dtype | None = None
+
     def __init__(
         self, degrees_in: Degrees, degrees_out: Degrees, correlation: int, num_elements: int, num_channels: int
     ) -> None:
         super().__init__()
+        self.correlation = self.order = correlation
         self.polynomial = contraction_polynomial(degrees_in, degrees_out, correlation)
         scales = torch.as_tensor(
             _initial_scales(self.polynomial, degrees_in, degrees_out), dtype=torch.get_default_dtype()
@@ -120,4 +129,20 @@ class SymmetricContraction(nn.Module):
 
     def forward(self, features: Tensor, species: Tensor) -> Tensor:
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
-        return evaluate(self.polynomial, [self.weight, features], gathers=[species, None])
+        given = [cast(self.weight, self.low), cast(features, self.low)]
+        polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)
+        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        return out.to(features.dtype)
+
+    @torch.no_grad()
+    def clear_orders_above(self, order: int) -> None:
+        """Put the weights of terms with more factors to zero."""
+        for group in self.polynomial.terms:
+            if len(group.factors) - 1 > order:
+                self.weight[:, torch.as_tensor(np.unique(group.indices[:, 0]))] = 0.0
+
+
+@cache
+def _truncated(polynomial: Polynomial, order: int) -> Polynomial:
+    """The terms of a contraction with at most so many factors, on the same weights."""
+    return replace(polynomial, terms=tuple(group for group in polynomial.terms if len(group.factors) - 1 <= order))

@@ -7,11 +7,13 @@ from functools import cache
 
 import cuequivariance as cue
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from steradian.equivariant.irreps import Degrees, format_degrees, natural_degrees, to_cue
 from steradian.graph import Edges
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.precision import WithRole, cast
 
 __all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial"]
 
@@ -104,7 +106,7 @@ def _coupling(irrep_in: tuple[int, int], degree_y: int, irrep_out: tuple[int, in
     return np.asarray(path.coefficients)
 
 
-class ChannelwiseTensorProduct(nn.Module):
+class ChannelwiseTensorProduct(WithRole):
     """Gather - product - scatter: ``m_i = sum_j R_ij * (h_j x Y(rhat_ij))``, no parameters of its own.
 
     Args:
@@ -112,6 +114,11 @@ class ChannelwiseTensorProduct(nn.Module):
         l_max: highest degree of the harmonics.
         degrees_allowed: irreps kept of the product.
     """
+
+    role = "messages"
+    #: Formats of the sums and of the coefficients (see :mod:`steradian.precision`); None: that of the features.
+    accumulate_dtype: torch.dtype | None = None
+    tables_dtype: torch.dtype | None = None
 
     def __init__(self, degrees_in: Degrees, l_max: int, degrees_allowed: Degrees) -> None:
         super().__init__()
@@ -124,10 +131,19 @@ class ChannelwiseTensorProduct(nn.Module):
     def forward(self, features: Tensor, edges: Edges, weights: Tensor) -> Tensor:
         """Messages summed at the receivers ``[N, D_out, C]`` from ``[N, D, C]`` and weights ``[E, P, C]``."""
         num_harmonics = self.polynomial.inputs[1].dim
-        return evaluate(
-            self.polynomial,
-            [features, edges.harmonics[:, :num_harmonics], weights],
+        given = [cast(features, self.low), edges.harmonics[:, :num_harmonics], weights]
+        if self.accumulate_dtype is not None:
+            given = [narrowed(value, self.accumulate_dtype) for value in given]
+        messages = evaluate(
+            self.polynomial.rounded(self.tables_dtype),
+            given,
             gathers=[edges.senders, None, None],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
         )
+        return messages.to(features.dtype)
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value in a format of sums, unless its own is one of 16 bits, which any sum reads exactly."""
+    return value if value.dtype.itemsize < 4 else value.to(dtype)

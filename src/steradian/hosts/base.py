@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
@@ -31,6 +32,8 @@ class Host(nn.Module, ABC):
     """
 
     cutoff: float
+    #: Whether vectors may come in a wider format than that of the features.
+    takes_exact_vectors = False
 
     @property
     def reach(self) -> float:
@@ -70,6 +73,9 @@ class ConvolutionHost(Host):
     envelope_p: int
     l_max: int
     radial_scale: float = 1.0
+    takes_exact_vectors = True
+    #: Format of the harmonics (role ``harmonics`` of :mod:`steradian.precision`); None: that of the features.
+    harmonics_dtype: torch.dtype | None = None
 
     def radial(self, lengths: Tensor) -> Tensor:
         """Radial basis times envelope ``[E, R]``."""
@@ -88,17 +94,23 @@ class ConvolutionHost(Host):
         )
 
     def edges(self, graph: Graph, vectors: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Edges:
-        """Lengths, radial basis (of transformed lengths), envelope and harmonics of the edges."""
+        """Lengths, radial basis (of transformed lengths), envelope and harmonics of the edges, in the weights' format.
+
+        Lengths and radial basis are worked out in the format of the vectors, harmonics in that of their role.
+        """
+        dtype = next(self.parameters()).dtype
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
-            vectors=vectors,
-            lengths=lengths,
-            radial=self._radial(lengths if transform is None else transform(lengths), envelope),
-            envelope=envelope,
-            harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
+            vectors=vectors.to(dtype),
+            lengths=lengths.to(dtype),
+            radial=self._radial(lengths if transform is None else transform(lengths), envelope).to(dtype),
+            envelope=envelope.to(dtype),
+            harmonics=spherical_harmonics(
+                unit_vectors(vectors, lengths).to(self.harmonics_dtype or dtype), self.l_max
+            ).to(dtype),
             num_atoms=graph.num_atoms,
             system=graph.system,
             num_systems=graph.num_systems,

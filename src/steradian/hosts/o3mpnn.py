@@ -128,6 +128,7 @@ class O3MPNN(Host):
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
         super().__init__()
+        self.takes_exact_vectors = True
         self.config, self.cutoff, self.l_max = config, config.cutoff_A, config.l_max
         channels = config.num_channels
         self.embedding = nn.Parameter(torch.randn(num_elements, channels) * channels**-0.5)
@@ -145,6 +146,7 @@ class O3MPNN(Host):
         self.layers = nn.ModuleList(layers)
         zero = config.zero_init
         self.readout = Dense(SCALARS, channels, 1, bias=False, zero=zero)
+        self.readout.role = "readout"
         self.element_bias = nn.Parameter(torch.zeros(num_elements))
         self.scale: Tensor
         self.shift: Tensor
@@ -157,7 +159,7 @@ class O3MPNN(Host):
         Worked out in float64: stiff bonds times the rounding of a polynomial of order 31 is the largest error of forces
         in float32, and this is a small part of the work.
         """
-        exact, dtype = vectors.double(), vectors.dtype
+        exact, dtype = vectors.double(), self.embedding.dtype
         lengths = safe_norm(exact)
         cut = smooth_envelope if self.config.cutoff_function == "smooth" else cosine_envelope
         envelope = cut(lengths, self.cutoff)
@@ -165,7 +167,7 @@ class O3MPNN(Host):
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
-            vectors=vectors,
+            vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
             radial=radial.to(dtype),
             envelope=envelope.to(dtype),

@@ -27,6 +27,7 @@ from steradian.graph import Edges, Graph
 from steradian.hosts.base import Host, HostOutput
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.precision import WithRole, cast
 from steradian.radial import cosine_envelope, safe_norm
 
 __all__ = ["ViSNet", "ViSNetLayer"]
@@ -101,7 +102,7 @@ def rejected_product(l_max: int) -> Polynomial:
 # ------------------------------------------------------------------------------------------------------------ modules
 
 
-class BlockLinear(nn.Linear):
+class BlockLinear(WithRole, nn.Linear):
     """Several linear maps of the same input as one; each starts as the published ones do (Glorot uniform, no bias)."""
 
     def __init__(self, size_in: int, sizes_out: list[int], bias: bool = True) -> None:
@@ -116,14 +117,19 @@ class BlockLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # one product of matrices; PyTorch would make many small ones of [N, size, C]
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        if self.low is None:
+            return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        bias = None if self.bias is None else cast(self.bias, self.low)
+        rows = cast(x.flatten(0, -2), self.low)
+        return nn.functional.linear(rows, cast(self.weight, self.low), bias).to(x.dtype).unflatten(0, x.shape[:-1])
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """The maps one by one, for results that go on separate ways: each is contiguous."""
-        rows = x.flatten(0, -2)
-        biases = [None] * len(self.sizes_out) if self.bias is None else self.bias.split(self.sizes_out)
-        parts = zip(self.weight.split(self.sizes_out), biases)
-        return [nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1]) for weight, bias in parts]
+        rows = cast(x.flatten(0, -2), self.low)
+        biases = [None] * len(self.sizes_out) if self.bias is None else cast(self.bias, self.low).split(self.sizes_out)
+        parts = zip(cast(self.weight, self.low).split(self.sizes_out), biases)
+        maps = (nn.functional.linear(rows, weight, bias) for weight, bias in parts)
+        return [out.to(x.dtype).unflatten(0, x.shape[:-1]) for out in maps]
 
 
 class ExpNormalBasis(nn.Module):

@@ -13,6 +13,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from steradian.build import load_potential
+from steradian.config_precision import PrecisionConfig
 from steradian.data.structures import Structure
 from steradian.graph import Graph
 from steradian.neighbors import make_graph
@@ -31,7 +32,7 @@ class SteradianCalculator(Calculator):
     Args:
         potential: a :class:`~steradian.potential.Potential`, a model file or the folder of a run.
         device: where to compute.
-        dtype: overrides the precision of a model that is read from a file.
+        dtype, precision: override the precision of a model that is read from a file, as in ``load_potential``.
         skin: [Å].
         radial_table: interpolate the radial networks, which depend on the distance alone, from a table of 512
             intervals; ``calculator.potential.radial_table_error`` is the largest relative error of a weight (about
@@ -55,6 +56,7 @@ class SteradianCalculator(Calculator):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        precision: str | PrecisionConfig | None = None,
         skin: float = 0.0,
         radial_table: bool = True,
         **ase_arguments: Any,
@@ -63,7 +65,7 @@ class SteradianCalculator(Calculator):
         if skin < 0:
             raise ValueError(f"skin must not be negative, got {skin} Å")
         if not isinstance(potential, Potential):
-            potential = load_potential(potential, device=device, dtype=dtype)
+            potential = load_potential(potential, device=device, dtype=dtype, precision=precision)
         self.potential = potential.to(device).for_inference(radial_table)
         self.skin = skin
         self.num_lists = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from steradian.kernels.backend import backend_for, set_backend, use_backend
@@ -30,7 +31,8 @@ def evaluate(
 
     Args:
         polynomial: the table.
-        inputs: one tensor per input, ``[rows, dim, C]`` or, without channels, ``[rows, dim]``.
+        inputs: one tensor per input, ``[rows, dim, C]`` or, without channels, ``[rows, dim]``. Inputs of 16 bits are
+            read exactly; the arithmetic and the result are in the widest format given, at least float32.
         gathers: for each input None or ``[B]`` the row to take for row b of the product.
         scatter: ``[B]`` the row of the output to which row b is added, or None.
         num_rows: number of rows of the output; needed with ``scatter``.
@@ -51,8 +53,30 @@ def evaluate(
     if scatter is not None and num_rows is None:
         raise ValueError("scatter needs num_rows")
     gathers = gathers if gathers is not None else [None] * len(inputs)
-    if backend_for(*inputs) == "cpu":
+    wide = arithmetic_of(inputs)
+    first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
+    backend = backend_for(first)
+    readable = backend == "cpu" and wide == torch.float32
+    inputs = [
+        value if readable and _reads(polynomial, place, value, gathers) else value.to(wide)
+        for place, value in enumerate(inputs)
+    ]
+    if backend == "cpu":
         from steradian.kernels.apply import evaluate_cpu
 
         return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality)
     return evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)
+
+
+def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
+    """The widest format of the inputs, at least float32."""
+    formats = {value.dtype for value in inputs}
+    if len(formats) == 1 and inputs[0].dtype.itemsize >= 4:
+        return inputs[0].dtype
+    return torch.float64 if torch.float64 in formats else torch.float32
+
+
+def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Tensor | None]) -> bool:
+    """Whether the machine code reads this input of bfloat16 itself; weights that are folded first are widened."""
+    folded = place == polynomial.outer and gathers[place] is not None
+    return value.dtype == torch.bfloat16 and polynomial.inputs[place].has_channels and not folded

@@ -124,26 +124,42 @@ def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) 
 
 
 def run_program(
-    program: Program, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], channels: int
+    program: Program,
+    rows: tuple[Rows, ...],
+    num_rows: int,
+    inputs: list[Tensor],
+    channels: int,
+    formats: tuple[torch.dtype, ...] | None = None,
 ) -> list[Tensor]:
-    """Outputs of a program; inputs are contiguous, with whole vectors of channels."""
+    """Outputs of a program; inputs are contiguous, with whole vectors of channels.
+
+    Inputs with channels may be bfloat16; ``formats`` says in which format each output is wanted (None: the widest).
+    """
     outputs: list[Tensor | None] = [None] * len(program.outputs)
-    like = inputs[0]
+    like = next((value for value in inputs if value.dtype != torch.bfloat16), None)
+    if like is None:
+        like = inputs[0].new_empty(0, dtype=torch.float32)
     for one in passes_of(program):
         for position, written in zip(one.positions, one.written):
             slot = program.outputs[position]
             count = num_rows if slot.index is None else rows[slot.index].num_rows
             shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
-            outputs[position] = like.new_empty(shape) if written else like.new_zeros(shape)
+            # sums are kept in the wide format, and rounded when they are complete
+            dtype = formats[position] if formats and written else like.dtype
+            outputs[position] = like.new_empty(shape, dtype=dtype) if written else like.new_zeros(shape)
         _run_pass(one, rows, num_rows, inputs, [outputs[position] for position in one.positions], channels)
-    return outputs  # type: ignore[return-value]
+    if formats is None:
+        return outputs  # type: ignore[return-value]
+    return [output.to(dtype) for output, dtype in zip(outputs, formats)]  # type: ignore[union-attr]
 
 
 def _run_pass(
     one: Pass, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], outputs: list, channels: int
 ) -> None:
-    itemsize = inputs[0].element_size()
-    function = compiled(one.program, itemsize, channels)
+    itemsize = max(value.element_size() for value in inputs)
+    halves = tuple(value.dtype == torch.bfloat16 for value in (*inputs, *outputs))
+    itemsize = max(itemsize, 4)
+    function = compiled(one.program, itemsize, channels, halves if any(halves) else ())
     slots = one.program.inputs
     tables = np.array(
         [
@@ -187,22 +203,26 @@ class _Apply(torch.autograd.Function):
     """A program as a differentiable function; its backward is the derived program, under this same function."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, rows: tuple[Rows, ...], num_rows: int, *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, program: Program, rows: tuple[Rows, ...], num_rows: int, formats: Any, *inputs: Tensor
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.program, ctx.rows, ctx.num_rows = program, rows, num_rows
         ctx.save_for_backward(*inputs)
         channels = next(value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels)
-        return tuple(run_program(program, rows, num_rows, [value.contiguous() for value in inputs], channels))
+        return tuple(run_program(program, rows, num_rows, [value.contiguous() for value in inputs], channels, formats))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         inputs = ctx.saved_tensors
-        wanted = tuple(ctx.needs_input_grad[3:])
+        wanted = tuple(ctx.needs_input_grad[4:])
         given = tuple(cotangent is not None for cotangent in cotangents)
         derived = ctx.program.gradient(wanted, given)
         extra = [cotangent for cotangent in cotangents if cotangent is not None]
-        gradients = iter(_Apply.apply(derived, ctx.rows, ctx.num_rows, *inputs, *extra))
-        return (None, None, None, *(next(gradients) if asked else None for asked in wanted))
+        one = all(value.dtype == inputs[0].dtype for value in (*inputs, *extra))
+        formats = None if one else tuple(value.dtype for value, asked in zip(inputs, wanted) if asked)
+        gradients = iter(_Apply.apply(derived, ctx.rows, ctx.num_rows, formats, *inputs, *extra))
+        return (None, None, None, None, *(next(gradients) if asked else None for asked in wanted))
 
 
 _PROGRAMS: WeakKeyDictionary[Polynomial, dict] = WeakKeyDictionary()
@@ -256,10 +276,10 @@ def evaluate_cpu(
     rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
     work = next((len(index) for index in indices), inputs[0].shape[0])
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
-    missing = -channels % lanes_of(inputs[0].element_size())
+    missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
-    (out,) = _Apply.apply(program, rows, work, *inputs)
+    (out,) = _Apply.apply(program, rows, work, None, *inputs)
     return out[..., :channels] if missing else out
 
 
@@ -274,7 +294,7 @@ def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
     across = value.t().unsqueeze(0)
     missing = -across.shape[2] % lanes_of(value.element_size())
     program = _cached(widened, (), lambda: program_of(widened, (None,), None))
-    (out,) = _Apply.apply(program, (), 1, torch.nn.functional.pad(across, (0, missing)))
+    (out,) = _Apply.apply(program, (), 1, None, torch.nn.functional.pad(across, (0, missing)))
     return out[0, :, : value.shape[0]].t()
 
 

@@ -25,16 +25,18 @@ MANY_USES = 4
 REGISTERS_FOR_INPUTS = 12
 
 
-def module_of(program: Program, itemsize: int, channels: int) -> str:
+def module_of(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> str:
     """LLVM's text for a program in float32 (``itemsize`` 4) or float64 (8) and a number of channels.
 
-    Channels are whole vectors, and constant, so that every address is a row's address plus a constant.
+    Channels are whole vectors, and constant, so that every address is a row's address plus a constant. ``halves`` says
+    of every input and then of every output whether it is stored in bfloat16 (with ``itemsize`` 4 alone): such inputs
+    are widened as they are read, such outputs rounded to nearest, ties to even, as they are written.
 
     The function takes, all int64: addresses of the tables ``inputs`` (an address each), ``gathers`` (the address of
     each input's row index), ``outputs``, ``order`` (rows in order of their segment, or 0 where that is 0, 1, 2, ...)
     and ``bounds`` of the segments; then the first and last segment, and the first and last block of channels.
     """
-    return str(_Generator(program, itemsize, channels).module)
+    return str(_Generator(program, itemsize, channels, halves).module)
 
 
 @dataclass
@@ -44,8 +46,10 @@ class _Loop:
 
 
 class _Generator:
-    def __init__(self, program: Program, itemsize: int, channels: int) -> None:
+    def __init__(self, program: Program, itemsize: int, channels: int, halves: tuple[bool, ...]) -> None:
         self.stride = channels * itemsize
+        halves = halves or (False,) * (len(program.inputs) + len(program.outputs))
+        self.half_inputs, self.half_outputs = halves[: len(program.inputs)], halves[len(program.inputs) :]
         self.program, self.graph, self.itemsize = program, program.graph, itemsize
         self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
         self.lanes = lanes_of(itemsize)
@@ -104,7 +108,7 @@ class _Generator:
         """
         b = self.b
         return {
-            number: b.add(base, b.mul(row, I64(self._row_size(slot))))
+            number: b.add(base, b.mul(row, I64(self._row_size(slot, self.half_inputs[number]))))
             for number, (slot, base) in enumerate(zip(self.program.inputs, self.input_bases))
             if slot.operand.has_channels and slot.index is None
         }
@@ -130,13 +134,14 @@ class _Generator:
     def _row(self, segment: ir.Value, row: ir.Value, block_first: ir.Value, block_last: ir.Value) -> None:
         b, graph = self.b, self.graph
         self.input_rows = []
-        for slot, base, index in zip(self.program.inputs, self.input_bases, self.index_bases):
+        inputs = zip(self.program.inputs, self.input_bases, self.index_bases, self.half_inputs)
+        for slot, base, index, half in inputs:
             at = row if slot.index is None else self._load_index(index, row)
-            self.input_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot)))))
+            self.input_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))))
         output_rows = []
-        for slot, base in zip(self.program.outputs, self.output_bases):
+        for slot, base, half in zip(self.program.outputs, self.output_bases, self.half_outputs):
             at = row if slot.index is None else segment
-            output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot)))))
+            output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))))
         summed = self._summed_nodes()
         for node in self.order:
             if not graph.vector[node] and node not in summed:
@@ -174,10 +179,10 @@ class _Generator:
             phi.add_incoming(zero, before)
             running.append(phi)
         b.position_at_end(body)
-        offset = b.mul(loop.index, I64(64))
-        self.input_places = [b.add(base, offset) for base in self.input_rows]
-        output_places = [b.add(base, offset) for base in output_rows]
-        self._prefetch(offset)
+        offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
+        self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
+        output_places = [b.add(base, offsets[half]) for base, half in zip(output_rows, self.half_outputs)]
+        self._prefetch(offsets)
         self.registers: dict[int, ir.Value] = {}
         self.kept = self._kept_inputs()
         outputs_of: dict[int, list[tuple[int, int]]] = {}
@@ -200,9 +205,9 @@ class _Generator:
 
     # -------------------------------------------------------------------------------------------------------- analysis
 
-    def _row_size(self, slot: Slot) -> int:
+    def _row_size(self, slot: Slot, half: bool) -> int:
         """Bytes of one row."""
-        return slot.operand.dim * (self.stride if slot.operand.has_channels else self.itemsize)
+        return slot.operand.dim * (self.stride if slot.operand.has_channels else self.itemsize) // (1 + half)
 
     def _is_dot(self, node: int) -> bool:
         return any(b >= 0 and self.graph.vector[a] and self.graph.vector[b] for _, a, b in self.graph.terms[node])
@@ -249,15 +254,40 @@ class _Generator:
             return self.registers[node]
         operand, component = source
         b = self.b
-        address = b.add(self.input_places[operand], I64(self.stride * component))
-        value = b.load(self._pointer(address, self.vector))
-        value.align = self.itemsize
+        if self.half_inputs[operand]:
+            value = self._load_half(b.add(self.input_places[operand], I64(self.stride // 2 * component)))
+        else:
+            address = b.add(self.input_places[operand], I64(self.stride * component))
+            value = b.load(self._pointer(address, self.vector))
+            value.align = self.itemsize
         if node in self.kept:
             self.registers[node] = value
         return value
 
+    def _load_half(self, address: ir.Value) -> ir.Value:
+        """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
+        b = self.b
+        bits = b.load(self._pointer(address, ir.VectorType(ir.IntType(16), self.lanes)))
+        bits.align = 2
+        whole = ir.VectorType(ir.IntType(32), self.lanes)
+        return b.bitcast(b.shl(b.zext(bits, whole), ir.Constant(whole, [16] * self.lanes)), self.vector)
+
+    def _store_half(self, address: ir.Value, value: ir.Value) -> None:
+        """Rounded to nearest, ties to even; NaN as PyTorch makes it stays NaN."""
+        b = self.b
+        whole = ir.VectorType(ir.IntType(32), self.lanes)
+        sixteen, one, below = (ir.Constant(whole, [number] * self.lanes) for number in (16, 1, 0x7FFF))
+        bits = b.bitcast(value, whole)
+        odd = b.and_(b.lshr(bits, sixteen), one)
+        rounded = b.lshr(b.add(bits, b.add(odd, below)), sixteen)
+        short = ir.VectorType(ir.IntType(16), self.lanes)
+        b.store(b.trunc(rounded, short), self._pointer(address, short)).align = 2
+
     def _store(self, output: int, component: int, place: ir.Value, value: ir.Value) -> None:
         b = self.b
+        if self.half_outputs[output]:
+            self._store_half(b.add(place, I64(self.stride // 2 * component)), value)
+            return
         address = b.add(place, I64(self.stride * component))
         pointer = self._pointer(address, self.vector)
         if self.program.outputs[output].index is not None:
@@ -266,8 +296,8 @@ class _Generator:
             value = b.fadd(before, value, flags=FLAGS)
         b.store(value, pointer).align = self.itemsize
 
-    def _prefetch(self, offset: ir.Value) -> None:
-        """Ask for this block of channels of the next row."""
+    def _prefetch(self, offsets: dict[bool, ir.Value]) -> None:
+        """Ask for this block of channels of the next row; ``offsets`` of vectors of whole and of half width."""
         b, graph = self.b, self.graph
         byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
         name = "llvm.prefetch.p0"
@@ -277,7 +307,9 @@ class _Generator:
         for node in self.order:
             source = graph.source[node]
             if source is not None and source[0] in self.next_places:
-                address = b.add(b.add(self.next_places[source[0]], offset), I64(self.stride * source[1]))
+                half = self.half_inputs[source[0]]
+                start = b.add(self.next_places[source[0]], offsets[half])
+                address = b.add(start, I64(self.stride // (1 + half) * source[1]))
                 b.call(function, [b.inttoptr(address, byte), *hints])
 
     def _splat(self, value: ir.Value) -> ir.Value:

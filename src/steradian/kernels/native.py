@@ -32,7 +32,7 @@ FUNCTION = "run"
 #: Seconds of work after which the user is told.
 WORTH_A_LINE = 1.0
 _LOCK = threading.Lock()
-_FUNCTIONS: WeakKeyDictionary[Program, dict[tuple[int, int], Callable]] = WeakKeyDictionary()
+_FUNCTIONS: WeakKeyDictionary[Program, dict[tuple[int, int, tuple[bool, ...]], Callable]] = WeakKeyDictionary()
 _ENGINES: list[Any] = []
 _seconds = 0.0
 
@@ -43,26 +43,27 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "steradian"
 
 
-def compiled(program: Program, itemsize: int, channels: int) -> Callable:
-    """The function of a program (see :mod:`steradian.kernels.codegen`), in float32 (4) or float64 (8)
-    and with that many channels."""
-    key = (itemsize, channels)
+def compiled(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> Callable:
+    """The function of a program (see :mod:`steradian.kernels.codegen`), in float32 (4) or float64 (8),
+    with that many channels and with ``halves`` of its inputs and outputs in bfloat16 (empty: none)."""
+    key = (itemsize, channels, halves)
     known = _FUNCTIONS.get(program, {}).get(key)
     if known is not None:
         return known
     with _LOCK:
         functions = _FUNCTIONS.setdefault(program, {})
         if key not in functions:
-            functions[key] = _load(_program_code(program, itemsize, channels), 9)
+            functions[key] = _load(_program_code(program, itemsize, channels, halves), 9)
         return functions[key]
 
 
-def _program_code(program: Program, itemsize: int, channels: int) -> bytes:
+def _program_code(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> bytes:
     from steradian.kernels.codegen import module_of
 
     names = ", ".join(slot.operand.name for slot in program.outputs)
-    description = f"{itemsize} {channels} {_description(program)}"
-    return _object_code(names, description, lambda: module_of(program, itemsize, channels))
+    stored = f" {''.join('fh'[half] for half in halves)}" if halves else ""
+    description = f"{itemsize} {channels}{stored} {_description(program)}"
+    return _object_code(names, description, lambda: module_of(program, itemsize, channels, halves))
 
 
 def compiled_text(name: str, description: str, make: Callable[[], str], num_arguments: int) -> Callable:

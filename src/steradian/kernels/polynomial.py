@@ -11,9 +11,11 @@ descriptors. The same table is evaluated by every backend (:mod:`steradian.kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
+import torch
 
 __all__ = ["Operand", "Polynomial", "Terms"]
 
@@ -68,6 +70,10 @@ class Polynomial:
     def num_terms(self) -> int:
         return sum(len(group.outputs) for group in self.terms)
 
+    def rounded(self, dtype: torch.dtype | None) -> Polynomial:
+        """The polynomial with coefficients rounded to float32; None or float64: itself."""
+        return self if dtype in (None, torch.float64) else _rounded(self)
+
     def __post_init__(self) -> None:
         for group in self.terms:
             for column, factor in enumerate(group.factors):
@@ -78,3 +84,12 @@ class Polynomial:
                 raise ValueError(f"component {group.outputs.max()} of '{self.output.name}' is out of range")
             if self.outer is not None and group.factors.count(self.outer) != 1:
                 raise ValueError("the outer input must appear exactly once in every term")
+
+
+@cache
+def _rounded(polynomial: Polynomial) -> Polynomial:
+    terms = (
+        replace(group, coefficients=group.coefficients.astype(np.float32).astype(np.float64))
+        for group in polynomial.terms
+    )
+    return replace(polynomial, terms=tuple(terms))

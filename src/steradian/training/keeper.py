@@ -217,6 +217,7 @@ class RunKeeper(pl.Callback):
             "optimizer": _on_cpu(trainer.optimizers[0].state_dict()),
             "average": _on_cpu(module.ema.state_dict()) if module.ema else None,
             "schedule": module.learning_rate.state_dict(),
+            "scale": module.scale.state_dict(),
             "best_metrics": self.best_metrics,
             "sampler": data.train_sampler.state_dict(self.position.batch),
             "ranks": ranks,
@@ -229,6 +230,7 @@ class RunKeeper(pl.Callback):
         if module.ema is not None and saved["average"] is not None:
             module.ema.load_state_dict(saved["average"])
         module.learning_rate.load_state_dict(saved["schedule"])
+        module.scale.load_state_dict(saved.get("scale", {}))
         module.step = self.position.step
         own = saved["ranks"][trainer.global_rank]
         module.losses = torch.tensor(own["loss_sum"], dtype=torch.float64, device=module.device)
@@ -242,6 +244,7 @@ class RunKeeper(pl.Callback):
             "time_s": round(self.elapsed_s, 3),
             "learning_rate": rate,
             "train/loss": _mean_over_processes(module.losses) / batches,
+            **module.scale.figures(),
             **module.metrics,
         }
         self.position.rows += 1

@@ -18,6 +18,8 @@ from steradian.training.ema import MovingAverage
 from steradian.training.loaders import Batch
 from steradian.training.losses import Loss, labels_in_use
 from steradian.training.optimizers import make_optimizer
+from steradian.training.progressive import order_at, set_order
+from steradian.training.scaling import LossScale
 from steradian.training.schedules import LearningRate
 
 __all__ = ["DivergenceError", "TrainingModule"]
@@ -38,6 +40,7 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         step: optimiser steps so far, over all sessions.
+        scale: of the loss, where products are float16.
         losses: sum of the batch losses since it was last set to zero, float64 ``[]``, on the device.
         metrics: figures of the last validation, named ``validation/...``.
     """
@@ -63,6 +66,7 @@ class TrainingModule(pl.LightningModule):
         self.metrics: dict[str, float] = {}
         self.step = 0
         self.losses = torch.zeros((), dtype=torch.float64)
+        self.scale = LossScale(potential)
         self._watched: list[tuple[str, Tensor, Batch]] = []
         self._batch: Batch | None = None
         self._averaged = ExitStack()
@@ -76,7 +80,15 @@ class TrainingModule(pl.LightningModule):
         self._batch = batch
         self._watch("the loss", loss.detach(), batch)
         self.losses = self.losses.to(loss.device) + loss.detach()
-        return loss
+        return self.scale.scaled(loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self.potential.policy.matrix_units():
+            super().backward(loss, *args, **kwargs)
+
+    def on_train_epoch_start(self) -> None:
+        if self.config.progressive_correlation is not None:
+            set_order(self.potential.host, order_at(self.current_epoch, self.config.progressive_correlation))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.potential, self.config.optimizer)
@@ -87,6 +99,12 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        assert self._batch is not None
+        try:
+            if not self.scale.take_back(optimizer):
+                return  # the step is left out
+        except FloatingPointError as error:
+            raise DivergenceError(f"{error} at step {self.step + 1}, in {self.name_frames(self._batch)}") from None
         parameters = [parameter for parameter in self.potential.parameters() if parameter.grad is not None]
         largest = self.config.optimizer.clip_norm
         if largest is None:
@@ -94,7 +112,6 @@ class TrainingModule(pl.LightningModule):
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
-        assert self._batch is not None
         self._watch("the gradient", norm.detach(), self._batch)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -10,6 +10,7 @@ from ase.data import chemical_symbols
 
 from steradian.config import ConfigError, RunConfig
 from steradian.evaluation.metrics import METRICS
+from steradian.precision import policy_of
 from steradian.training.losses import LABELS
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _model_line(config: RunConfig, total: int) -> str:
     parts = [host.kind.upper(), f"{host.num_layers} layers", f"{host.num_channels} channels", f"L = {host.hidden_l}"]
     if gate.kind != "none":
         parts.append(f"gate {gate.kind.upper()}")
-    return f"{', '.join(parts)}; {total} parameters, {config.model.precision}"
+    return f"{', '.join(parts)}; {total} parameters, {policy_of(config.model.precision).name}"
 
 
 def _optimizer_line(config: RunConfig) -> str:

@@ -16,6 +16,7 @@ from steradian.potential import Potential
 from steradian.training.loaders import TrainingData
 from steradian.training.losses import LABELS, check_labels, labels_in_use
 from steradian.training.plan import plan_rows
+from steradian.training.progressive import start_progressive
 from steradian.training.record import RunDirectory
 from steradian.training.state import Position, ResumeError
 from steradian.training.trainer import Process, device_line
@@ -74,6 +75,8 @@ def prepare(
         check_same_data(provenance, directory)
         statistics = DatasetStatistics.from_dict(saved["statistics"])
     potential = build_potential(config.model, statistics, seed=config.training.seed)
+    if config.training.progressive_correlation is not None:
+        start_progressive(potential.host)
     data = make_data(config, process, only(frames, labels), only(dataset.validation, labels))
     data.frame_names = frame_names(dataset.train, frames, provenance)
     if saved is not None:

@@ -1,0 +1,352 @@
+"""What each role and preset of precision costs and brings, measured on one model: ``steradian precision``.
+
+The truth is the same model in float64. A *role* is measured with everything else in float64, so its error is its own; a
+*preset* as it would be used. Errors against labels are not the subject, but the model's own error sets the scale of
+what matters.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from steradian.config_precision import PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
+from steradian.data.structures import Structure
+from steradian.evaluation.rotations import rotation_audit
+from steradian.evaluation.tables import Table, format_number
+from steradian.graph import Graph, batch_graphs
+from steradian.neighbors import make_graph
+from steradian.potential import Potential
+
+__all__ = ["PrecisionRow", "PrecisionStudy", "StudySettings", "precision_study"]
+
+MEV = 1000.0
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How much is measured.
+
+    Attributes:
+        max_structures: evenly spaced ones of those given.
+        batch: structures predicted at once.
+        roles: measure single roles.
+        presets: names of the presets to measure.
+        md_steps: of the NVE run of every preset; 0 for none. timestep [fs], temperature [K].
+        repeats: of the timing.
+        force_tolerance: [eV/Å] mean absolute difference to float64; None: 0.1 meV/Å and 5 % of the model's own error.
+        seed: of rotations and velocities.
+    """
+
+    max_structures: int = 20
+    batch: int = 5
+    roles: bool = True
+    presets: tuple[str, ...] = PRESETS
+    md_steps: int = 400
+    timestep: float = 0.5
+    temperature: float = 300.0
+    repeats: int = 5
+    force_tolerance: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """One role or preset; NaN where something was not measured.
+
+    Attributes:
+        kind: ``role`` or ``preset``. name, format: which, and its format.
+        energy_mae: mean difference of energies to float64 [eV per atom].
+        forces_mae, forces_max: of force components [eV/Å].
+        rotation: mean norm of the change of a force under rotation [eV/Å].
+        drift: of the total energy in NVE [eV per atom and ps].
+        seconds: energy and forces of a batch.
+        memory: most that a call adds [bytes].
+    """
+
+    kind: str
+    name: str
+    format: str
+    energy_mae: float
+    forces_mae: float
+    forces_max: float
+    rotation: float = math.nan
+    drift: float = math.nan
+    seconds: float = math.nan
+    memory: float = math.nan
+
+
+@dataclass(frozen=True)
+class PrecisionStudy:
+    """The result.
+
+    Attributes:
+        rows: roles, then presets.
+        own_error: MAE of force components against the labels, in float64 [eV/Å]; NaN without labels.
+        tolerance: on ``forces_mae`` [eV/Å]. num_structures: used. device: where.
+    """
+
+    rows: tuple[PrecisionRow, ...]
+    own_error: float
+    tolerance: float
+    num_structures: int
+    device: str
+
+    @property
+    def cheapest(self) -> PrecisionRow | None:
+        """The fastest preset within the tolerance."""
+        within = [row for row in self.rows if row.kind == "preset" and row.forces_mae <= self.tolerance]
+        return min(within, key=lambda row: row.seconds, default=None)
+
+    def summary(self) -> str:
+        """One line: the recommended preset."""
+        limit = f"{format_number(MEV * self.tolerance)} meV/Å"
+        row = self.cheapest
+        if row is None:
+            return f"no preset stays within {limit} of float64"
+        return (
+            f"cheapest preset within {limit} of float64: {row.name} ({format_number(MEV * row.forces_mae)} meV/Å, "
+            f"{format_number(1e3 * row.seconds)} ms per batch)"
+        )
+
+    def table(self) -> Table:
+        """Errors in meV and meV/Å."""
+        columns = ("", "format", "E [meV/atom]", "F MAE [meV/Å]", "F max", "rotation", "drift [meV/atom/ps]",
+                   "time [ms]", "memory [MiB]")  # fmt: skip
+        rows: list[tuple[str, ...]] = []
+        heads = set()
+        for kind in ("role", "preset"):
+            found = [row for row in self.rows if row.kind == kind]
+            if found:
+                heads.add(len(rows))
+                rows.append((f"{kind}s", *[""] * 8))
+            for row in found:
+                figures = (MEV * row.energy_mae, MEV * row.forces_mae, MEV * row.forces_max, MEV * row.rotation,
+                           MEV * row.drift, 1e3 * row.seconds, row.memory / 2**20)  # fmt: skip
+                rows.append((f"  {row.name}", row.format, *map(format_number, figures)))
+        own = f"; the model's own force error is {format_number(MEV * self.own_error)} meV/Å"
+        note = (
+            "Differences to the same model in float64. A role is measured with everything else in float64. Times are "
+            f"of one batch on {self.device}{'' if math.isnan(self.own_error) else own}."
+        )
+        title = f"Precision by role and preset, {self.num_structures} structures"
+        return Table(title, columns, rows, num_labels=2, heads=frozenset(heads), note=note)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN becomes null."""
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return {
+            "units": "eV, Å, ps, s, bytes",
+            "structures": self.num_structures,
+            "device": self.device,
+            "own_forces_mae": plain(self.own_error),
+            "force_tolerance": self.tolerance,
+            "cheapest": None if self.cheapest is None else self.cheapest.name,
+            "rows": [{key: plain(value) for key, value in asdict(row).items()} for row in self.rows],
+        }
+
+    def picture(self) -> Figure:
+        """Force error of every role and format, and of the presets against their time."""
+        from steradian.evaluation.plots import COLORS
+
+        figure = Figure(figsize=(9.0, 4.2))
+        left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+        formats = list(dict.fromkeys(row.format for row in self.rows if row.kind == "role"))
+        names = list(dict.fromkeys(row.name for row in self.rows if row.kind == "role"))
+        for place, name in enumerate(formats):
+            rows = [row for row in self.rows if row.kind == "role" and row.format == name and row.forces_mae > 0]
+            left.plot([MEV * row.forces_mae for row in rows], [names.index(row.name) for row in rows], "o",
+                      color=COLORS[place], label=name)  # fmt: skip
+        left.set(xscale="log", yticks=range(len(names)), yticklabels=names, xlabel="force error, MAE [meV/Å]")
+        left.invert_yaxis()
+        left.axvline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
+        if formats:
+            left.legend(frameon=False, fontsize=8)
+        for row in self.rows:
+            if row.kind == "preset" and math.isfinite(row.seconds):
+                error = MEV * max(row.forces_mae, 1e-9)
+                right.plot(1e3 * row.seconds, error, "o", color=COLORS[0])
+                right.annotate(row.name, (1e3 * row.seconds, error), xytext=(5, 4), textcoords="offset points")
+        right.axhline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
+        right.set(yscale="log", xlabel="time of a batch [ms]", ylabel="force error, MAE [meV/Å]")
+        right.margins(x=0.25)
+        figure.tight_layout()
+        return figure
+
+
+def precision_study(
+    potential: Potential,
+    structures: Sequence[Structure],
+    settings: StudySettings | None = None,
+    report: Callable[[int, int, str], None] | None = None,
+) -> PrecisionStudy:
+    """Measure roles and presets on some structures.
+
+    Args:
+        potential: copies are taken, it is not changed.
+        structures: labels are used for the model's own error, where there are any.
+        settings: see :class:`StudySettings`.
+        report: called before every measurement with its number, how many there are, and what it is.
+
+    Raises:
+        ValueError: no structures, or a preset that is not known.
+    """
+    settings = settings or StudySettings()
+    if not structures:
+        raise ValueError("the study of precision needs at least one structure")
+    unknown = sorted(set(settings.presets) - set(PRESETS))
+    if unknown:
+        raise ValueError(f"unknown preset {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
+    places = np.linspace(0, len(structures) - 1, min(len(structures), settings.max_structures)).round().astype(int)
+    chosen = [structures[place] for place in np.unique(places)]
+    graphs = [make_graph(structure, potential.cutoff) for structure in chosen]
+    batches = [
+        batch_graphs(graphs[start : start + settings.batch]).to(potential.device)
+        for start in range(0, len(graphs), settings.batch)
+    ]
+    truth = _predict(_in(potential, "float64"), batches)
+    own = _own_error(truth[1], batches)
+    tolerance = settings.force_tolerance
+    if tolerance is None:
+        tolerance = 1e-4 + (0.05 * own if math.isfinite(own) else 0.0)
+    roles = _role_cases() if settings.roles else []
+    count = len(roles) + len(settings.presets)
+    rows: list[PrecisionRow] = []
+    for role, name in roles:
+        if report is not None:
+            report(len(rows), count, f"{role} in {name}")
+        model = _in(potential, PrecisionConfig(preset="float64", roles={role: name}))  # type: ignore[dict-item]
+        rows.append(PrecisionRow("role", role, name, *_errors(_predict(model, batches), truth)))
+    for preset in settings.presets:
+        if report is not None:
+            report(len(rows), count, preset)
+        rows.append(_measure_preset(potential, preset, chosen, batches, truth, settings))
+    return PrecisionStudy(tuple(rows), own, tolerance, len(chosen), _device(potential))
+
+
+def _role_cases() -> list[tuple[str, str]]:
+    cases = []
+    for role in ROLES:
+        formats = ("float32",) if role in WIDE_ROLES else ("float32", "bfloat16", "float16")
+        cases += [(role, name) for name in formats]
+    return cases
+
+
+def _in(potential: Potential, precision: str | PrecisionConfig) -> Potential:
+    """A copy in another precision, with frozen weights and without tables of the radial networks."""
+    model = copy.deepcopy(potential).set_precision(precision)
+    # tables are dropped by train; they would hide the radial role
+    return model.train().for_inference(radial_table=False)
+
+
+def _predict(model: Potential, batches: list[Graph]) -> tuple[Tensor, Tensor]:
+    """Energies per atom ``[S]`` and forces ``[N, 3]`` in float64 on the CPU."""
+    found = [(model(batch), batch.atoms_per_system) for batch in batches]
+    energies = torch.cat([prediction.interaction_energy.double() / atoms for prediction, atoms in found])
+    return energies.cpu(), torch.cat([prediction.forces.double().cpu() for prediction, _ in found])
+
+
+def _errors(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    energies, forces = ((one - other).abs() for one, other in zip(found, truth))
+    return float(energies.mean()), float(forces.mean()), float(forces.max())
+
+
+def _own_error(forces: Tensor, batches: list[Graph]) -> float:
+    labels = [batch.forces for batch in batches if batch.forces is not None]
+    if len(labels) < len(batches):
+        return math.nan
+    return float((forces - torch.cat(labels).double().cpu()).abs().mean())
+
+
+def _measure_preset(
+    potential: Potential,
+    preset: str,
+    structures: list[Structure],
+    batches: list[Graph],
+    truth: tuple[Tensor, Tensor],
+    settings: StudySettings,
+) -> PrecisionRow:
+    model = _in(potential, preset)
+    errors = _errors(_predict(model, batches), truth)
+    audit = rotation_audit(model, structures, num_rotations=4, reflections=False, max_structures=3, seed=settings.seed)
+    times = []
+    for _ in range(settings.repeats):
+        _synchronise(model)
+        start = time.perf_counter()
+        model(batches[0])
+        _synchronise(model)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times) if times else math.nan
+    memory = _added_memory(model, batches[0])
+    drift = _drift(model, structures[0], settings) if settings.md_steps else math.nan
+    return PrecisionRow("preset", preset, "", *errors, audit.figures[-1].force_mean, drift, seconds, memory)
+
+
+def _drift(model: Potential, structure: Structure, settings: StudySettings) -> float:
+    """Slope of the total energy of an NVE run [eV per atom and ps]."""
+    from ase import Atoms, units
+    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+    from ase.md.verlet import VelocityVerlet
+
+    from steradian.interfaces.ase import SteradianCalculator
+    from steradian.simulate.analysis import energy_drift
+
+    atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
+    atoms.calc = SteradianCalculator(model, device=model.device, skin=0.5, radial_table=False)
+    random = np.random.RandomState(settings.seed)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=settings.temperature, rng=random)
+    Stationary(atoms)
+    dynamics = VelocityVerlet(atoms, settings.timestep * units.fs)
+    times, energies = [], []
+    for step in range(settings.md_steps):
+        dynamics.run(1)
+        times.append((step + 1) * settings.timestep)
+        energies.append(atoms.get_total_energy())
+    return energy_drift(np.array(times), np.array(energies), len(atoms))
+
+
+def _synchronise(model: Potential) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _added_memory(model: Potential, batch: Graph) -> float:
+    """Most that a call adds to the memory in use [bytes]; NaN where the system does not tell."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        model(batch)
+        return float(torch.cuda.max_memory_allocated(model.device) - before)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kib(field: str) -> int:
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    try:
+        before = kib("VmRSS")
+        reset.write_text("5", encoding="utf-8")  # the peak starts here
+        model(batch)
+        return 1024.0 * max(kib("VmHWM") - before, 0)
+    except (OSError, StopIteration):
+        return math.nan
+
+
+def _device(potential: Potential) -> str:
+    if potential.device.type == "cuda":
+        return torch.cuda.get_device_name(potential.device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
