@@ -5,8 +5,8 @@
 see :mod:`steradian.operators.efa_kernel`. The product ``z = t x`` is formed for one small block at a time, in the
 first-level cache, right before a product of matrices reads it. Sixteen (float64: eight) atoms are a block:
 ``t [B, K, R, W]``, ``x [B, K, X, W]``, ``y [B, C, K W, P]``, ``S [B, C, J, P]`` with W lanes, columns e in C panels of
-P = W or 2 W, K even, and J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row ``feature_of[j]`` of x. All of t and
-x may be sums over several (t, x).
+P = W or 2 W, K even, and J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row
+``feature_of[j]`` of x. The product z may be a sum over several (t, x).
 """
 
 from __future__ import annotations
@@ -72,15 +72,13 @@ class _Kernel:
         {"moments": self._moments, "apply": self._apply, "contract": self._contract}[kind]()
         self.text = self.tiles.finish()
 
-    # ------------------------------------------------------------------------------------------------------ parts of all
+    # ---------------------------------------------------------------------------------------------------- parts of all
 
     def _rows(self, tile: Any) -> list[tuple[Any, Any]]:
         """Rows of t and x of the rows of a tile."""
         tiles, given = self.tiles, self.given
         rows = [tiles.plus(tiles.times(tile, ROWS), row) for row in range(ROWS)]
-        return [
-            (tiles.integer_at(given["wave_of"], row), tiles.integer_at(given["feature_of"], row)) for row in rows
-        ]
+        return [(tiles.integer_at(given["wave_of"], row), tiles.integer_at(given["feature_of"], row)) for row in rows]
 
     def _block_of(self, address: Any, block: Any, rows: str) -> Any:
         return self.tiles.vector_address(address, self.tiles.times(block, self.given[rows]))
@@ -114,11 +112,13 @@ class _Kernel:
     def _panel(self, name: str, system: Any, panel: Any) -> Any:
         """Where a panel of y or S begins."""
         tiles, given = self.tiles, self.given
-        rows = tiles.times(given["num_blocks"], tiles.width) if name == "values" else tiles.times(given["num_tiles"], ROWS)
+        rows = (
+            tiles.times(given["num_blocks"], tiles.width) if name == "values" else tiles.times(given["num_tiles"], ROWS)
+        )
         number = tiles.plus(tiles.times(system, given["num_panels"]), panel)
         return self._panel_place(given[name], tiles.times(number, rows))
 
-    # ------------------------------------------------------------------------------------------------------------- kinds
+    # ----------------------------------------------------------------------------------------------------------- kinds
 
     def _moments(self) -> None:
         tiles, given, b = self.tiles, self.given, self.tiles.b
@@ -179,9 +179,7 @@ class _Kernel:
             self._transpose(system, place, length)
             with tiles.loop(0, given["num_tiles"]) as loop:
                 with tiles.loop(0, given["num_panels"], *[self.zero] * (2 * ROWS)) as panel:
-                    sums = self._panel_place(
-                        self._panel("sums", system, panel.index), tiles.times(loop.index, ROWS)
-                    )
+                    sums = self._panel_place(self._panel("sums", system, panel.index), tiles.times(loop.index, ROWS))
                     right = tiles.vector_address(tiles.scratch, tiles.times(panel.index, 2 * length))
                     panel.totals = self._contract_panel(panel.totals, length, sums, right)
                 self._distribute(block, self._rows(loop.index), [panel.totals[::2], panel.totals[1::2]])

@@ -40,7 +40,7 @@ class Tiles(Lanes):
         self.whole_addresses = ir.VectorType(I64, self.width)
         self.lane_numbers = ir.Constant(self.whole_addresses, list(range(self.width)))
 
-    # -------------------------------------------------------------------------------------------------------- integers
+    # ------------------------------------------------------------------------------------------------------ integers
 
     def integer_at(self, base: Any, index: Any) -> Any:
         """An int64 of a table."""
@@ -63,7 +63,7 @@ class Tiles(Lanes):
         one, other = self.integer(one), self.integer(other)
         return self.b.select(self.b.icmp_signed("<", one, other), one, other)
 
-    # ------------------------------------------------------------------------------------------------ numbers and vectors
+    # ---------------------------------------------------------------------------------------------- numbers and vectors
 
     def vector_at(self, base: Any, index: Any = 0) -> Value:
         """Vector number ``index`` from an address that is a multiple of 64."""
@@ -86,7 +86,7 @@ class Tiles(Lanes):
     def _place(self, base: Any, index: Any) -> Any:
         return self.b.inttoptr(self.vector_address(base, index), self.pointer)
 
-    # --------------------------------------------------------------------------------------------------------- products
+    # ------------------------------------------------------------------------------------------------------- products
 
     def product(
         self,
@@ -106,7 +106,7 @@ class Tiles(Lanes):
             ]
         return loop.totals
 
-    # ------------------------------------------------------------------------------------------------------------ sines
+    # ---------------------------------------------------------------------------------------------------------- sines
 
     def cos_sin(self, angle: Value) -> tuple[Value, Value]:
         """Cosine and sine to the rounding of the type, of angles up to about 10^5 (float32) or 10^9 (float64)."""

@@ -22,7 +22,7 @@ from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled_text
 from steradian.operators.efa_basis import RuleWaves, WaveRows, step_of_phase
 from steradian.operators.efa_cpu_pairs import PairShape, attend_pairs
-from steradian.operators.efa_cpu_sums import CpuSums, Task, run_kernel
+from steradian.operators.efa_cpu_sums import CpuSums, Task, aligned, run_kernel
 from steradian.operators.efa_kernel import apply_moments, moments
 
 __all__ = ["attend_isolated"]
@@ -53,6 +53,7 @@ def attend_isolated(
         weights: ``[m]`` of both together, not negative.
     """
     batch, num_atoms, num_values = values.shape
+    frequencies = frequencies.to(values)
     lanes = lanes_of(values.element_size())
     padding = -num_atoms % (2 * lanes)
     x = pad(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
@@ -99,14 +100,14 @@ def _panels(values: Tensor, padding: int, lanes: int) -> Tensor:
 
 
 def _rows(positions: Tensor, frequencies: Tensor, directions: Tensor, weights: Tensor) -> WaveRows:
-    rule = _RULES.get(directions)
-    if rule is None:
-        rule = _RULES[directions] = RuleWaves(directions, weights)
+    known = _RULES.get(directions)
+    if known is None or known[0] is not weights:
+        known = _RULES[directions] = weights, RuleWaves(directions, weights)
     radius = float(positions.detach().square().sum(-1).max()) ** 0.5 if positions.numel() else 0.0
     sizes = [abs(frequency) * radius for frequency in frequencies.detach().tolist()]
     if frequencies.requires_grad:  # a frequency of zero has a curvature
         sizes = [max(size, 1e-30) for size in sizes]
-    return rule.rows(tuple(step_of_phase(size) for size in sizes))
+    return known[1].rows(tuple(step_of_phase(size) for size in sizes))
 
 
 def _sums(rows: WaveRows, num_pairs: int, width: int) -> CpuSums:
@@ -143,7 +144,7 @@ class _Waves(torch.autograd.Function):
         by_positions = torch.empty_like(positions)
         count = len(frequencies) if wanted[1] else 0
         by_frequencies = positions.new_empty((positions.shape[0], count, positions.shape[2]))
-        _run("slope", rows, positions, frequencies, gradient.contiguous(), by_positions, by_frequencies)
+        _run("slope", rows, positions, frequencies, aligned(gradient), by_positions, by_frequencies)
         return by_positions if wanted[0] else None, by_frequencies.sum((0, 2)) if wanted[1] else None, None
 
 
@@ -164,9 +165,10 @@ def _run(
 ) -> None:
     num_directions, blocks = len(rows.roots), positions.shape[0]
     starts = np.array(rows.starts, dtype=np.int64)
-    matrices = np.array([0 if matrix is None else matrix.data_ptr() for matrix in rows.matrices], dtype=np.int64)
+    # a matrix without rows has no address; 0 means the diagonal one
+    matrices = np.array([0 if matrix is None else matrix.data_ptr() or -1 for matrix in rows.matrices], dtype=np.int64)
     frequencies = frequencies.detach().contiguous()
-    directions = rows.directions.contiguous()
+    directions, positions = rows.directions.contiguous(), aligned(positions)
     numbers = {
         "num_directions": num_directions, "num_frequencies": len(frequencies), "num_waves": rows.padded,
         "directions": directions.data_ptr(), "frequencies": frequencies.data_ptr(),

@@ -20,7 +20,7 @@ from steradian.kernels.native import compiled_text
 from steradian.kernels.team import run_tasks
 from steradian.kernels.tiles import ROWS
 
-__all__ = ["CpuSums", "Task", "run_kernel"]
+__all__ = ["CpuSums", "Task", "aligned", "run_kernel"]
 
 WORTH_A_THREAD = 1_000_000
 """Multiply-adds below which a second thread costs more than it brings."""
@@ -45,6 +45,12 @@ class Task:
     scratch: int
     parts: int
     work: int
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it: contiguous, from an address that is a multiple of 64; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 def run_kernel(task: Task) -> None:
@@ -90,14 +96,14 @@ class CpuSums:
     def moments(self, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, J, P]`` from ``[B, C, K W, P]`` and pairs of ``[B, K, R, W]`` and ``[B, K, X, W]``."""
         sums = values.new_zeros(*values.shape[:2], self.num_rows, values.shape[3])
-        self._run("moments", values.contiguous(), sums, pairs)
+        self._run("moments", aligned(values), sums, pairs)
         return sums
 
     def apply(self, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, K W, P]`` from ``[B, C, J, P]`` and pairs."""
         _, blocks, _, lanes = pairs[0][0].shape
         values = sums.new_zeros(*sums.shape[:2], blocks * lanes, sums.shape[3])
-        self._run("apply", values, sums.contiguous(), pairs)
+        self._run("apply", values, aligned(sums), pairs)
         return values
 
     def contract(
@@ -109,7 +115,7 @@ class CpuSums:
             torch.zeros_like(x, memory_format=torch.contiguous_format) if asked else None
             for x, asked in zip(flat, wanted)
         ]
-        self._run("contract", values.contiguous(), sums.contiguous(), pairs, outputs)
+        self._run("contract", aligned(values), aligned(sums), pairs, outputs)
         return outputs
 
     def _run(
@@ -120,7 +126,7 @@ class CpuSums:
         pairs: Sequence[tuple[Tensor, Tensor]],
         outputs: Sequence[Tensor | None] = (),
     ) -> None:
-        waves, features = ([pair[number].contiguous() for pair in pairs] for number in range(2))
+        waves, features = ([aligned(pair[number]) for pair in pairs] for number in range(2))
         batch, blocks, num_waves, lanes = waves[0].shape
         panels, width = values.shape[1], values.shape[3]
         tables = {
