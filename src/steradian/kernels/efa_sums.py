@@ -19,7 +19,7 @@ from steradian.kernels.tiles import ROWS, Tiles
 __all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "sums_module"]
 
 #: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 3
+VERSION = 4
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_blocks",  # K
@@ -52,22 +52,24 @@ def num_scratch(num_columns: int) -> int:
     return max(ROWS * BLOCKS, DEPTH, 2 * num_columns)
 
 
-def sums_module(kind: str, itemsize: int, columns: int, whole: bool) -> str:
+def sums_module(kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> str:
     """LLVM's text of ``run(arguments, scratch, first, last)``.
 
     Args:
         kind: one of KINDS.
         itemsize: 4 or 8.
         columns: vectors in a panel, P / W.
-        whole: the rows of every tile have one wave.
+        whole: the rows of every tile have one wave, and features next to each other.
+        single: there is one (t, x).
     """
-    return _Kernel(kind, itemsize, columns, whole).text
+    return _Kernel(kind, itemsize, columns, whole, single).text
 
 
 class _Kernel:
-    def __init__(self, kind: str, itemsize: int, columns: int, whole: bool) -> None:
+    def __init__(self, kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> None:
         self.tiles = Tiles(ARGUMENTS, itemsize)
-        self.given, self.columns, self.whole = self.tiles.given, columns, whole
+        self.given, self.columns = self.tiles.given, columns
+        self.whole, self.single = whole, single
         self.zero = self.tiles.value(0.0)
         {"moments": self._moments, "apply": self._apply, "contract": self._contract}[kind]()
         self.text = self.tiles.finish()
@@ -78,6 +80,9 @@ class _Kernel:
         """Rows of t and x of the rows of a tile."""
         tiles, given = self.tiles, self.given
         rows = [tiles.plus(tiles.times(tile, ROWS), row) for row in range(ROWS)]
+        if self.whole:
+            wave, feature = (tiles.integer_at(given[name], rows[0]) for name in ("wave_of", "feature_of"))
+            return [(wave, tiles.plus(feature, row)) for row in range(ROWS)]
         return [(tiles.integer_at(given["wave_of"], row), tiles.integer_at(given["feature_of"], row)) for row in rows]
 
     def _block_of(self, address: Any, block: Any, rows: str) -> Any:
@@ -86,13 +91,16 @@ class _Kernel:
     def _products(self, block: Any, rows: list[tuple[Any, Any]]) -> list[Value]:
         """z of a block of atoms, for some rows."""
         tiles, given = self.tiles, self.given
+
+        def of_pair(pair: Any) -> list[Value]:
+            t = self._block_of(tiles.integer_at(given["waves"], pair), block, "num_waves")
+            x = self._block_of(tiles.integer_at(given["features"], pair), block, "num_features")
+            return [tiles.vector_at(t, wave) * tiles.vector_at(x, feature) for wave, feature in rows]
+
+        if self.single:
+            return of_pair(0)
         with tiles.loop(0, given["num_pairs"], *[self.zero] * len(rows)) as pairs:
-            t = self._block_of(tiles.integer_at(given["waves"], pairs.index), block, "num_waves")
-            x = self._block_of(tiles.integer_at(given["features"], pairs.index), block, "num_features")
-            pairs.totals = [
-                total + tiles.vector_at(t, wave) * tiles.vector_at(x, feature)
-                for total, (wave, feature) in zip(pairs.totals, rows)
-            ]
+            pairs.totals = [total + z for total, z in zip(pairs.totals, of_pair(pairs.index))]
         return pairs.totals
 
     def _multiply(self, place: Any, count: Any, numbers: Any, right: Any) -> None:

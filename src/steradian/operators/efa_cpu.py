@@ -56,13 +56,13 @@ def attend_isolated(
     frequencies = frequencies.to(values)
     lanes = lanes_of(values.element_size())
     padding = -num_atoms % (2 * lanes)
-    x = pad(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
+    x = _padded(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
     rows = _rows(positions, frequencies, directions, weights)
     waves = _Waves.apply(x.flatten(0, 1).contiguous(), frequencies, rows).unflatten(0, (batch, -1))
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
     width = 2 * queries.shape[2]
     if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
-        v = pad(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
+        v = _padded(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
         out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
         return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
     v = _panels(values, padding, lanes)
@@ -84,9 +84,13 @@ def pairs_are_cheaper(num_atoms: int, num_rows: int, num_features: int, width: i
     return num_atoms * (num_rows + num_features + num_values) < PAIRS_ARE_SLOWER * 2 * num_rows * width * num_values
 
 
+def _padded(values: Tensor, by: tuple[int, ...]) -> Tensor:
+    return pad(values, by) if any(by) else values
+
+
 def _blocks_of_pairs(features: Tensor, padding: int, lanes: int) -> Tensor:
     """``[B, N, D, F]`` to ``[B, K, F D, W]``, rows ordered by the channels' pair, channel and component."""
-    features = pad(features, (0, 0, 0, 0, 0, padding))
+    features = _padded(features, (0, 0, 0, 0, 0, padding))
     blocks = features.unflatten(3, (-1, 2)).unflatten(1, (-1, lanes))  # [B, K, W, D, n, 2]
     return blocks.permute(0, 1, 4, 5, 3, 2).reshape(*blocks.shape[:2], -1, lanes)
 
@@ -95,7 +99,7 @@ def _panels(values: Tensor, padding: int, lanes: int) -> Tensor:
     """``[B, N, e]`` to ``[B, C, K W, P]``."""
     vectors = -(-values.shape[2] // lanes)
     width = lanes * (2 if vectors % 2 == 0 else 1)
-    values = pad(values, (0, vectors * lanes - values.shape[2], 0, padding))
+    values = _padded(values, (0, vectors * lanes - values.shape[2], 0, padding))
     return values.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
 
 

@@ -73,10 +73,10 @@ def run_kernel(task: Task) -> None:
 
 
 @cache
-def _function(kind: str, itemsize: int, columns: int, whole: bool) -> Callable:
+def _function(kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> Callable:
     name = f"sums of attention, {kind}"
-    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole}"
-    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole), 4)
+    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole} {single}"
+    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole, single), 4)
 
 
 class CpuSums:
@@ -84,7 +84,7 @@ class CpuSums:
 
     Args:
         wave_of, feature_of: ``[J]`` int64, rows of waves and features that make row j; J a multiple of eight.
-        whole: every eight rows from the start share one wave.
+        whole: every eight rows from the start share one wave and have features next to each other.
     """
 
     def __init__(self, wave_of: Tensor, feature_of: Tensor, whole: bool) -> None:
@@ -140,7 +140,7 @@ class CpuSums:
             "values": values.data_ptr(), "sums": sums.data_ptr(),
         }  # fmt: skip
         parts = batch * {"moments": self.num_rows // ROWS, "apply": blocks, "contract": blocks // 2}[kind]
-        function = _function(kind, values.element_size(), width // lanes, self.whole)
+        function = _function(kind, values.element_size(), width // lanes, self.whole, len(pairs) == 1)
         work = batch * blocks * lanes * self.num_rows * panels * width
         scratch = num_scratch(panels * width)
         run_kernel(Task(function, ARGUMENTS, numbers, scratch, parts if panels else 0, work))
