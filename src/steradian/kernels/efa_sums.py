@@ -19,7 +19,7 @@ from steradian.kernels.tiles import ROWS, Tiles
 __all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "sums_module"]
 
 #: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 4
+VERSION = 6
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_blocks",  # K
@@ -95,6 +95,8 @@ class _Kernel:
         def of_pair(pair: Any) -> list[Value]:
             t = self._block_of(tiles.integer_at(given["waves"], pair), block, "num_waves")
             x = self._block_of(tiles.integer_at(given["features"], pair), block, "num_features")
+            if self.whole:
+                tiles.prefetch(tiles.vector_address(t, tiles.plus(rows[0][0], 1)), 1)  # the next tile's wave
             return [tiles.vector_at(t, wave) * tiles.vector_at(x, feature) for wave, feature in rows]
 
         if self.single:
@@ -106,6 +108,7 @@ class _Kernel:
     def _multiply(self, place: Any, count: Any, numbers: Any, right: Any) -> None:
         """Add to a tile ``numbers(k)`` times vectors ``right + k``: sums of sums, so that rounding stays small."""
         tiles, at = self.tiles, range(ROWS * self.columns)
+        tiles.prefetch(place, len(at))
         totals = tiles.product([self.zero for _ in at], count, numbers, lambda k: self._panel_row(right, k))
         for index, total in zip(at, totals):
             tiles.add_to(total, place, index)

@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from steradian.kernels.lanes import I64, Lanes, Value
+from steradian.kernels.lanes import I32, I64, Lanes, Value
 
 __all__ = ["ROWS", "Tiles"]
 
@@ -76,6 +76,16 @@ class Tiles(Lanes):
 
     def add_to(self, value: Value, base: Any, index: Any = 0) -> None:
         self.put(self.vector_at(base, index) + value, base, index)
+
+    def prefetch(self, base: Any, count: int) -> None:
+        """Have some vectors brought into the cache while other work goes on."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        for index in range(count):
+            place = self.b.inttoptr(self.vector_address(base, index), byte)
+            self.b.call(function, [place, I32(0), I32(3), I32(1)])  # to read, keep, data
 
     def vector_address(self, base: Any, index: Any) -> Any:
         return self.plus(base, self.times(index, 64))
