@@ -5,8 +5,8 @@ Everything is in one function,
 .. math:: T = \\sum_{ij} \\sum_n \\Big(\\sum_{ρ \\in n} t_{iρ} t_{jρ}\\Big) \\Big(\\sum_a q_{i,na} k_{j,na}\\Big)
               \\Big(\\sum_e g_{ie} v_{je}\\Big) ,
 
-whose derivative by g is the attention, and whose others are those of ``sum(g y)``. A second derivative is wanted along a
-direction only, so it is the derivative of these derivatives along that direction: every number is accompanied by its
+whose derivative by g is the attention, and whose others are those of ``sum(g y)``. A second derivative is wanted along
+a direction only, so it is the derivative of these derivatives along that direction: every number is accompanied by its
 change. Eight atoms at a time meet the atoms of one block, which lie in the lanes; no score leaves the registers and the
 first-level cache. Arrays as in :mod:`steradian.kernels.efa_sums`: ``[B, K, rows, W]``.
 """
@@ -97,7 +97,7 @@ class _Kernel:
                 self._tile()
         self.text = tiles.finish()
 
-    # ------------------------------------------------------------------------------------------------------------ arrays
+    # ---------------------------------------------------------------------------------------------------------- arrays
 
     def _num_rows(self, name: str) -> Any:
         if name == "waves":
@@ -133,7 +133,7 @@ class _Kernel:
         kept = [self.tiles.vector_at(self.tiles.scratch, place + number) for number in range(ROWS * (1 + self.follow))]
         return _Eight(kept[:ROWS], kept[ROWS:] if self.follow else None)
 
-    # ------------------------------------------------------------------------------------------------------------- sums
+    # ----------------------------------------------------------------------------------------------------------- sums
 
     def _product(self, in_tile: str, in_lanes: str, first: Any, count: Any) -> _Eight:
         """``sum_row x_i y_l`` of two arrays."""
@@ -166,7 +166,7 @@ class _Kernel:
                 products = [a + b for a, b in zip(products[::2], products[1::2])]
             tiles.add_to(products[0], self._lane(f"by_{to}", to, row))
 
-    # ------------------------------------------------------------------------------------------------------------- tiles
+    # ----------------------------------------------------------------------------------------------------------- tiles
 
     def _tile(self) -> None:
         """One tile: first the products of values, then frequency by frequency, then what needs the scores."""

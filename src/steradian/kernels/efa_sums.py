@@ -5,8 +5,8 @@
 see :mod:`steradian.operators.efa_kernel`. The product ``z = t x`` is formed for one small block at a time, in the
 first-level cache, right before a product of matrices reads it. Sixteen (float64: eight) atoms are a block:
 ``t [B, K, R, W]``, ``x [B, K, X, W]``, ``y [B, C, K W, P]``, ``S [B, C, J, P]`` with W lanes, columns e in C panels of
-P = W or 2 W, K even, and J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row ``feature_of[j]`` of x. All of t and
-x may be sums over several (t, x).
+P = W or 2 W, K even, and J = R a rows, a multiple of eight. Row j multiplies row ``wave_of[j]`` of t and row
+``feature_of[j]`` of x. The product z may be a sum over several (t, x).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steradian.kernels.tiles import ROWS, Tiles
 __all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "sums_module"]
 
 #: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 3
+VERSION = 6
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_blocks",  # K
@@ -52,35 +52,38 @@ def num_scratch(num_columns: int) -> int:
     return max(ROWS * BLOCKS, DEPTH, 2 * num_columns)
 
 
-def sums_module(kind: str, itemsize: int, columns: int, whole: bool) -> str:
+def sums_module(kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> str:
     """LLVM's text of ``run(arguments, scratch, first, last)``.
 
     Args:
         kind: one of KINDS.
         itemsize: 4 or 8.
         columns: vectors in a panel, P / W.
-        whole: the rows of every tile have one wave.
+        whole: the rows of every tile have one wave, and features next to each other.
+        single: there is one (t, x).
     """
-    return _Kernel(kind, itemsize, columns, whole).text
+    return _Kernel(kind, itemsize, columns, whole, single).text
 
 
 class _Kernel:
-    def __init__(self, kind: str, itemsize: int, columns: int, whole: bool) -> None:
+    def __init__(self, kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> None:
         self.tiles = Tiles(ARGUMENTS, itemsize)
-        self.given, self.columns, self.whole = self.tiles.given, columns, whole
+        self.given, self.columns = self.tiles.given, columns
+        self.whole, self.single = whole, single
         self.zero = self.tiles.value(0.0)
         {"moments": self._moments, "apply": self._apply, "contract": self._contract}[kind]()
         self.text = self.tiles.finish()
 
-    # ------------------------------------------------------------------------------------------------------ parts of all
+    # ---------------------------------------------------------------------------------------------------- parts of all
 
     def _rows(self, tile: Any) -> list[tuple[Any, Any]]:
         """Rows of t and x of the rows of a tile."""
         tiles, given = self.tiles, self.given
         rows = [tiles.plus(tiles.times(tile, ROWS), row) for row in range(ROWS)]
-        return [
-            (tiles.integer_at(given["wave_of"], row), tiles.integer_at(given["feature_of"], row)) for row in rows
-        ]
+        if self.whole:
+            wave, feature = (tiles.integer_at(given[name], rows[0]) for name in ("wave_of", "feature_of"))
+            return [(wave, tiles.plus(feature, row)) for row in range(ROWS)]
+        return [(tiles.integer_at(given["wave_of"], row), tiles.integer_at(given["feature_of"], row)) for row in rows]
 
     def _block_of(self, address: Any, block: Any, rows: str) -> Any:
         return self.tiles.vector_address(address, self.tiles.times(block, self.given[rows]))
@@ -88,18 +91,24 @@ class _Kernel:
     def _products(self, block: Any, rows: list[tuple[Any, Any]]) -> list[Value]:
         """z of a block of atoms, for some rows."""
         tiles, given = self.tiles, self.given
+
+        def of_pair(pair: Any) -> list[Value]:
+            t = self._block_of(tiles.integer_at(given["waves"], pair), block, "num_waves")
+            x = self._block_of(tiles.integer_at(given["features"], pair), block, "num_features")
+            if self.whole:
+                tiles.prefetch(tiles.vector_address(t, tiles.plus(rows[0][0], 1)), 1)  # the next tile's wave
+            return [tiles.vector_at(t, wave) * tiles.vector_at(x, feature) for wave, feature in rows]
+
+        if self.single:
+            return of_pair(0)
         with tiles.loop(0, given["num_pairs"], *[self.zero] * len(rows)) as pairs:
-            t = self._block_of(tiles.integer_at(given["waves"], pairs.index), block, "num_waves")
-            x = self._block_of(tiles.integer_at(given["features"], pairs.index), block, "num_features")
-            pairs.totals = [
-                total + tiles.vector_at(t, wave) * tiles.vector_at(x, feature)
-                for total, (wave, feature) in zip(pairs.totals, rows)
-            ]
+            pairs.totals = [total + z for total, z in zip(pairs.totals, of_pair(pairs.index))]
         return pairs.totals
 
     def _multiply(self, place: Any, count: Any, numbers: Any, right: Any) -> None:
         """Add to a tile ``numbers(k)`` times vectors ``right + k``: sums of sums, so that rounding stays small."""
         tiles, at = self.tiles, range(ROWS * self.columns)
+        tiles.prefetch(place, len(at))
         totals = tiles.product([self.zero for _ in at], count, numbers, lambda k: self._panel_row(right, k))
         for index, total in zip(at, totals):
             tiles.add_to(total, place, index)
@@ -114,11 +123,13 @@ class _Kernel:
     def _panel(self, name: str, system: Any, panel: Any) -> Any:
         """Where a panel of y or S begins."""
         tiles, given = self.tiles, self.given
-        rows = tiles.times(given["num_blocks"], tiles.width) if name == "values" else tiles.times(given["num_tiles"], ROWS)
+        rows = (
+            tiles.times(given["num_blocks"], tiles.width) if name == "values" else tiles.times(given["num_tiles"], ROWS)
+        )
         number = tiles.plus(tiles.times(system, given["num_panels"]), panel)
         return self._panel_place(given[name], tiles.times(number, rows))
 
-    # ------------------------------------------------------------------------------------------------------------- kinds
+    # ----------------------------------------------------------------------------------------------------------- kinds
 
     def _moments(self) -> None:
         tiles, given, b = self.tiles, self.given, self.tiles.b
@@ -179,9 +190,7 @@ class _Kernel:
             self._transpose(system, place, length)
             with tiles.loop(0, given["num_tiles"]) as loop:
                 with tiles.loop(0, given["num_panels"], *[self.zero] * (2 * ROWS)) as panel:
-                    sums = self._panel_place(
-                        self._panel("sums", system, panel.index), tiles.times(loop.index, ROWS)
-                    )
+                    sums = self._panel_place(self._panel("sums", system, panel.index), tiles.times(loop.index, ROWS))
                     right = tiles.vector_address(tiles.scratch, tiles.times(panel.index, 2 * length))
                     panel.totals = self._contract_panel(panel.totals, length, sums, right)
                 self._distribute(block, self._rows(loop.index), [panel.totals[::2], panel.totals[1::2]])

@@ -131,7 +131,7 @@ class _Kernel:
                 else:
                     tiles.put(tiles.vector_at(wave) * root, array, at)
 
-    # ------------------------------------------------------------------------------------------------------------- value
+    # ----------------------------------------------------------------------------------------------------------- value
 
     def _value(self) -> None:
         tiles = self.tiles
@@ -160,7 +160,7 @@ class _Kernel:
                 for half in range(2):
                     tiles.put(totals[2 * number + half], self._wave_place(half, tiles.plus(start, row)))
 
-    # ------------------------------------------------------------------------------------------------------------- slope
+    # ----------------------------------------------------------------------------------------------------------- slope
 
     def _slope(self) -> None:
         tiles, m = self.tiles, self.given["num_directions"]
@@ -223,8 +223,6 @@ class _Kernel:
             slopes = [
                 tiles.vector_at(self.by_projections, tiles.plus(tiles.times(loop.index, 2), half)) for half in range(2)
             ]
-            loop.totals = [
-                total + slopes[number // 3] * u[number % 3] for number, total in enumerate(loop.totals)
-            ]
+            loop.totals = [total + slopes[number // 3] * u[number % 3] for number, total in enumerate(loop.totals)]
         for number, total in enumerate(loop.totals):
             tiles.put(total, self._position(self.given["by_positions"], number // 3), number % 3)

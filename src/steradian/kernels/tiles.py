@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from steradian.kernels.lanes import I64, Lanes, Value
+from steradian.kernels.lanes import I32, I64, Lanes, Value
 
 __all__ = ["ROWS", "Tiles"]
 
@@ -40,7 +40,7 @@ class Tiles(Lanes):
         self.whole_addresses = ir.VectorType(I64, self.width)
         self.lane_numbers = ir.Constant(self.whole_addresses, list(range(self.width)))
 
-    # -------------------------------------------------------------------------------------------------------- integers
+    # ------------------------------------------------------------------------------------------------------ integers
 
     def integer_at(self, base: Any, index: Any) -> Any:
         """An int64 of a table."""
@@ -63,7 +63,7 @@ class Tiles(Lanes):
         one, other = self.integer(one), self.integer(other)
         return self.b.select(self.b.icmp_signed("<", one, other), one, other)
 
-    # ------------------------------------------------------------------------------------------------ numbers and vectors
+    # ---------------------------------------------------------------------------------------------- numbers and vectors
 
     def vector_at(self, base: Any, index: Any = 0) -> Value:
         """Vector number ``index`` from an address that is a multiple of 64."""
@@ -77,6 +77,16 @@ class Tiles(Lanes):
     def add_to(self, value: Value, base: Any, index: Any = 0) -> None:
         self.put(self.vector_at(base, index) + value, base, index)
 
+    def prefetch(self, base: Any, count: int) -> None:
+        """Have some vectors brought into the cache while other work goes on."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        for index in range(count):
+            place = self.b.inttoptr(self.vector_address(base, index), byte)
+            self.b.call(function, [place, I32(0), I32(3), I32(1)])  # to read, keep, data
+
     def vector_address(self, base: Any, index: Any) -> Any:
         return self.plus(base, self.times(index, 64))
 
@@ -86,7 +96,7 @@ class Tiles(Lanes):
     def _place(self, base: Any, index: Any) -> Any:
         return self.b.inttoptr(self.vector_address(base, index), self.pointer)
 
-    # --------------------------------------------------------------------------------------------------------- products
+    # ------------------------------------------------------------------------------------------------------- products
 
     def product(
         self,
@@ -106,7 +116,7 @@ class Tiles(Lanes):
             ]
         return loop.totals
 
-    # ------------------------------------------------------------------------------------------------------------ sines
+    # ---------------------------------------------------------------------------------------------------------- sines
 
     def cos_sin(self, angle: Value) -> tuple[Value, Value]:
         """Cosine and sine to the rounding of the type, of angles up to about 10^5 (float32) or 10^9 (float64)."""

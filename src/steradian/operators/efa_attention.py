@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steradian.kernels.backend import backend_for
 from steradian.operators.efa_kernel import apply_moments, moments, plane_waves
 from steradian.operators.efa_pairs import attend_pairs, pairs_are_cheaper
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
@@ -136,16 +137,30 @@ def rotary_attention(
     if share is None:
         positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
+    compiled = functions is None and share is None and _has_machine_code(queries, values, positions, rule)
     parts = []
     for block in blocks:
-        q, k = (_channel_pairs(block.take(features)) for features in (queries * scale, keys))
-        v, x = block.take(values.flatten(1)).transpose(1, 2), block.take(positions).transpose(1, 2)
-        parts.append(_attend(q, k, v.contiguous(), x, waves).transpose(1, 2))
+        q, k = block.take(queries * scale), block.take(keys)
+        v, x = block.take(values.flatten(1)), block.take(positions)
+        if compiled:
+            from steradian.operators.efa_cpu import attend_isolated
+
+            parts.append(attend_isolated(q, k, v, x, frequencies, rule.directions, rule.weights))
+            continue
+        q, k, v, x = _channel_pairs(q), _channel_pairs(k), v.transpose(1, 2).contiguous(), x.transpose(1, 2)
+        parts.append(_attend(q, k, v, x, waves).transpose(1, 2))
     rows = 1 if functions is None else len(functions[0]) + len(functions[1])
     if not parts:
         return values.new_zeros((0, *([] if functions is None else [rows]), *values.shape[1:]))
     out = join_blocks(parts, place)
     return out.view(values.shape) if functions is None else out.view(len(values), rows, *values.shape[1:])
+
+
+def _has_machine_code(queries: Tensor, values: Tensor, positions: Tensor, rule: DirectionRule) -> bool:
+    one_type = queries.dtype == values.dtype == positions.dtype == rule.directions.dtype
+    if not (one_type and rule.symmetric and values.numel() and queries.numel()):
+        return False
+    return backend_for(queries, values, positions) == "cpu" and bool((rule.weights >= 0).all())
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ Along m directions u with weights w, half of a symmetric rule, atoms within radi
 .. math:: K(x, y) = \\sum_m w_m \\cos(ω u_m \\cdot (x - y)) .
 
 Plane waves within a ball of ``ω r = z`` are, to rounding, combinations of some (l + 1)^2 functions with l a little
-above z: 16 for z = 0.3 where a rule of 50 points has 50 waves. Projecting the waves on that space changes K(x, y) by the
-product of what is left of the waves of x and of y (the projection is orthogonal), so waves may be left out until that
-square is at the rounding of the numbers. Cosines and sines, even and odd in x, are combined apart.
+above z: 16 for z = 0.3 where a rule of 50 points has 50 waves. Projecting the waves on that space changes K(x, y) by
+the product of what is left of the waves of x and of y (the projection is orthogonal), so waves may be left out until
+that square is at the rounding of the numbers. Cosines and sines, even and odd in x, are combined apart.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class RuleWaves:
         points = torch.cat([2.0 ** (step / STEPS) * shell * spiral(DIRECTIONS) for shell in SHELLS])
         phases, roots = points.to(weights.device) @ self.directions.double().T, weights.sqrt()
         # sines are small for small phases, where all of the derivative is theirs: three rows at least
-        spans = (_span(wave * roots, self.tolerance / 2, least) for wave, least in ((phases.cos(), 1), (phases.sin(), 3)))
+        spans = (
+            _span(wave * roots, self.tolerance / 2, least) for wave, least in ((phases.cos(), 1), (phases.sin(), 3))
+        )
         cosines, sines = (None if span is None else (span * roots).to(self.weights) for span in spans)
         return cosines, sines
 

@@ -22,7 +22,7 @@ from steradian.kernels.lanes import lanes_of
 from steradian.kernels.native import compiled_text
 from steradian.operators.efa_basis import RuleWaves, WaveRows, step_of_phase
 from steradian.operators.efa_cpu_pairs import PairShape, attend_pairs
-from steradian.operators.efa_cpu_sums import CpuSums, Task, run_kernel
+from steradian.operators.efa_cpu_sums import CpuSums, Task, aligned, run_kernel
 from steradian.operators.efa_kernel import apply_moments, moments
 
 __all__ = ["attend_isolated"]
@@ -53,15 +53,16 @@ def attend_isolated(
         weights: ``[m]`` of both together, not negative.
     """
     batch, num_atoms, num_values = values.shape
+    frequencies = frequencies.to(values)
     lanes = lanes_of(values.element_size())
     padding = -num_atoms % (2 * lanes)
-    x = pad(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
+    x = _padded(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
     rows = _rows(positions, frequencies, directions, weights)
     waves = _Waves.apply(x.flatten(0, 1).contiguous(), frequencies, rows).unflatten(0, (batch, -1))
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
     width = 2 * queries.shape[2]
     if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
-        v = pad(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
+        v = _padded(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
         out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
         return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
     v = _panels(values, padding, lanes)
@@ -83,9 +84,13 @@ def pairs_are_cheaper(num_atoms: int, num_rows: int, num_features: int, width: i
     return num_atoms * (num_rows + num_features + num_values) < PAIRS_ARE_SLOWER * 2 * num_rows * width * num_values
 
 
+def _padded(values: Tensor, by: tuple[int, ...]) -> Tensor:
+    return pad(values, by) if any(by) else values
+
+
 def _blocks_of_pairs(features: Tensor, padding: int, lanes: int) -> Tensor:
     """``[B, N, D, F]`` to ``[B, K, F D, W]``, rows ordered by the channels' pair, channel and component."""
-    features = pad(features, (0, 0, 0, 0, 0, padding))
+    features = _padded(features, (0, 0, 0, 0, 0, padding))
     blocks = features.unflatten(3, (-1, 2)).unflatten(1, (-1, lanes))  # [B, K, W, D, n, 2]
     return blocks.permute(0, 1, 4, 5, 3, 2).reshape(*blocks.shape[:2], -1, lanes)
 
@@ -94,19 +99,19 @@ def _panels(values: Tensor, padding: int, lanes: int) -> Tensor:
     """``[B, N, e]`` to ``[B, C, K W, P]``."""
     vectors = -(-values.shape[2] // lanes)
     width = lanes * (2 if vectors % 2 == 0 else 1)
-    values = pad(values, (0, vectors * lanes - values.shape[2], 0, padding))
+    values = _padded(values, (0, vectors * lanes - values.shape[2], 0, padding))
     return values.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
 
 
 def _rows(positions: Tensor, frequencies: Tensor, directions: Tensor, weights: Tensor) -> WaveRows:
-    rule = _RULES.get(directions)
-    if rule is None:
-        rule = _RULES[directions] = RuleWaves(directions, weights)
+    known = _RULES.get(directions)
+    if known is None or known[0] is not weights:
+        known = _RULES[directions] = weights, RuleWaves(directions, weights)
     radius = float(positions.detach().square().sum(-1).max()) ** 0.5 if positions.numel() else 0.0
     sizes = [abs(frequency) * radius for frequency in frequencies.detach().tolist()]
     if frequencies.requires_grad:  # a frequency of zero has a curvature
         sizes = [max(size, 1e-30) for size in sizes]
-    return rule.rows(tuple(step_of_phase(size) for size in sizes))
+    return known[1].rows(tuple(step_of_phase(size) for size in sizes))
 
 
 def _sums(rows: WaveRows, num_pairs: int, width: int) -> CpuSums:
@@ -143,7 +148,7 @@ class _Waves(torch.autograd.Function):
         by_positions = torch.empty_like(positions)
         count = len(frequencies) if wanted[1] else 0
         by_frequencies = positions.new_empty((positions.shape[0], count, positions.shape[2]))
-        _run("slope", rows, positions, frequencies, gradient.contiguous(), by_positions, by_frequencies)
+        _run("slope", rows, positions, frequencies, aligned(gradient), by_positions, by_frequencies)
         return by_positions if wanted[0] else None, by_frequencies.sum((0, 2)) if wanted[1] else None, None
 
 
@@ -164,9 +169,10 @@ def _run(
 ) -> None:
     num_directions, blocks = len(rows.roots), positions.shape[0]
     starts = np.array(rows.starts, dtype=np.int64)
-    matrices = np.array([0 if matrix is None else matrix.data_ptr() for matrix in rows.matrices], dtype=np.int64)
+    # a matrix without rows has no address; 0 means the diagonal one
+    matrices = np.array([0 if matrix is None else matrix.data_ptr() or -1 for matrix in rows.matrices], dtype=np.int64)
     frequencies = frequencies.detach().contiguous()
-    directions = rows.directions.contiguous()
+    directions, positions = rows.directions.contiguous(), aligned(positions)
     numbers = {
         "num_directions": num_directions, "num_frequencies": len(frequencies), "num_waves": rows.padded,
         "directions": directions.data_ptr(), "frequencies": frequencies.data_ptr(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from steradian.kernels.efa_pairs import ARGUMENTS, ARRAYS, VERSION, num_scratch, pairs_module
 from steradian.kernels.native import compiled_text
 from steradian.kernels.tiles import ROWS
-from steradian.operators.efa_cpu_sums import Task, run_kernel
+from steradian.operators.efa_cpu_sums import Task, aligned, run_kernel
 
 __all__ = ["PairShape", "attend_pairs", "attend_pairs_plainly"]
 
@@ -101,9 +101,9 @@ def _changes_plainly(
     shape: PairShape, gradient: Tensor, inputs: Sequence[Tensor], changes: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """By differentiation of the plain formula, so that it can be differentiated once more."""
-    gradient, *inputs = every = [_differentiable(tensor) for tensor in (gradient, *inputs)]
-    out = attend_pairs_plainly(*inputs, shape)
-    first = torch.autograd.grad(out, inputs, gradient, create_graph=True)
+    gradient, waves, queries, keys, values = every = [_differentiable(tensor) for tensor in (gradient, *inputs)]
+    out = attend_pairs_plainly(waves, queries, keys, values, shape)
+    first = torch.autograd.grad(out, every[1:], gradient, create_graph=True)
     return torch.autograd.grad(first, every, changes, create_graph=True, materialize_grads=True)
 
 
@@ -131,7 +131,7 @@ def _run(
     batch, blocks = waves.shape[:2]
     arrays = dict(zip(ARRAYS, inputs)) | ({} if gradient is None else {"gradient": gradient})
     arrays |= {f"{name}_change": change for name, change in zip(ARRAYS, changes)}
-    arrays = {name: array.contiguous() for name, array in arrays.items()}
+    arrays = {name: aligned(array) for name, array in arrays.items()}
     shapes = dict(zip(ARRAYS, (*inputs, values)))
     results = {name: values.new_zeros(shapes[name].shape) for name in outputs}
     starts = np.array(shape.starts, dtype=np.int64)

@@ -20,7 +20,7 @@ from steradian.kernels.native import compiled_text
 from steradian.kernels.team import run_tasks
 from steradian.kernels.tiles import ROWS
 
-__all__ = ["CpuSums", "Task", "run_kernel"]
+__all__ = ["CpuSums", "Task", "aligned", "run_kernel"]
 
 WORTH_A_THREAD = 1_000_000
 """Multiply-adds below which a second thread costs more than it brings."""
@@ -47,6 +47,12 @@ class Task:
     work: int
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it: contiguous, from an address that is a multiple of 64; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+
+
 def run_kernel(task: Task) -> None:
     """Run it, over as many threads as PyTorch uses and the work is worth."""
     if not task.parts:
@@ -67,10 +73,10 @@ def run_kernel(task: Task) -> None:
 
 
 @cache
-def _function(kind: str, itemsize: int, columns: int, whole: bool) -> Callable:
+def _function(kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> Callable:
     name = f"sums of attention, {kind}"
-    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole}"
-    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole), 4)
+    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole} {single}"
+    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole, single), 4)
 
 
 class CpuSums:
@@ -78,7 +84,7 @@ class CpuSums:
 
     Args:
         wave_of, feature_of: ``[J]`` int64, rows of waves and features that make row j; J a multiple of eight.
-        whole: every eight rows from the start share one wave.
+        whole: every eight rows from the start share one wave and have features next to each other.
     """
 
     def __init__(self, wave_of: Tensor, feature_of: Tensor, whole: bool) -> None:
@@ -90,14 +96,14 @@ class CpuSums:
     def moments(self, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, J, P]`` from ``[B, C, K W, P]`` and pairs of ``[B, K, R, W]`` and ``[B, K, X, W]``."""
         sums = values.new_zeros(*values.shape[:2], self.num_rows, values.shape[3])
-        self._run("moments", values.contiguous(), sums, pairs)
+        self._run("moments", aligned(values), sums, pairs)
         return sums
 
     def apply(self, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, K W, P]`` from ``[B, C, J, P]`` and pairs."""
         _, blocks, _, lanes = pairs[0][0].shape
         values = sums.new_zeros(*sums.shape[:2], blocks * lanes, sums.shape[3])
-        self._run("apply", values, sums.contiguous(), pairs)
+        self._run("apply", values, aligned(sums), pairs)
         return values
 
     def contract(
@@ -109,7 +115,7 @@ class CpuSums:
             torch.zeros_like(x, memory_format=torch.contiguous_format) if asked else None
             for x, asked in zip(flat, wanted)
         ]
-        self._run("contract", values.contiguous(), sums.contiguous(), pairs, outputs)
+        self._run("contract", aligned(values), aligned(sums), pairs, outputs)
         return outputs
 
     def _run(
@@ -120,7 +126,7 @@ class CpuSums:
         pairs: Sequence[tuple[Tensor, Tensor]],
         outputs: Sequence[Tensor | None] = (),
     ) -> None:
-        waves, features = ([pair[number].contiguous() for pair in pairs] for number in range(2))
+        waves, features = ([aligned(pair[number]) for pair in pairs] for number in range(2))
         batch, blocks, num_waves, lanes = waves[0].shape
         panels, width = values.shape[1], values.shape[3]
         tables = {
@@ -134,7 +140,7 @@ class CpuSums:
             "values": values.data_ptr(), "sums": sums.data_ptr(),
         }  # fmt: skip
         parts = batch * {"moments": self.num_rows // ROWS, "apply": blocks, "contract": blocks // 2}[kind]
-        function = _function(kind, values.element_size(), width // lanes, self.whole)
+        function = _function(kind, values.element_size(), width // lanes, self.whole, len(pairs) == 1)
         work = batch * blocks * lanes * self.num_rows * panels * width
         scratch = num_scratch(panels * width)
         run_kernel(Task(function, ARGUMENTS, numbers, scratch, parts if panels else 0, work))
