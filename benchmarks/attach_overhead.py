@@ -20,18 +20,21 @@ from typing import Any
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4.4 loads its constants with torch.load
 
 import numpy as np
-from cpu_hosts import CASES
+from cpu_hosts import NEQUIP, VISNET
 from cpu_mace import structures
 from settings import RESULTS, ROOT, interleaved, machine, median_ms, write
 from sides import SIDES, Side
 
 TASKS = ("energy + forces", "training step")
-SIDES_OF = {"mace-torch": "mace-torch", "nequip": "nequip", "torch_geometric": "torch_geometric"}
-CASE_OF = {"mace-torch": "attach", "nequip": "nequip", "torch_geometric": "visnet"}
+CASES: dict[str, dict[str, Any]] = {
+    "mace-torch": {"channels": 128, "hidden_l": 1, "l_max": 3, "correlation": 3},
+    "nequip": {"model": NEQUIP},
+    "torch_geometric": {"model": VISNET},
+}
 
 
 def prepared(package: str, folder: Path, case: dict[str, Any]) -> tuple[Side, dict[str, Any]]:
-    side = SIDES[SIDES_OF[package]](folder)
+    side = SIDES[package](folder)
     return side, side.prepare(case)
 
 
@@ -40,7 +43,7 @@ def measure(package: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from steradian.config import MARAConfig
     from steradian.interfaces.attach import attach
 
-    case = CASES[CASE_OF[package]] | {"cutoff": 5.0, "threads": 1, "elements": [1, 6, 7, 8]}
+    case = CASES[package] | {"cutoff": 5.0, "threads": 1, "elements": [1, 6, 7, 8]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.savez(folder / "structures.npz", **structures("3bpa", 5, arguments.data))
@@ -69,7 +72,7 @@ def main() -> None:
     import sides_hosts  # noqa: F401 (adds its sides)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", choices=SIDES_OF, default="mace-torch")
+    parser.add_argument("--package", choices=CASES, default="mace-torch")
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/3bpa/train_300K.xyz")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=4)
