@@ -6,10 +6,11 @@
     detach(model)                                # the model is what it was
 
 Layers are found by the types of the package's own modules. Two hooks per layer and operator do the work. A gate: one
-computes alpha before the layer, the other multiplies the layer's radial weights (ViSNet: the cutoff that weighs the
-attention) by it before they enter the package's convolution, whatever that is. An operator between all atoms: one keeps
-what enters the layer, the other adds to what leaves it. No class is replaced and no code of the package is repeated.
-The operators are one more submodule, ``model.steradian``, so that they train, move and are copied with the model.
+computes alpha before the layer, the other multiplies the layer's radial weights (the input of the linear map that
+gives them; ViSNet: the cutoff that weighs the attention) by it before they enter the package's convolution, whatever
+that is. An operator between all atoms: one keeps what enters the layer, the other adds to what leaves it. No class is
+replaced and no code of the package is repeated. The operators are one more submodule, ``model.steradian``, so that they
+train, move and are copied with the model.
 """
 
 from __future__ import annotations
@@ -68,10 +69,17 @@ class GatedLayer(nn.Module):
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Hook behind the radial weights (or the cutoff): multiplies them by alpha."""
+        return self._times_alpha(output)
+
+    def in_front(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hook in front of the linear map that the radial network ends with: multiplies its input by alpha."""
+        return (self._times_alpha(args[0]), *args[1:])
+
+    def _times_alpha(self, rows: Tensor) -> Tensor:
         if self._pending is None:
-            return output
+            return rows
         alpha, self._pending = self._pending, None
-        return output * alpha.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+        return rows * alpha.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
 
 
 class MixedLayer(nn.Module):
@@ -125,15 +133,18 @@ class Attachment(nn.Module):
     def put(self, made: EdgeGate | GlobalMixer, gated: Slot, mixed: MixingSlot, seen: Seen) -> None:
         """Add one operator of one layer, with its hooks."""
         if isinstance(made, EdgeGate):
-            layer: GatedLayer | MixedLayer = GatedLayer(made, gated, self.package, seen)
-            self.layers.append(layer)
-            begin, end = gated.layer, gated.weights
+            gate = GatedLayer(made, gated, self.package, seen)
+            self.layers.append(gate)
+            self.handles.append(gated.layer.register_forward_pre_hook(gate.before, with_kwargs=True))
+            if gated.last is None:
+                self.handles.append(gated.weights.register_forward_hook(gate.after))
+            else:
+                self.handles.append(gated.last.register_forward_pre_hook(gate.in_front))
         else:
-            layer = MixedLayer(made, mixed, self.package, seen)
-            self.mixers.append(layer)
-            begin, end = mixed.begin, mixed.end
-        self.handles.append(begin.register_forward_pre_hook(layer.before, with_kwargs=True))
-        self.handles.append(end.register_forward_hook(layer.after))
+            mixer = MixedLayer(made, mixed, self.package, seen)
+            self.mixers.append(mixer)
+            self.handles.append(mixed.begin.register_forward_pre_hook(mixer.before, with_kwargs=True))
+            self.handles.append(mixed.end.register_forward_hook(mixer.after))
 
 
 def attach(

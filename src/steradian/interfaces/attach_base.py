@@ -28,6 +28,7 @@ __all__ = [
     "flat",
     "found",
     "known_class",
+    "last_linear",
     "leaving",
     "widths_out",
 ]
@@ -39,11 +40,16 @@ class AttachError(ValueError):
 
 @dataclass(frozen=True)
 class Slot:
-    """A layer, the module whose output its messages are linear in, and what an operator may count on."""
+    """A layer, the module whose output its messages are linear in, and what an operator may count on.
+
+    ``last``, where there is one, is the linear map that ends ``weights``: gating its input is gating its output, which
+    is many times as wide.
+    """
 
     layer: nn.Module
     weights: nn.Module
     spec: SlotSpec
+    last: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,28 @@ def found(model: nn.Module, module: str, name: str) -> list[nn.Module]:
 def entries_of(irreps: Any) -> list[tuple[int, int, int]]:
     """Multiplicity, degree and parity of e3nn's irreps, whatever their class."""
     return [(int(mul), int(irrep.l), int(irrep.p)) for mul, irrep in irreps]
+
+
+def last_linear(network: nn.Module, num_inputs: int) -> nn.Module | None:
+    """The map that a network of ``num_inputs`` inputs ends with, where a trial shows that it is linear; else None."""
+    leaves = [part for part in network.modules() if not len(list(part.children()))]
+    weight = next(network.parameters(), None)
+    if len(leaves) < 2 or weight is None or getattr(leaves[-1], "bias", None) is not None:
+        return None
+    last, seen = leaves[-1], []
+    trial = torch.linspace(-1.0, 1.0, 3 * num_inputs, dtype=weight.dtype, device=weight.device).view(3, num_inputs)
+    handle = last.register_forward_hook(lambda module, args, output: seen.append((args, output)))
+    try:
+        with torch.no_grad():
+            end = network(trial)
+            ((args, output),) = seen
+            # factors of two are exact
+            linear = torch.equal(end, output) and torch.equal(last(-2.0 * args[0]), -2.0 * output)
+    except (RuntimeError, ValueError):  # other inputs than these, or a map that is used more than once
+        return None
+    finally:
+        handle.remove()
+    return last if linear else None
 
 
 def degrees_of(irreps: Any) -> tuple[tuple[tuple[int, int], ...], int]:

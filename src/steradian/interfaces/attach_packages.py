@@ -27,6 +27,7 @@ from steradian.interfaces.attach_base import (
     flat,
     found,
     known_class,
+    last_linear,
     leaving,
     widths_out,
 )
@@ -88,7 +89,8 @@ class MaceTorch(Package):
                 cutoff=float(model.r_max),  # type: ignore[arg-type]
                 num_radial=int(model.radial_embedding.out_dim),  # type: ignore[union-attr, arg-type]
             )
-            slots.append(Slot(block, block.conv_tp_weights, spec))  # type: ignore[arg-type]
+            weights: Any = block.conv_tp_weights
+            slots.append(Slot(block, weights, spec, last_linear(weights, spec.num_radial)))
         return slots
 
     def mixing_slots(self, model: nn.Module) -> list[MixingSlot]:
@@ -211,7 +213,8 @@ class Nequip(Package):
                 cutoff=float(normalizer.r_max),  # type: ignore[arg-type]
                 num_radial=radial,
             )
-            slots.append(Slot(block, block.edge_mlp, spec))  # type: ignore[arg-type]
+            weights: Any = block.edge_mlp
+            slots.append(Slot(block, weights, spec, last_linear(weights, radial)))
         return slots
 
     def mixing_slots(self, model: nn.Module) -> list[MixingSlot]:
