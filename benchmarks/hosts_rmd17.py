@@ -1,6 +1,6 @@
 """MACE, NequIP and ViSNet with and without MARA on revised MD17 aspirin, trained for the same small number of epochs.
 
-    python benchmarks/hosts_rmd17.py train --runs runs/hosts [--data ../shared/data/rmd17] [--epochs 40]
+    python benchmarks/hosts_rmd17.py train --runs runs/hosts [--data ../shared/data/rmd17] [--epochs 25]
     python benchmarks/hosts_rmd17.py compare --runs runs/hosts
 
 ``train`` trains the six models one after the other on one thread, with the configurations ``configs/rmd17_aspirin_*``:
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("action", choices=["train", "compare"])
     parser.add_argument("--runs", type=Path, default=Path("runs/hosts"))
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/rmd17")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=25)
     arguments = parser.parse_args()
     {"train": train, "compare": compare}[arguments.action](arguments)
 

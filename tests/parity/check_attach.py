@@ -324,6 +324,49 @@ def test_exported_and_converted(name, precision, tmp_path):
     assert again.config == potential.config
 
 
+@pytest.mark.skipif(not has("mace"), reason="needs mace-torch")
+def test_a_foundation_style_model_converts(tmp_path):
+    """89 elements, 128x0e + 128x1o, density blocks, Agnesi transform, ZBL repulsion: energies, forces and stress."""
+    from e3nn import o3
+    from mace import modules
+    from mace.data import AtomicData, Configuration
+    from mace.tools import AtomicNumberTable, torch_geometric
+
+    torch.manual_seed(2)
+    elements = list(range(1, 90))
+    model = modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=10, num_polynomial_cutoff=5, max_ell=3, num_interactions=2, correlation=3,
+        interaction_cls_first=modules.RealAgnosticDensityInteractionBlock,
+        interaction_cls=modules.RealAgnosticDensityResidualInteractionBlock,
+        hidden_irreps=o3.Irreps("128x0e + 128x1o"), MLP_irreps=o3.Irreps("16x0e"), radial_MLP=[64, 64, 64],
+        gate=torch.nn.functional.silu, avg_num_neighbors=30.0, atomic_numbers=elements, num_elements=89,
+        atomic_energies=np.linspace(-1.0, -9.0, 89), atomic_inter_scale=0.8, atomic_inter_shift=0.1,
+        distance_transform="Agnesi", pair_repulsion=True,
+    )  # fmt: skip
+    export(model, str(tmp_path / "foreign.npz"))
+    potential = convert_file(tmp_path / "foreign.npz")
+    assert potential.elements == tuple(elements)
+    assert len(potential.self_test.structures) == 2
+    frame = frozen.structures()["triclinic"]
+    numbers = np.array([26, 8, 89, 3, 17])
+    structure = Structure(numbers, frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
+    found = potential(make_graph(structure, 5.0), stress=True)
+    item = Configuration(
+        atomic_numbers=numbers, positions=frame["positions"], properties={}, property_weights={}, pbc=(True,) * 3,
+        cell=frame["cell"], head="Default",
+    )  # fmt: skip
+    data = AtomicData.from_config(item, z_table=AtomicNumberTable(elements), cutoff=5.0, heads=["Default"])
+    batch = next(iter(torch_geometric.dataloader.DataLoader([data], batch_size=1))).to_dict()
+    out = model(batch, compute_force=True, compute_stress=True)
+    for ours, theirs in (
+        (found.interaction_energy, out["interaction_energy"]),
+        (found.forces, out["forces"]),
+        (found.stress, out["stress"]),
+    ):
+        assert float(theirs.detach().abs().max()) > 1e-3, "nothing to compare"
+        assert float((ours - theirs.detach()).abs().max()) < 1e-9 * float(theirs.detach().abs().max())
+
+
 def test_one_gate_is_copied_into_every_layer_it_fits(case):
     model, call = case
     before = call(model, FRAME["positions"])

@@ -90,8 +90,8 @@ class MACELayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
-        weights = self.radial_network(edges.radial, alpha, edges.lengths)  # [E, P, C]
-        messages = self.product(self.linear_up(features), edges, weights)  # [N, D_paths, C]
+        weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
+        messages = self.product(self.linear_up(features), edges, weights, alpha)  # [N, D_paths, C]
         messages = self.linear_message(messages) / self._neighbors(edges)  # [N, D_message, C]
         if not self.residual:
             messages = self.skip(messages, species)

@@ -59,12 +59,15 @@ class Polynomial:
         terms: groups of terms.
         outer: index of an input that every term contains exactly once and that is cheapest to multiply last (the
             weights of a tensor product or of a contraction), or None.
+        folds: where the outer input is gathered, whether few rows of it serve so many rows of work that multiplying
+            them with the coefficients first pays.
     """
 
     inputs: tuple[Operand, ...]
     output: Operand
     terms: tuple[Terms, ...]
     outer: int | None = None
+    folds: bool = True
 
     @property
     def num_terms(self) -> int:
