@@ -70,13 +70,14 @@ def attend_isolated(
         v = _padded(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
         out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
         return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
-    v, parts = _panels(values, padding, lanes), []
+    v, out = _panels(values, padding, lanes), None
     for group in _groups(x, rows):
         rows, own = basis.rows(steps[group]), slice(group.start * width, group.stop * width)
         waves = _Waves.apply(x, frequencies[group], rows).unflatten(0, (batch, -1))
         way = _sums(rows, group.stop - group.start, width)
-        parts.append(apply_moments(moments(waves, k[:, :, own], v, way=way), waves, q[:, :, own], way=way))
-    out = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        part = apply_moments(moments(waves, k[:, :, own], v, way=way), waves, q[:, :, own], way=way)
+        out = part if out is None else out + part
+    assert out is not None
     return out.transpose(1, 2).flatten(2)[:, :num_atoms, :num_values]
 
 
