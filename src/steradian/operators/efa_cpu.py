@@ -68,9 +68,10 @@ def attend_isolated(
     if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
         waves = _Waves.apply(x, frequencies, rows).unflatten(0, (batch, -1))
         v = _padded(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
-        out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
-        return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
-    v, out = _panels(values, padding, lanes), None
+        by_pairs = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
+        return by_pairs.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
+    v = _panels(values, padding, lanes)
+    out: Tensor | None = None
     for group in _groups(x, rows):
         rows, own = basis.rows(steps[group]), slice(group.start * width, group.stop * width)
         waves = _Waves.apply(x, frequencies[group], rows).unflatten(0, (batch, -1))
