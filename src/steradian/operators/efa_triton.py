@@ -1,9 +1,9 @@
 """The sums of Euclidean fast attention on a GPU, by Triton.
 
 The same three sums, in the same layout, as :class:`steradian.operators.efa_kernel.PlainSums`, and so the same
-derivatives of any order. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values and
-their sums is stored. Products are accumulated in float32, without rounding factors to fewer digits. Unmeasured: these
-kernels have been compared with the plain ones under Triton's interpreter only.
+derivatives of any order. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values
+and their sums is stored. Products are accumulated in float32, without rounding factors to fewer digits. Unmeasured:
+these kernels have been compared with the plain ones under the interpreter of Triton only.
 """
 
 from __future__ import annotations
