@@ -66,7 +66,7 @@ def assert_close(ours, theirs, relative, scale=None):
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
         if one.numel():
-            largest = max(float(other.abs().max()), 1.0 if scale is None else scale)
+            largest = max(float(other.detach().abs().max()), 1.0 if scale is None else scale)
             assert float((one.double() - other.double()).abs().max()) <= relative * largest
 
 
@@ -91,8 +91,12 @@ def test_single_precision(order):
     ours = derivatives("cpu", [x.float() for x in inputs], system, 1, rule(50, torch.float32))
     assert ours[0].dtype == torch.float32
     assert_close(ours, theirs, 5e-6, scale=0.0)
-    rows = efa_cpu._rows(inputs[3].float(), inputs[4].float(), *_of(rule(50, torch.float32)))
+    rows = _rows(inputs[3].float(), inputs[4].float(), *_of(rule(50, torch.float32)))
     assert rows.starts[-1] < 0.8 * 50 * len(inputs[4])  # the basis is in use
+
+
+def _rows(positions, frequencies, directions, weights):
+    return efa_cpu._basis(directions, weights).rows(efa_cpu._steps(positions, frequencies))
 
 
 def _of(made):
@@ -203,14 +207,28 @@ def test_steps():
     for phase in (0.3, 1.7, 5.0):
         assert phase <= 2.0 ** (step_of_phase(phase) / STEPS) < phase * 2 ** (1 / STEPS)
     assert step_of_phase(1e-300) == step_of_phase(1e-200)
+    assert step_of_phase(math.inf) == step_of_phase(1e30)
+
+
+def test_groups_of_frequencies(monkeypatch):
+    """Many atoms are treated a few frequencies at a time."""
+    monkeypatch.setattr(efa_cpu, "pairs_are_cheaper", lambda *shape: False)
+    inputs, system = problem([40], 8, 3)
+    whole = derivatives("cpu", inputs, system, 1, rule())
+    monkeypatch.setattr(efa_cpu, "BYTES_OF_WAVES", 20 * 80 * 8)
+    assert_close(derivatives("cpu", inputs, system, 1, rule()), whole, 1e-13)
+    groups = efa_cpu._groups(torch.zeros(5, 3, 8, dtype=torch.float64), _rows(inputs[3], inputs[4], *_of(rule())))
+    assert [group.stop - group.start for group in groups] == [2, 2]
+    monkeypatch.setattr(efa_cpu, "BYTES_OF_WAVES", 1)
+    assert_close(derivatives("cpu", inputs, system, 1, rule()), whole, 1e-13)
 
 
 def test_frequencies_in_use_are_found_by_their_weights():
     """The same directions with other weights are another rule."""
     directions, weights = _of(rule(6))
     positions, frequencies = torch.ones(1, 1, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    first = efa_cpu._rows(positions, frequencies, directions, weights)
-    second = efa_cpu._rows(positions, frequencies, directions, 2 * weights)
+    first = _rows(positions, frequencies, directions, weights)
+    second = _rows(positions, frequencies, directions, 2 * weights)
     assert torch.allclose(second.roots, math.sqrt(2) * first.roots)
 
 

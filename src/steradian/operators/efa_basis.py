@@ -27,6 +27,8 @@ STEPS = 8
 """Sizes z = 2^(k / STEPS) are told apart."""
 SMALLEST = -10 * STEPS
 """Step of the smallest size above zero."""
+LARGEST = 10 * STEPS
+"""Step beyond which no smaller basis is looked for."""
 DIRECTIONS, SHELLS = 400, (1.0, 0.9, 0.75, 0.55, 0.3)
 """Points x that the space is made for: directions, and radii over z."""
 RESOLVABLE = 1e-10
@@ -35,7 +37,7 @@ RESOLVABLE = 1e-10
 
 def step_of_phase(phase: float) -> int | None:
     """The step for atoms with ``ω r = phase``; None for 0."""
-    return max(SMALLEST, math.ceil(STEPS * math.log2(phase))) if phase > 0 else None
+    return min(max(SMALLEST, math.ceil(STEPS * math.log2(min(phase, 2.0**30)))), LARGEST) if phase > 0 else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class RuleWaves:
     def _make(self, step: int | None) -> tuple[Tensor | None, Tensor | None]:
         if step is None:  # cosines are one, sines are zero
             return self.weights[None].clone(), self.weights.new_zeros((0, len(self.weights)))
-        if self.tolerance < RESOLVABLE:
+        if self.tolerance < RESOLVABLE or step >= LARGEST:
             return None, None
         weights = self.weights.double()
         points = torch.cat([2.0 ** (step / STEPS) * shell * spiral(DIRECTIONS) for shell in SHELLS])

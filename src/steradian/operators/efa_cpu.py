@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ __all__ = ["attend_isolated"]
 
 PAIRS_ARE_SLOWER = 0.9
 """Measured: speed of multiply-adds pair by pair over that of the sums."""
+BYTES_OF_WAVES = 1 << 29
+"""Waves of so many bytes are summed at a time, and so many derivatives by them exist at a time."""
+MOST_SUMS = 256
 _RULES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _SUMS: dict[tuple[tuple[int, ...], int, int], CpuSums] = {}
 
@@ -57,18 +61,34 @@ def attend_isolated(
     lanes = lanes_of(values.element_size())
     padding = -num_atoms % (2 * lanes)
     x = _padded(positions, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
-    rows = _rows(positions, frequencies, directions, weights)
-    waves = _Waves.apply(x.flatten(0, 1).contiguous(), frequencies, rows).unflatten(0, (batch, -1))
+    x = x.flatten(0, 1).contiguous()
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
-    width = 2 * queries.shape[2]
+    basis, steps = _basis(directions, weights), _steps(positions, frequencies)
+    rows, width = basis.rows(steps), 2 * queries.shape[2]
     if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
+        waves = _Waves.apply(x, frequencies, rows).unflatten(0, (batch, -1))
         v = _padded(values, (0, 0, 0, padding)).unflatten(1, (-1, lanes)).transpose(2, 3)
-        out = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
-        return out.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
+        by_pairs = attend_pairs(waves, q, k, v, PairShape(rows.starts[::2], num_atoms))
+        return by_pairs.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
     v = _panels(values, padding, lanes)
-    way = _sums(rows, len(frequencies), width)
-    out = apply_moments(moments(waves, k, v, way=way), waves, q, way=way)
+    out: Tensor | None = None
+    for group in _groups(x, rows):
+        rows, own = basis.rows(steps[group]), slice(group.start * width, group.stop * width)
+        waves = _Waves.apply(x, frequencies[group], rows).unflatten(0, (batch, -1))
+        way = _sums(rows, group.stop - group.start, width)
+        part = apply_moments(moments(waves, k[:, :, own], v, way=way), waves, q[:, :, own], way=way)
+        out = part if out is None else out + part
+    assert out is not None
     return out.transpose(1, 2).flatten(2)[:, :num_atoms, :num_values]
+
+
+def _groups(positions: Tensor, rows: WaveRows) -> list[slice]:
+    """Neighbouring frequencies whose waves (and their derivatives) exist at a time."""
+    count = len(rows.starts) // 2
+    size = positions.numel() // 3 * rows.padded * positions.element_size()
+    number = min(count, -(-size // BYTES_OF_WAVES))
+    cuts = [count * part // number for part in range(number + 1)]
+    return [slice(first, last) for first, last in pairwise(cuts)]
 
 
 def pairs_are_cheaper(num_atoms: int, num_rows: int, num_features: int, width: int, num_values: int) -> bool:
@@ -103,20 +123,27 @@ def _panels(values: Tensor, padding: int, lanes: int) -> Tensor:
     return values.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
 
 
-def _rows(positions: Tensor, frequencies: Tensor, directions: Tensor, weights: Tensor) -> WaveRows:
+def _basis(directions: Tensor, weights: Tensor) -> RuleWaves:
     known = _RULES.get(directions)
     if known is None or known[0] is not weights:
         known = _RULES[directions] = weights, RuleWaves(directions, weights)
+    return known[1]
+
+
+def _steps(positions: Tensor, frequencies: Tensor) -> tuple[int | None, ...]:
+    """Sizes that the basis has to be made for, one per frequency."""
     radius = float(positions.detach().square().sum(-1).max()) ** 0.5 if positions.numel() else 0.0
     sizes = [abs(frequency) * radius for frequency in frequencies.detach().tolist()]
     if frequencies.requires_grad:  # a frequency of zero has a curvature
         sizes = [max(size, 1e-30) for size in sizes]
-    return known[1].rows(tuple(step_of_phase(size) for size in sizes))
+    return tuple(step_of_phase(size) for size in sizes)
 
 
 def _sums(rows: WaveRows, num_pairs: int, width: int) -> CpuSums:
     key = (*rows.starts, rows.padded), num_pairs, width
     if key not in _SUMS:
+        if len(_SUMS) >= MOST_SUMS:
+            _SUMS.clear()
         pair = torch.tensor(rows.pair_of_row, dtype=torch.int64)
         wave_of = torch.arange(rows.padded).repeat_interleave(width)
         feature_of = (pair.unsqueeze(1) * width + torch.arange(width)).flatten()

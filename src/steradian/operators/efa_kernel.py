@@ -16,12 +16,13 @@ front: ``t [B, m, 2, n, N]``, ``x [B, n, a, N]``, ``y [B, e, N]``, ``S [B, m 2 n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sums", "apply_moments", "moments", "plane_waves"]
+__all__ = ["PLAIN", "Sums", "apply_moments", "moments", "plane_waves", "way_for"]
 
 NUMBERS_PER_BLOCK = 1 << 18
 """Numbers of z that exist at a time: one block fits into the second-level cache."""
@@ -153,6 +154,21 @@ class PlainSums:
 
 
 PLAIN = PlainSums()
+
+
+@cache
+def _triton_sums() -> Sums:
+    try:
+        from steradian.operators.efa_triton import TritonSums
+    except ImportError:
+        return PLAIN
+    return TritonSums()
+
+
+def way_for(tensor: Tensor) -> Sums:
+    """How sums of such a tensor are formed: by Triton on a GPU in up to 32 bits where it is installed, else plainly."""
+    short = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _triton_sums() if tensor.is_cuda and short and not torch.compiler.is_compiling() else PLAIN
 
 
 class _Moments(torch.autograd.Function):
