@@ -87,7 +87,7 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
         (
             Operand("features", int(starts_in[-1])),
             Operand("harmonics", (l_max + 1) ** 2, has_channels=False),
-            Operand("weights", len(found)),
+            Operand("weights", len(found), read_once=True),
         ),
         Operand("messages", table.dim),
         (Terms((0, 1, 2), np.array(indices), np.array(outputs), np.array(coefficients)),),

@@ -101,17 +101,19 @@ class _Generator:
         b.ret_void()
 
     def _next_rows(self, row: ir.Value) -> dict[int, ir.Value]:
-        """Where the next row of the work finds its own rows of inputs (those not gathered), by number of the input.
+        """Where the next row of the work finds its own rows of inputs, by number of the input.
 
         They come from memory, and the processor does not foresee where: a block of channels reads one line of 64 bytes
-        here and there. Gathered rows are read many times and lie in a cache; asking for them costs more than it brings.
+        here and there. Other gathered rows lie in a cache; asking for them costs more than it brings.
         """
         b = self.b
-        return {
-            number: b.add(base, b.mul(row, I64(self._row_size(slot, self.half_inputs[number]))))
-            for number, (slot, base) in enumerate(zip(self.program.inputs, self.input_bases))
-            if slot.operand.has_channels and slot.index is None
-        }
+        places = {}
+        for number, (slot, base) in enumerate(zip(self.program.inputs, self.input_bases)):
+            if slot.operand.has_channels and (slot.index is None or slot.operand.read_once):
+                at = row if slot.index is None else self._load_index(self.index_bases[number], row)
+                size = self._row_size(slot, self.half_inputs[number])
+                places[number] = b.add(base, b.mul(at, I64(size)))
+        return places
 
     def _loop(self, first: ir.Value, last: ir.Value) -> _Loop:
         b = self.b

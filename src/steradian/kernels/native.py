@@ -120,7 +120,10 @@ def _description(program: Program) -> str:
 
     order = _needed_in_order(program)
     graph = program.graph
-    slots = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.inputs]
+    slots = [
+        (slot.operand.dim, slot.operand.has_channels, slot.index is None, slot.operand.read_once)
+        for slot in program.inputs
+    ]
     targets = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.outputs]
     nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in order]
     return repr((slots, targets, program.nodes, nodes))

@@ -22,11 +22,19 @@ __all__ = ["Operand", "Polynomial", "Terms"]
 
 @dataclass(frozen=True)
 class Operand:
-    """One input or output: its number of components, and whether it has channels."""
+    """One input or output.
+
+    Attributes:
+        name: for messages.
+        dim: number of components.
+        has_channels: or the same number for all channels.
+        read_once: where it is gathered, a row is read once or twice, and comes from memory every time.
+    """
 
     name: str
     dim: int
     has_channels: bool = True
+    read_once: bool = False
 
 
 @dataclass(frozen=True, eq=False)
