@@ -13,8 +13,8 @@
   size (below some thousand atoms all pairs are less work, and are taken elsewhere).
 
 One core; the smallest processor time of several runs (other processes may share the machine). The JAX numbers were
-taken by its authors' code on another processor with about a fifth more arithmetic (128 against 104 GFLOP/s in products
-of matrices); they are the better of two software stacks.
+taken by its authors' code on another processor with more arithmetic (128 GFLOP/s in products of matrices; see
+``cpu_roofline.py`` for this one); they are the better of two software stacks.
 """
 
 from __future__ import annotations
