@@ -28,7 +28,7 @@ from steradian.graph import batch_graphs
 from steradian.interfaces.efa_jax import potential_from_reference
 from steradian.neighbors import make_graph
 
-LABEL, WITH, WITHOUT, THIRD = "black", "tab:red", "tab:blue", "tab:cyan"
+LABEL, WITH, WITHOUT, THIRD, FOURTH = "black", "tab:red", "tab:blue", "tab:cyan", "tab:green"
 
 
 def predict(
@@ -103,6 +103,7 @@ def clusters(fixtures: Path, data: Path, out: Path) -> None:
     for axes, errors, size in zip(*panels, (16, 32)):
         for name, label, colour in (
             ("mp_T2", "without, 2 layers", WITHOUT),
+            ("mp_T3", "without, 3 layers", FOURTH),
             ("mp_T4", "without, 4 layers", THIRD),
             ("efa_T2", "with EFA, 2 layers", WITH),
         ):
@@ -117,7 +118,7 @@ def clusters(fixtures: Path, data: Path, out: Path) -> None:
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=LABEL, linewidth=0.5)
         errors.axhline(0.0, color=LABEL, linewidth=0.5)
-        axes.set(ylabel="force component, predicted", title=f"Clusters of {size} atoms, every 10th structure")
+        axes.set(ylabel="force component, predicted", title=f"Clusters of {size} atoms")
         errors.set(xlabel="force component, label (the data's units)", ylabel="predicted - label")
         axes.legend(markerscale=6, fontsize="small", loc="upper left")
     figure.savefig(out / "efa_clusters.png", dpi=150)
