@@ -4,9 +4,9 @@
 
 * ``efa_cumulene.png``: energy as the ends of nonatetraene turn against each other (11 Å apart, cutoff 4 Å);
 * ``efa_sn2.png``: the reaction F- + CH3I, with EFA and a cutoff of 5 Å, without and with 10 Å;
-* ``efa_clusters.png``: forces of clusters of 16 and 32 atoms against the labels.
+* ``efa_clusters.png``: forces of clusters of 16 and 32 atoms against the labels, and their errors.
 
-Checkpoints that are not in the folder of fixtures are left out.
+Checkpoints that are not in the folder of fixtures are left out, and named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from steradian.graph import batch_graphs
 from steradian.interfaces.efa_jax import potential_from_reference
 from steradian.neighbors import make_graph
 
-LABEL, WITH, WITHOUT, THIRD = "black", "tab:red", "tab:blue", "tab:cyan"
+LABEL, WITH, WITHOUT, THIRD, FOURTH = "black", "tab:red", "tab:blue", "tab:cyan", "tab:green"
 
 
 def predict(
@@ -53,11 +53,18 @@ def predict(
     return energies, forces, arrays["energy"].reshape(-1).astype(float), arrays["forces"], coordinate
 
 
+def present(path: Path) -> bool:
+    """Whether a checkpoint is at hand; says so if it is not."""
+    if not path.exists():
+        print(f"no {path.name}: left out of the picture")
+    return path.exists()
+
+
 def cumulene(fixtures: Path, data: Path, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
     for name, label, colour in (("efa_T3", "with EFA", WITH), ("mp_T3", "without", WITHOUT)):
         path = fixtures / f"pretrained_cumulene_{name}.npz"
-        if path.exists():
+        if present(path):
             energies, _, labels, _, positions = predict(path, data)
             ends = [positions[:, 2] - positions[:, 1], positions[:, 11] - positions[:, 10]]
             cosine = np.abs((ends[0] * ends[1]).sum(1) / np.prod([np.linalg.norm(end, axis=1) for end in ends], axis=0))
@@ -81,7 +88,7 @@ def sn2(fixtures: Path, data: Path, out: Path) -> None:
     )
     for name, label, colour in models:
         path = fixtures / f"pretrained_sn2_{name}.npz"
-        if path.exists():
+        if present(path):
             energies, _, labels, _, coordinate = predict(path, data)
             axes.plot(coordinate, energies, color=colour, label=label)
             print(f"SN2 {label}: MAE {np.abs(energies - labels).mean():.4f} eV")
@@ -92,30 +99,28 @@ def sn2(fixtures: Path, data: Path, out: Path) -> None:
 
 
 def clusters(fixtures: Path, data: Path, out: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-    for axes, size in zip(panels, (16, 32)):
+    figure, panels = plt.subplots(2, 2, figsize=(8, 6), layout="constrained", sharex="col", height_ratios=(2, 1))
+    for axes, errors, size in zip(*panels, (16, 32)):
         for name, label, colour in (
             ("mp_T2", "without, 2 layers", WITHOUT),
+            ("mp_T3", "without, 3 layers", FOURTH),
             ("mp_T4", "without, 4 layers", THIRD),
             ("efa_T2", "with EFA, 2 layers", WITH),
         ):
             path = fixtures / f"pretrained_cluster{size}_{name}.npz"
-            if path.exists():
+            if present(path):
                 _, forces, _, labels, _ = predict(path, data, every=10)
                 error = np.sqrt(((forces - labels) ** 2).mean())
-                axes.plot(
-                    labels.ravel(),
-                    forces.ravel(),
-                    ".",
-                    markersize=1.5,
-                    color=colour,
-                    label=f"{label}: RMSE {error:.4f}",
-                )
+                style = {"linestyle": "", "marker": ".", "markersize": 1.5, "color": colour}
+                axes.plot(labels.ravel(), forces.ravel(), label=f"{label}: RMSE {error:.4f}", **style)
+                errors.plot(labels.ravel(), (forces - labels).ravel(), **style)
                 print(f"{size}-atom clusters {label}: force RMSE {error:.4f} on every 10th structure")
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=LABEL, linewidth=0.5)
-        axes.set(xlabel="force component, label", ylabel="predicted", title=f"{size} atoms")
-        axes.legend(markerscale=6)
+        errors.axhline(0.0, color=LABEL, linewidth=0.5)
+        axes.set(ylabel="force component, predicted", title=f"Clusters of {size} atoms")
+        errors.set(xlabel="force component, label (the data's units)", ylabel="predicted - label")
+        axes.legend(markerscale=6, fontsize="small", loc="upper left")
     figure.savefig(out / "efa_clusters.png", dpi=150)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/efa_speed.py block      [--sizes 128 512 2048 8192]
     python benchmarks/efa_speed.py network    [--data ../shared/data/efa]
     python benchmarks/efa_speed.py growth     [--sizes 1000 10000 100000 1000000]
+    python benchmarks/efa_speed.py basis      [--sizes 128 512 2048]
 
 * block: degree 1, 32 features for input, queries, keys and values, 50 or 86 points, float32; forward, and forward +
   gradient by positions; one system, and 16 systems of 32 atoms. Atoms fill a ball at the density of water; "far apart"
@@ -11,10 +12,12 @@
   weights).
 * growth: the block on ever more atoms, forward + gradient, far apart; peak memory of a process each. By sums at every
   size (below some thousand atoms all pairs are less work, and are taken elsewhere).
+* basis: how many functions take the place of the waves in float32, and what that changes: the block in float64 with
+  the float32 basis against all waves, and in float32 against that.
 
 One core; the smallest processor time of several runs (other processes may share the machine). The JAX numbers were
-taken by its authors' code on another processor with about a fifth more arithmetic (128 against 104 GFLOP/s in products
-of matrices); they are the better of two software stacks.
+taken by its authors' code on another processor with more arithmetic (128 GFLOP/s in products of matrices; see
+``cpu_roofline.py`` for this one); they are the better of two software stacks.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from steradian.graph import batch_graphs
 from steradian.neighbors import make_graph
 from steradian.operators import efa_cpu
 from steradian.operators.efa import EuclideanFastAttention
+from steradian.operators.efa_basis import RuleWaves
 
 #: milliseconds of the JAX reference: (atoms, systems, points) -> forward, forward + gradient; better of two stacks
 JAX_BLOCK = {
@@ -80,16 +84,7 @@ def block_runs(
     num_atoms: int, num_systems: int, num_points: int, far_apart: bool = False
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The block without and with the gradient by positions."""
-    torch.manual_seed(0)
-    warnings.filterwarnings("ignore", message="a system is about")  # large ones are beyond what the rule resolves
-    frequency = math.pi if num_points == 50 else 2 * math.pi
-    config = EFAConfig(num_points=num_points, max_frequency=frequency, max_length_A=30.0)
-    block = EuclideanFastAttention(config, natural_degrees(1), 32).requires_grad_(False)
-    features, cotangent = torch.randn(num_atoms, 4, 32), torch.randn(num_atoms, 4, 32)
-    radius = (3 * num_atoms / num_systems / (4 * math.pi * DENSITIES[far_apart])) ** (1 / 3)
-    directions = torch.nn.functional.normalize(torch.randn(num_atoms, 3), dim=1)
-    positions = radius * torch.rand(num_atoms, 1) ** (1 / 3) * directions
-    system = torch.arange(num_systems).repeat_interleave(num_atoms // num_systems)
+    block, features, positions, system, cotangent = block_problem(num_atoms, num_systems, num_points, far_apart)
 
     def forward() -> object:
         with torch.no_grad():
@@ -101,6 +96,21 @@ def block_runs(
         return torch.autograd.grad(y, x, cotangent)
 
     return forward, gradient
+
+
+def block_problem(num_atoms: int, num_systems: int, num_points: int, far_apart: bool = False) -> tuple:
+    """The block, features, positions, system of every atom, and a cotangent."""
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message="a system is about")  # large ones are beyond what the rule resolves
+    frequency = math.pi if num_points == 50 else 2 * math.pi
+    config = EFAConfig(num_points=num_points, max_frequency=frequency, max_length_A=30.0)
+    block = EuclideanFastAttention(config, natural_degrees(1), 32).requires_grad_(False)
+    features, cotangent = torch.randn(num_atoms, 4, 32), torch.randn(num_atoms, 4, 32)
+    radius = (3 * num_atoms / num_systems / (4 * math.pi * DENSITIES[far_apart])) ** (1 / 3)
+    directions = torch.nn.functional.normalize(torch.randn(num_atoms, 3), dim=1)
+    positions = radius * torch.rand(num_atoms, 1) ** (1 / 3) * directions
+    system = torch.arange(num_systems).repeat_interleave(num_atoms // num_systems)
+    return block, features, positions, system, cotangent
 
 
 def measure_block(sizes: list[int]) -> list[dict]:
@@ -179,6 +189,32 @@ def measure_growth(sizes: list[int]) -> dict:
     return {"rows": rows, "exponent": round(exponent, 3)}
 
 
+def measure_basis(sizes: list[int]) -> list[dict]:
+    rows = []
+    for size in sizes:
+        for points in (50, 86):
+            row: dict = {"atoms": size, "points": points, "waves": 16 * points}
+            block, features, positions, system, cotangent = block_problem(size, 1, points)
+            found = {}
+            for name, dtype, tolerance in (
+                ("exact", torch.float64, None), ("basis", torch.float64, 2.0**-21), ("float32", torch.float32, None)
+            ):  # fmt: skip
+                block.to(dtype)
+                rule, x = block.bands[0].rule, positions.to(dtype).requires_grad_(True)
+                made = RuleWaves(rule.directions, rule.weights, tolerance)
+                efa_cpu._RULES[rule.directions] = rule.weights, made
+                y = block(features.to(dtype), x, system, 1)
+                found[name] = y.detach(), torch.autograd.grad(y, x, cotangent.to(dtype))[0]
+            centred = positions - positions.mean(0)
+            row["functions"] = made.rows(efa_cpu._steps(centred, block.frequencies)).starts[-1]
+            for name in ("basis", "float32"):
+                errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found[name], found["exact"])]
+                row[f"error_of_{name}"] = [float(f"{float(error):.1e}") for error in errors]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
 def one_size(num_atoms: int) -> None:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     efa_cpu.pairs_are_cheaper = lambda *shape: False  # type: ignore[assignment]
@@ -196,7 +232,7 @@ def one_size(num_atoms: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["block", "network", "growth", "one"])
+    parser.add_argument("what", choices=["block", "network", "growth", "basis", "one"])
     parser.add_argument("--sizes", type=int, nargs="*")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/efa"))
     arguments = parser.parse_args()
@@ -210,6 +246,8 @@ def main() -> None:
         if arguments.sizes is None or 512 in arguments.sizes:
             content["batch_of_16_over_one_of_512"] = batch_over_one(rows)
             print("16 systems of 32 atoms over one of 512:", content["batch_of_16_over_one_of_512"])
+    elif arguments.what == "basis":
+        content["rows"] = measure_basis(arguments.sizes or [128, 512, 2048])
     elif arguments.what == "network":
         content["results"] = measure_network(arguments.data)
     else:

@@ -67,7 +67,7 @@ def assert_close(ours, theirs, relative, scale=None):
         assert one.shape == other.shape
         if one.numel():
             largest = max(float(other.detach().abs().max()), 1.0 if scale is None else scale)
-            assert float((one.double() - other.double()).abs().max()) <= relative * largest
+            assert float((one.double() - other.double()).detach().abs().max()) <= relative * largest
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())

@@ -19,7 +19,7 @@ from steradian.kernels.tiles import ROWS, Tiles
 __all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "sums_module"]
 
 #: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 6
+VERSION = 7
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_blocks",  # K
@@ -37,8 +37,8 @@ ARGUMENTS = (
     "by_waves",  # addresses of dT/dt, 0 where not wanted
     "by_features",  # addresses of dT/dx, 0 where not wanted
 )
-#: moments: S += sum_i t x y; tasks are parts of the B J / 8 tiles.
-#: apply: y += sum t x S; tasks are parts of the B K blocks.
+#: moments: S = sum_i t x y; tasks are parts of the B J / 8 tiles.
+#: apply: y = sum t x S; tasks are parts of the B K blocks.
 #: contract: dT/dt and dT/dx are added to; tasks are parts of the B K / 2 pairs of blocks.
 KINDS = ("moments", "apply", "contract")
 BLOCKS = 16
@@ -105,13 +105,16 @@ class _Kernel:
             pairs.totals = [total + z for total, z in zip(pairs.totals, of_pair(pairs.index))]
         return pairs.totals
 
-    def _multiply(self, place: Any, count: Any, numbers: Any, right: Any) -> None:
-        """Add to a tile ``numbers(k)`` times vectors ``right + k``: sums of sums, so that rounding stays small."""
+    def _multiply(self, chunk: Any, place: Any, count: Any, numbers: Any, right: Any) -> None:
+        """Add to a tile ``numbers(k)`` times vectors ``right + k``: sums of sums, so that rounding stays small. The
+        first chunk finds anything in memory and does not use it."""
         tiles, at = self.tiles, range(ROWS * self.columns)
         tiles.prefetch(place, len(at))
         totals = tiles.product([self.zero for _ in at], count, numbers, lambda k: self._panel_row(right, k))
+        first = tiles.b.icmp_signed("==", chunk, tiles.integer(0))
         for index, total in zip(at, totals):
-            tiles.add_to(total, place, index)
+            before = tiles.vector_at(place, index)
+            tiles.put(total + self.zero.where(first, before), place, index)
 
     def _panel_row(self, base: Any, row: Any) -> list[Value]:
         place = self._panel_place(base, row)
@@ -149,7 +152,7 @@ class _Kernel:
                         self._panel("values", system, panel.index), tiles.times(start, tiles.width)
                     )
                     sums = self._panel_place(self._panel("sums", system, panel.index), tiles.times(tile, ROWS))
-                    self._multiply(sums, tiles.times(count, tiles.width), self._of_rows, values)
+                    self._multiply(chunk.index, sums, tiles.times(count, tiles.width), self._of_rows, values)
 
     def _of_rows(self, atom: Any) -> list[Value]:
         """z of one atom, from rows of blocks."""
@@ -179,7 +182,7 @@ class _Kernel:
                             return [tiles.broadcast(place, atoms + atom) for atom in range(ROWS)]
 
                         place = self._panel_place(values, tiles.plus(tiles.times(block, tiles.width), atoms))
-                        self._multiply(place, tiles.times(count, ROWS), numbers, sums)
+                        self._multiply(chunk.index, place, tiles.times(count, ROWS), numbers, sums)
 
     def _contract(self) -> None:
         tiles, given, b = self.tiles, self.given, self.tiles.b

@@ -87,7 +87,7 @@ class RuleWaves:
         directions: ``[m, 3]``; of their dtype is what is made.
         weights: ``[m]``, not negative, together one; the opposite directions are counted in.
         tolerance: largest error of K, where K(x, x) is one; None for four times the spacing of numbers at one, which
-            leaves errors of the attention and of its derivatives at or below those of rounding (1e-8 and 3e-7).
+            leaves errors of the attention and of its derivatives at or below those of rounding (1e-8 and 4e-7).
     """
 
     def __init__(self, directions: Tensor, weights: Tensor, tolerance: float | None = None) -> None:

@@ -95,14 +95,14 @@ class CpuSums:
 
     def moments(self, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, J, P]`` from ``[B, C, K W, P]`` and pairs of ``[B, K, R, W]`` and ``[B, K, X, W]``."""
-        sums = values.new_zeros(*values.shape[:2], self.num_rows, values.shape[3])
+        sums = values.new_empty(*values.shape[:2], self.num_rows, values.shape[3])
         self._run("moments", aligned(values), sums, pairs)
         return sums
 
     def apply(self, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """``[B, C, K W, P]`` from ``[B, C, J, P]`` and pairs."""
         _, blocks, _, lanes = pairs[0][0].shape
-        values = sums.new_zeros(*sums.shape[:2], blocks * lanes, sums.shape[3])
+        values = sums.new_empty(*sums.shape[:2], blocks * lanes, sums.shape[3])
         self._run("apply", values, aligned(sums), pairs)
         return values
 
