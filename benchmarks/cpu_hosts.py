@@ -1,7 +1,7 @@
-"""NequIP and ViSNet on the CPU here and in the packages they come from, and MARA attached to live mace-torch.
+"""NequIP and ViSNet on the CPU here and in the packages they come from.
 
-    python benchmarks/cpu_hosts.py --nequip-python PYTHON --pyg-python PYTHON --mace-python PYTHON
-                                   [--data ../shared/data/3bpa/train_300K.xyz] [--only nequip nequip_two visnet attach]
+    python benchmarks/cpu_hosts.py --nequip-python PYTHON --pyg-python PYTHON
+                                   [--data ../shared/data/3bpa/train_300K.xyz] [--only nequip nequip_two visnet]
                                    [--compiled] [--repeats 9]
 
 Every side runs in an interpreter of its own (``sides_hosts.py``) and answers one request at a time, in turn, so drifts
@@ -38,7 +38,6 @@ NEQUIP = {
 }
 #: F.2
 VISNET = {"lmax": 2, "num_layers": 5, "hidden_channels": 256, "num_rbf": 32, "num_heads": 8}
-MACE = {"channels": 128, "hidden_l": 1, "l_max": 3, "correlation": 3}
 OURS = ["steradian", "steradian, radial table"]
 CASES: dict[str, dict[str, Any]] = {
     "nequip": {"peer": "nequip", "model": NEQUIP, "sides": ["nequip", *OURS]},
@@ -48,7 +47,6 @@ CASES: dict[str, dict[str, Any]] = {
         "model": VISNET,
         "sides": ["torch_geometric", "torch_geometric, weights not frozen", "steradian"],
     },
-    "attach": MACE | {"peer": "mace-torch", "sides": ["mace-torch", "mace-torch with MARA"]},
 }
 
 
@@ -107,7 +105,7 @@ def run_case(case: dict[str, Any], pythons: dict[str, str], arguments: argparse.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for package in ("nequip", "pyg", "mace"):
+    for package in ("nequip", "pyg"):
         parser.add_argument(f"--{package}-python", default=f".venv-parity-{package}/bin/python")
     parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/3bpa/train_300K.xyz")
     parser.add_argument("--only", nargs="*", choices=CASES)
@@ -115,11 +113,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=4)
     arguments = parser.parse_args()
-    pythons = {
-        "nequip": arguments.nequip_python,
-        "torch_geometric": arguments.pyg_python,
-        "mace-torch": arguments.mace_python,
-    }
+    pythons = {"nequip": arguments.nequip_python, "torch_geometric": arguments.pyg_python}
     path = RESULTS / "cpu_hosts.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content["settings"] = machine() | {"repeats": arguments.repeats, "warmup": arguments.warmup}

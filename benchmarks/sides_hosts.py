@@ -1,4 +1,4 @@
-"""The sides of ``cpu_hosts.py``: nequip, torch_geometric's ViSNet, mace-torch with and without MARA, and steradian."""
+"""The sides of ``cpu_hosts.py``: nequip, torch_geometric's ViSNet, and steradian."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import SIDES, MaceTorch, Side, read_atoms, serve
+from sides import SIDES, Side, read_atoms, serve
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # the exporter, in environments of the peers
 
@@ -104,18 +104,6 @@ class PygUnfrozen(Pyg):
         self.model.train(task == "training step")
 
 
-class MaceAttached(MaceTorch):
-    """mace-torch with MARA attached to every layer."""
-
-    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        about = super().prepare(case)
-        from steradian.config import MARAConfig
-        from steradian.interfaces.attach import attach
-
-        attach(self.model, MARAConfig())
-        return about
-
-
 class Converted(Side):
     """steradian with the peer's weights."""
 
@@ -156,7 +144,6 @@ SIDES |= {
     "nequip, compiled": NequipCompiled,
     "torch_geometric": Pyg,
     "torch_geometric, weights not frozen": PygUnfrozen,
-    "mace-torch with MARA": MaceAttached,
     "steradian": Converted,
     "steradian, radial table": ConvertedTable,
 }

@@ -17,8 +17,8 @@ from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
-from steradian.operators.base import GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.operators.efa_mixer import EFAMixer
+from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.efa_mixer import efa_factory
 from steradian.operators.mara import mara_factory
 from steradian.potential import PLAIN, Potential
 from steradian.self_test import SelfTest, SelfTestError
@@ -37,21 +37,7 @@ def gate_factory(config: ModelConfig) -> GateFactory:
 def mixer_factory(config: ModelConfig) -> MixerFactory:
     """The factory that fills the slots of global mixers as the configuration says."""
     mixer = config.global_mixer
-    if not isinstance(mixer, EFAConfig):
-        return empty_slot
-
-    def make(spec: SlotSpec) -> GlobalMixer | None:
-        return EFAMixer(mixer, spec) if _has_layer(mixer.layers, spec, "model.global_mixer") else None
-
-    return make
-
-
-def _has_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:
-    """Whether the operator is wanted in this layer of the host."""
-    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
-    if outside:
-        raise ValueError(f"{section}.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}")
-    return layers is None or spec.layer in layers
+    return efa_factory(mixer) if isinstance(mixer, EFAConfig) else empty_slot
 
 
 def build_potential(
@@ -78,6 +64,7 @@ def build_potential(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
+    elements = {"elements": sorted(statistics.elements)} if config.host.kind == "mace" else {}
     host = HOSTS[config.host.kind](
         config.host,
         num_elements=len(statistics.elements),
@@ -86,6 +73,7 @@ def build_potential(
         shift=statistics.energy_shift,
         make_gate=_isolated(make_gate or gate_factory(config)),
         make_mixer=_isolated(make_mixer or mixer_factory(config)),
+        **elements,
     )
     compress_element_tables(host, config.element_tables, len(statistics.elements))
     return Potential(host, config, statistics)

@@ -31,6 +31,9 @@ class ReadoutConfig(Section):
     )
 
 
+InteractionName = Literal["residual", "agnostic", "density_residual", "density"]
+
+
 class MACEConfig(Section):
     """MACE (Batatia et al. 2022)."""
 
@@ -43,8 +46,12 @@ class MACEConfig(Section):
     cutoff_A: float = Field(5.0, gt=0)
     radial: RadialConfig = RadialConfig()
     radial_mlp: list[int] = Field([64, 64, 64], description="hidden widths of the radial network")
-    first_interaction: Literal["residual", "agnostic"] = "residual"
-    interaction: Literal["residual", "agnostic"] = "residual"
+    first_interaction: InteractionName = Field("residual", description="density: messages over a learned density")
+    interaction: InteractionName = "residual"
+    distance_transform: Literal["agnesi", "soft"] | None = Field(
+        None, description="bases of a distance that depends on the elements; there is then no radial table"
+    )
+    pair_repulsion: Literal["zbl"] | None = Field(None, description="energy of screened nuclei at short distances")
     readout: ReadoutConfig = ReadoutConfig()
     avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
 
@@ -67,7 +74,9 @@ class MACEConfig(Section):
         return {
             "hidden irreps": f"{self.num_channels} x ({irreps})",
             "harmonics, correlation": f"l_max {self.l_max}, correlation {self.correlations}",
-            "radial basis": self.radial.summary(),
+            "radial basis": self.radial.summary()
+            + (f" of {self.distance_transform} distances" if self.distance_transform else "")
+            + (f"; {self.pair_repulsion} repulsion" if self.pair_repulsion else ""),
         }
 
 

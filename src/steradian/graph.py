@@ -22,11 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from steradian.sharing import Share
+
+if TYPE_CHECKING:
+    from steradian.pairs import Pairs
 
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 
@@ -112,6 +116,7 @@ class Edges:
         cell: ``[S, 3, 3]`` lattice vectors as rows [Å], strained and differentiable, or None where nothing is periodic.
         pbc: ``[S, 3]`` periodicity, or None.
         share: as in :class:`Graph`.
+        pairs: of opposite edges, or None where they are not known.
     """
 
     senders: Tensor
@@ -127,6 +132,17 @@ class Edges:
     cell: Tensor | None = None
     pbc: Tensor | None = None
     share: Share | None = None
+    pairs: Pairs | None = None
+
+    @property
+    def pair_radial(self) -> Tensor:
+        """``[Q, R]`` the radial basis of one edge of each pair; ``[E, R]`` where pairs are not known."""
+        return self.radial if self.pairs is None else self.radial.index_select(0, self.pairs.first)
+
+    @property
+    def pair_lengths(self) -> Tensor:
+        """``[Q]`` lengths of pairs [Å], or ``[E]`` as for :attr:`pair_radial`."""
+        return self.lengths if self.pairs is None else self.lengths.index_select(0, self.pairs.first)
 
     def sum_at_receivers(self, values: Tensor) -> Tensor:
         """Sum per-edge values ``[E, ...]`` at their receivers: ``[N, ...]``."""

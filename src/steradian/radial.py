@@ -40,12 +40,12 @@ def safe_norm(vectors: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).sqrt(), 0.0)
 
 
-def polynomial_envelope(lengths: Tensor, cutoff: float, p: int) -> Tensor:
+def polynomial_envelope(lengths: Tensor, cutoff: float | Tensor, p: int) -> Tensor:
     """Smooth cutoff with value, slope and curvature zero at the cutoff (Gasteiger et al. 2020, equation 8).
 
     Args:
         lengths: ``[E]`` [Å].
-        cutoff: [Å].
+        cutoff: [Å], one for all edges or ``[E]``.
         p: order; a larger one stays near 1 for longer.
     """
     x = lengths / cutoff

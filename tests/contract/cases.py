@@ -42,6 +42,18 @@ HOSTS: dict[str, HostConfig] = {
         first_interaction="agnostic",
         interaction="agnostic",
     ),
+    "mace-foundation": MACEConfig(
+        num_channels=4,
+        hidden_l=1,
+        l_max=2,
+        correlation=2,
+        cutoff_A=CUTOFF,
+        radial_mlp=[8],
+        first_interaction="density",
+        interaction="density_residual",
+        distance_transform="agnesi",
+        pair_repulsion="zbl",
+    ),
     "o3mpnn": O3MPNNConfig(num_layers=2, num_channels=4, l_max=2, num_radial=8, cutoff_A=CUTOFF, zero_init=False),
     "o3mpnn-deep": O3MPNNConfig(
         num_layers=3,
@@ -75,8 +87,9 @@ HOSTS: dict[str, HostConfig] = {
     ),
 }
 
-#: factor on the energies of a host whose random weights give small ones, so that symmetries are tested on a signal
-LOUDNESS = {"mace-agnostic": 3.0, "o3mpnn": 10.0}
+#: factor on the energies of a host whose random weights give small ones, so that symmetries are tested on a signal; or
+#: whose larger features give the rules on the sphere larger errors than a tolerance that is absolute
+LOUDNESS = {"mace-agnostic": 3.0, "mace-foundation": 0.3, "o3mpnn": 10.0}
 
 SMALL = {"hidden_dim": 8, "num_heads": 2, "gate": "published"}
 MARA = MARAConfig(**SMALL)

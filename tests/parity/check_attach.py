@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from steradian.build import build_potential, load_potential, save_potential
-from steradian.config import MARAConfig
+from steradian.config import EFAConfig, MARAConfig
 from steradian.data.structures import Structure
 from steradian.interfaces.attach import AttachError, attach, detach, load_attached, save_attached
 from steradian.interfaces.convert import convert_file
@@ -32,6 +32,10 @@ FRAME = frozen.structures()["molecule"]
 TYPES = {1: 0, 6: 1, 7: 2, 8: 3}
 CUTOFF = 4.5
 LIVELY = MARAConfig(hidden_dim=8, num_heads=2, gate="published")
+
+
+EFA = EFAConfig(num_points=50, max_length_A=8.0, num_features_qk=4, zero_init=False)
+OPERATORS = {"mara": LIVELY, "node": LIVELY.model_copy(update={"where": "node"}), "efa": EFA, "both": [LIVELY, EFA]}
 
 
 def has(package: str) -> bool:
@@ -167,12 +171,8 @@ if has("nequip"):
 if has("torch_geometric"):
     CASES["visnet"] = (pyg_model, pyg_call, pyg_converted)
     CASES["vertex"] = (lambda: pyg_model(vertex=True, lmax=1), pyg_call, pyg_converted)
-CONVERTIBLE = [
-    name for name, case in CASES.items()
-    if case[2] and name not in ("RealAgnosticAttResidualInteractionBlock", "RealAgnosticDensityInteractionBlock",
-                                "RealAgnosticDensityResidualInteractionBlock",
-                                "RealAgnosticResidualNonLinearInteractionBlock")
-]  # fmt: skip
+NOT_CONVERTIBLE = ("RealAgnosticAttResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock")
+CONVERTIBLE = [name for name, case in CASES.items() if case[2] and name not in NOT_CONVERTIBLE]
 
 
 @pytest.fixture(params=list(CASES))
@@ -192,12 +192,13 @@ def changed(left, right):
 def test_a_neutral_gate_changes_no_bit_and_detaching_restores_the_model(case):
     model, call = case
     before, names = call(model, FRAME["positions"]), list(model.state_dict())
-    attachment = attach(model, MARAConfig(hidden_dim=8))
+    attachment = attach(model, [MARAConfig(hidden_dim=8), EFA.model_copy(update={"zero_init": True})])
+    assert len(attachment.layers) == len(attachment.mixers) > 0
     assert equal(call(model, FRAME["positions"]), before)
     assert all(torch.equal(alpha, torch.ones_like(alpha)) for alpha in attachment.gates)
     with torch.no_grad():
         for layer in attachment.layers:
-            layer.gate.W_gate.fill_(2.0)
+            layer.operator.W_gate.fill_(2.0)
     assert changed(call(model, FRAME["positions"]), before)
     detach(model)
     assert equal(call(model, FRAME["positions"]), before)
@@ -205,10 +206,10 @@ def test_a_neutral_gate_changes_no_bit_and_detaching_restores_the_model(case):
     assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
 
 
-@pytest.mark.parametrize("changes", [{}, {"where": "node"}], ids=["edge", "node"])
-def test_forces_are_minus_the_central_difference(case, changes):
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_forces_are_minus_the_central_difference(case, operator):
     model, call = case
-    attach(model, LIVELY.model_copy(update=changes))
+    attach(model, OPERATORS[operator])
     _, forces = call(model, FRAME["positions"])
     step = 1e-4
     for atom, axis in ((0, 0), (3, 2)):
@@ -239,7 +240,7 @@ def test_the_intrinsic_frame_keeps_the_model_invariant(case, kernel):
 def test_parameters_train_with_the_models_own(case):
     model, call = case
     own = {id(parameter) for parameter in model.parameters()}
-    attachment = attach(model, MARAConfig(hidden_dim=8))
+    attachment = attach(model, [MARAConfig(hidden_dim=8), EFA.model_copy(update={"zero_init": True})])
     new = [parameter for parameter in model.parameters() if id(parameter) not in own]
     assert {id(parameter) for parameter in attachment.parameters()} == {id(parameter) for parameter in new}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -259,43 +260,45 @@ def test_parameters_train_with_the_models_own(case):
 
 def test_saved_and_loaded_beside_the_model(case, tmp_path):
     model, call = case
-    attach(model, LIVELY, layers=[1])
+    attach(model, [LIVELY, EFA], layers=[1])
     expected = call(model, FRAME["positions"])
     save_attached(tmp_path / "gates.safetensors", model)
     detach(model)
     assert changed(call(model, FRAME["positions"]), expected)
     attachment = load_attached(tmp_path / "gates.safetensors", model)
-    assert [layer.spec.layer for layer in attachment.layers] == [1]
+    assert [layer.spec.layer for layer in (*attachment.layers, *attachment.mixers)] == [1, 1]
     assert equal(call(model, FRAME["positions"]), expected)
 
 
 def test_copies_are_independent(case):
     model, call = case
-    attach(model, LIVELY)
+    attach(model, [LIVELY, EFA])
     expected = call(model, FRAME["positions"])
     twin = copy.deepcopy(model)
     assert equal(call(twin, FRAME["positions"]), expected)
     with torch.no_grad():
         for layer in twin.steradian.layers:
-            layer.gate.W_gate.mul_(3.0)
+            layer.operator.W_gate.mul_(3.0)
     assert changed(call(twin, FRAME["positions"]), expected)
     detach(twin)
     assert equal(call(model, FRAME["positions"]), expected)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_attached_equals_the_gate_of_our_own_host(name):
-    """The foreign model with a gate and our host with its weights and the same gate give the same numbers."""
+def test_attached_equals_the_operators_of_our_own_host(name):
+    """The foreign model with operators and our host with its weights and the same operators give the same numbers."""
     build, call, converted = CASES[name]
     model, hyper = build()
     state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
     config, statistics, weights = converted(state, hyper)
-    attachment = attach(model, LIVELY)
+    attachment = attach(model, [LIVELY, EFA])
     energy, forces = call(model, FRAME["positions"])
-    config = config.model_copy(update={"edge_gate": LIVELY})
+    config = config.model_copy(update={"edge_gate": LIVELY, "global_mixer": EFA})
     potential = build_potential(config, statistics, seed=0)
     for index, layer in enumerate(attachment.layers):
-        weights |= {f"layers.{index}.gate.{key}": value for key, value in layer.gate.state_dict().items()}
+        weights |= {f"layers.{index}.gate.{key}": value for key, value in layer.operator.state_dict().items()}
+    for index, layer in enumerate(attachment.mixers):
+        weights |= {f"layers.{index}.mixer.{key}": value for key, value in layer.operator.state_dict().items()}
     potential.host.load_state_dict(weights)
     structure = Structure(FRAME["numbers"], FRAME["positions"])
     ours = potential.eval()(make_graph(structure, CUTOFF))
@@ -321,12 +324,55 @@ def test_exported_and_converted(name, precision, tmp_path):
     assert again.config == potential.config
 
 
+@pytest.mark.skipif(not has("mace"), reason="needs mace-torch")
+def test_a_foundation_style_model_converts(tmp_path):
+    """89 elements, 128x0e + 128x1o, density blocks, Agnesi transform, ZBL repulsion: energies, forces and stress."""
+    from e3nn import o3
+    from mace import modules
+    from mace.data import AtomicData, Configuration
+    from mace.tools import AtomicNumberTable, torch_geometric
+
+    torch.manual_seed(2)
+    elements = list(range(1, 90))
+    model = modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=10, num_polynomial_cutoff=5, max_ell=3, num_interactions=2, correlation=3,
+        interaction_cls_first=modules.RealAgnosticDensityInteractionBlock,
+        interaction_cls=modules.RealAgnosticDensityResidualInteractionBlock,
+        hidden_irreps=o3.Irreps("128x0e + 128x1o"), MLP_irreps=o3.Irreps("16x0e"), radial_MLP=[64, 64, 64],
+        gate=torch.nn.functional.silu, avg_num_neighbors=30.0, atomic_numbers=elements, num_elements=89,
+        atomic_energies=np.linspace(-1.0, -9.0, 89), atomic_inter_scale=0.8, atomic_inter_shift=0.1,
+        distance_transform="Agnesi", pair_repulsion=True,
+    )  # fmt: skip
+    export(model, str(tmp_path / "foreign.npz"))
+    potential = convert_file(tmp_path / "foreign.npz")
+    assert potential.elements == tuple(elements)
+    assert len(potential.self_test.structures) == 2
+    frame = frozen.structures()["triclinic"]
+    numbers = np.array([26, 8, 89, 3, 17])
+    structure = Structure(numbers, frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
+    found = potential(make_graph(structure, 5.0), stress=True)
+    item = Configuration(
+        atomic_numbers=numbers, positions=frame["positions"], properties={}, property_weights={}, pbc=(True,) * 3,
+        cell=frame["cell"], head="Default",
+    )  # fmt: skip
+    data = AtomicData.from_config(item, z_table=AtomicNumberTable(elements), cutoff=5.0, heads=["Default"])
+    batch = next(iter(torch_geometric.dataloader.DataLoader([data], batch_size=1))).to_dict()
+    out = model(batch, compute_force=True, compute_stress=True)
+    for ours, theirs in (
+        (found.interaction_energy, out["interaction_energy"]),
+        (found.forces, out["forces"]),
+        (found.stress, out["stress"]),
+    ):
+        assert float(theirs.detach().abs().max()) > 1e-3, "nothing to compare"
+        assert float((ours - theirs.detach()).abs().max()) < 1e-9 * float(theirs.detach().abs().max())
+
+
 def test_one_gate_is_copied_into_every_layer_it_fits(case):
     model, call = case
     before = call(model, FRAME["positions"])
     width = 8 if "ViSNet" in type(model).__name__ else 6
     attachment = attach(model, MARA(width, hidden_dim=8, gate="published"))
-    first, second = attachment.layers[0].gate, attachment.layers[1].gate
+    first, second = attachment.layers[0].operator, attachment.layers[1].operator
     assert first is not second
     assert torch.equal(first.W_h, second.W_h)
     assert changed(call(model, FRAME["positions"]), before)
@@ -352,6 +398,31 @@ def test_what_cannot_be_served_is_refused_with_the_reason(case):
         attach(torch.jit.script(torch.nn.Linear(2, 2)), LIVELY)
     with pytest.raises(AttachError, match="wrapped by"):
         attach(torch.compile(torch.nn.Linear(2, 2)), LIVELY)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not has("torch_geometric")])
+def test_between_all_atoms_of_a_periodic_system_is_refused(name):
+    build, _, _ = CASES[name]
+    model = build()[0]
+    attach(model, EFA)
+    if has("mace"):
+        from mace.data import AtomicData, Configuration
+        from mace.tools import AtomicNumberTable, torch_geometric
+
+        item = Configuration(
+            atomic_numbers=FRAME["numbers"], positions=FRAME["positions"], properties={}, property_weights={},
+            pbc=(True,) * 3, cell=4.0 * np.eye(3), head="Default",
+        )  # fmt: skip
+        data = AtomicData.from_config(item, z_table=AtomicNumberTable([1, 6, 7, 8]), cutoff=CUTOFF, heads=["Default"])
+        batch = next(iter(torch_geometric.dataloader.DataLoader([data], batch_size=1))).to_dict()
+    else:
+        from nequip.data import compute_neighborlist_, from_dict
+
+        types = torch.tensor([TYPES[int(number)] for number in FRAME["numbers"]])
+        data = {"pos": torch.tensor(FRAME["positions"]), "atom_types": types, "cell": 4.0 * torch.eye(3)}
+        batch = compute_neighborlist_(from_dict(data | {"pbc": torch.ones(3, dtype=torch.bool)}), r_max=CUTOFF)
+    with pytest.raises(AttachError, match="attached to molecules only"):
+        model(batch)
 
 
 @pytest.mark.skipif(not has("nequip"), reason="needs nequip")

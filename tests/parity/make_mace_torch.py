@@ -34,6 +34,8 @@ from mace.tools import AtomicNumberTable, torch_geometric
 
 RESIDUAL = "RealAgnosticResidualInteractionBlock"
 AGNOSTIC = "RealAgnosticInteractionBlock"
+DENSITY = "RealAgnosticDensityInteractionBlock"
+DENSITY_RESIDUAL = "RealAgnosticDensityResidualInteractionBlock"
 SMALL = [12, 8]
 DEFAULTS = {
     "model": "ScaleShiftMACE",
@@ -110,6 +112,24 @@ CONFIGURATIONS: dict[str, tuple[dict, list[str]]] = {
         },
         ["molecule", "triclinic"],
     ),
+    # the blocks, transform and repulsion of published foundation models
+    "density": (
+        {
+            "interaction_cls_first": DENSITY,
+            "interaction_cls": DENSITY_RESIDUAL,
+            "distance_transform": "Agnesi",
+            "pair_repulsion": True,
+            "max_ell": 2,
+            "correlation": 2,
+        },
+        ["molecule", "triclinic", "slab"],
+    ),
+    "density_first": (
+        {"interaction_cls_first": DENSITY_RESIDUAL, "interaction_cls": DENSITY, "max_ell": 1, "pair_repulsion": True,
+         "num_polynomial_cutoff": 5, **PLAIN},
+        ["molecule"],
+    ),
+    "soft": ({"distance_transform": "Soft", "max_ell": 2, "correlation": 2}, ["molecule", "slab"]),
     "shared_contraction": (
         {"use_agnostic_product": True, "use_last_readout_only": True, "max_ell": 2, "correlation": 2},
         ["molecule"],

@@ -118,7 +118,9 @@ def test_the_frozen_models_cover_what_is_promised():
     assert {entry["correlation"] for entry in settings if isinstance(entry["correlation"], int)} == {1, 2, 3, 4}
     assert any(isinstance(entry["correlation"], list) for entry in settings)
     blocks = {(entry["interaction_cls_first"], entry["interaction_cls"]) for entry in settings}
-    assert len(blocks) == 4
+    assert len(blocks) == 6
+    assert {entry.get("distance_transform", "None") for entry in settings} == {"None", "Agnesi", "Soft"}
+    assert {entry.get("pair_repulsion", False) for entry in settings} == {False, True}
     assert {entry["radial_type"] for entry in settings} == {"bessel", "gaussian", "chebyshev"}
     assert {entry["max_ell"] for entry in settings} == {1, 2, 3, 4}
     assert {entry["num_interactions"] for entry in settings} == {1, 2, 3}
@@ -223,9 +225,12 @@ def test_elements_in_any_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"interaction_cls": "RealAgnosticDensityInteractionBlock"}, "DensityInteractionBlock cannot be converted"),
-        ({"pair_repulsion": True}, "pair_repulsion=True has no counterpart"),
-        ({"distance_transform": "Agnesi"}, "distance_transform=Agnesi has no counterpart"),
+        ({"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, "AttResidualInteractionBlock cannot be"),
+        ({"interaction_cls": "RealAgnosticDensityResidualInteractionBlock"}, "density_fn.layer0.weight' is missing"),
+        ({"pair_repulsion": True}, "'pair_repulsion_fn.p' is missing"),
+        ({"distance_transform": "Agnesi"}, "'radial_embedding.distance_transform.a' is missing"),
+        ({"distance_transform": "Other"}, "distance_transform Other cannot be converted; known: None, Agnesi, Soft"),
+        ({"apply_cutoff": False}, "apply_cutoff=False has no counterpart"),
         ({"hidden_irreps": "4x0e + 2x1o"}, "hidden_irreps '4x0e . 2x1o' cannot be converted"),
         ({"hidden_irreps": "4x0e + 4x1e"}, "hidden_irreps"),
         ({"gate": "tanh"}, "gate tanh"),

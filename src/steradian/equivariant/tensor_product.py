@@ -87,11 +87,12 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
         (
             Operand("features", int(starts_in[-1])),
             Operand("harmonics", (l_max + 1) ** 2, has_channels=False),
-            Operand("weights", len(found)),
+            Operand("weights", len(found), read_once=True),
         ),
         Operand("messages", table.dim),
         (Terms((0, 1, 2), np.array(indices), np.array(outputs), np.array(coefficients)),),
         outer=2,
+        folds=False,  # weights are shared by the two edges of a pair at most
     )
     return polynomial, table
 
@@ -128,16 +129,25 @@ class ChannelwiseTensorProduct(WithRole):
     def num_paths(self) -> int:
         return len(self.table.paths)
 
-    def forward(self, features: Tensor, edges: Edges, weights: Tensor) -> Tensor:
-        """Messages summed at the receivers ``[N, D_out, C]`` from ``[N, D, C]`` and weights ``[E, P, C]``."""
-        num_harmonics = self.polynomial.inputs[1].dim
-        given = [cast(features, self.low), edges.harmonics[:, :num_harmonics], weights]
+    def forward(self, features: Tensor, edges: Edges, weights: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Messages summed at the receivers ``[N, D_out, C]``, each times its gate ``[E]``.
+
+        Args:
+            features: ``[N, D, C]``.
+            edges: geometry.
+            weights: ``[Q, P, C]`` of pairs, where the edges are sorted into pairs, else ``[E, P, C]``.
+            gate: None for ones.
+        """
+        harmonics = edges.harmonics[:, : self.polynomial.inputs[1].dim]
+        if gate is not None:
+            harmonics = harmonics * gate.unsqueeze(1)
+        given = [cast(features, self.low), harmonics, weights]
         if self.accumulate_dtype is not None:
             given = [narrowed(value, self.accumulate_dtype) for value in given]
         messages = evaluate(
             self.polynomial.rounded(self.tables_dtype),
             given,
-            gathers=[edges.senders, None, None],
+            gathers=[edges.senders, None, None if edges.pairs is None else edges.pairs.of_edge],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.graph import Edges, Graph
+from steradian.pairs import pairs_of
 from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
 __all__ = ["ConvolutionHost", "Host", "HostOutput"]
@@ -85,15 +87,15 @@ class ConvolutionHost(Host):
             envelope = self.radial_scale * envelope
         return self.radial_basis(lengths) * envelope.unsqueeze(-1)
 
-    def tabulate_radial(self, num_intervals: int) -> float:
+    def tabulate_radial(self, num_intervals: int) -> float | None:
         exact = copy.deepcopy(self).double()
         return max(
             layer.radial_network.tabulate(exact.radial, self.cutoff, num_intervals)  # type: ignore[operator, union-attr]
             for layer in self.get_submodule("layers").children()
         )
 
-    def edges(self, graph: Graph, vectors: Tensor) -> Edges:
-        """Lengths, radial basis, envelope and harmonics of the edges, in the format of the weights.
+    def edges(self, graph: Graph, vectors: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Edges:
+        """Lengths, radial basis (of transformed lengths), envelope and harmonics of the edges, in the weights' format.
 
         Lengths and radial basis are worked out in the format of the vectors, harmonics in that of their role.
         """
@@ -105,7 +107,7 @@ class ConvolutionHost(Host):
             receivers=graph.receivers,
             vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
-            radial=self._radial(lengths, envelope).to(dtype),
+            radial=self._radial(lengths if transform is None else transform(lengths), envelope).to(dtype),
             envelope=envelope.to(dtype),
             harmonics=spherical_harmonics(
                 unit_vectors(vectors, lengths).to(self.harmonics_dtype or dtype), self.l_max
@@ -116,4 +118,5 @@ class ConvolutionHost(Host):
             cell=graph.cell,
             pbc=graph.pbc,
             share=graph.share,
+            pairs=pairs_of(graph),
         )

@@ -1,19 +1,22 @@
 """MACE: higher-order equivariant message passing (Batatia et al. 2022, arXiv:2206.07697).
 
 Follows the published implementation number for number (mace-torch 0.3.16: ``RealAgnosticInteractionBlock``,
-``RealAgnosticResidualInteractionBlock``, ``EquivariantProductBasisBlock``) on features ``[N, D, C]``. Edge vectors run
-from receiver to sender here, so the odd harmonics have the opposite sign.
+``RealAgnosticResidualInteractionBlock``, the ``Density`` variants of both, ``EquivariantProductBasisBlock``) on
+features ``[N, D, C]``. Edge vectors run from receiver to sender here, so the odd harmonics have the opposite sign.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from steradian.config import MACEConfig
+from steradian.element_pairs import make_repulsion, make_transform
 from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
@@ -37,7 +40,11 @@ class LayerDims:
     num_channels: int
     num_elements: int
     correlation: int
-    residual: bool
+    block: str
+
+    @property
+    def residual(self) -> bool:
+        return self.block.endswith("residual")
 
 
 class MACELayer(nn.Module):
@@ -47,7 +54,8 @@ class MACELayer(nn.Module):
     3. mix paths; 4. symmetric contraction (B); 5. mix channels and add the skip connection by element.
 
     The *residual* block takes the skip connection from the layer's input; the other one applies the element-dependent
-    map to A and has no skip connection.
+    map to A and has no skip connection. A *density* block divides A by one plus a learned density of neighbours instead
+    of the average number of them.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class MACELayer(nn.Module):
         self.product = ChannelwiseTensorProduct(dims.degrees_in, config.l_max, dims.degrees_message)
         self.radial_network = RadialNetwork(config.radial.num, config.radial_mlp, self.product.num_paths, channels)
         self.linear_message = PathLinear(self.product.table, channels, dims.degrees_message)
+        self.density = nn.Parameter(torch.randn(config.radial.num, 1)) if dims.block.startswith("density") else None
         self.residual = dims.residual
         skip_degrees = _shared(dims.degrees_in, dims.degrees_out) if dims.residual else dims.degrees_message
         self.skip = ElementLinear(skip_degrees, dims.num_elements, channels, channels)
@@ -81,9 +90,9 @@ class MACELayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
-        weights = self.radial_network(edges.radial, alpha, edges.lengths)  # [E, P, C]
-        messages = self.product(self.linear_up(features), edges, weights)  # [N, D_paths, C]
-        messages = self.linear_message(messages) / self.avg_num_neighbors  # [N, D_message, C]
+        weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
+        messages = self.product(self.linear_up(features), edges, weights, alpha)  # [N, D_paths, C]
+        messages = self.linear_message(messages) / self._neighbors(edges)  # [N, D_message, C]
         if not self.residual:
             messages = self.skip(messages, species)
         update = self.linear_out(self.contraction(messages, species))  # [N, D_out, C]
@@ -92,6 +101,14 @@ class MACELayer(nn.Module):
         if self.mixer is not None:
             update = self.mixer(features, update, positions, edges)
         return update, alpha
+
+    def _neighbors(self, edges: Edges) -> Tensor | float:
+        """What messages are divided by: a number, or ``[N, 1, 1]`` of every atom."""
+        if self.density is None:
+            return self.avg_num_neighbors
+        per_edge = torch.tanh((edges.radial @ self.density * self.density.shape[0] ** -0.5).square())
+        summed = per_edge.new_zeros((edges.num_atoms, 1)).index_add(0, edges.receivers, per_edge)
+        return (summed + 1.0).unsqueeze(2)
 
 
 def _shared(degrees_in: Degrees, degrees_out: Degrees) -> Degrees:
@@ -138,8 +155,12 @@ class MACE(ConvolutionHost):
         scale: [eV] factor on the interaction energies (root mean square force of the training set).
         shift: [eV] added to every atom's interaction energy.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
+        elements: atomic numbers in the order of the species, for transforms of distances and repulsion.
 
     Reference: Batatia et al. 2022; scale and shift as in ``ScaleShiftMACE``.
+
+    Raises:
+        ValueError: transform or repulsion without elements.
     """
 
     def __init__(
@@ -151,6 +172,7 @@ class MACE(ConvolutionHost):
         shift: float = 0.0,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
+        elements: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.cutoff = config.cutoff_A
@@ -158,6 +180,8 @@ class MACE(ConvolutionHost):
         self.envelope_p = config.radial.envelope_p
         self.embedding = nn.Parameter(torch.randn(num_elements, config.num_channels))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
+        self.distance_transform = make_transform(config.distance_transform, elements)
+        self.repulsion = make_repulsion(config.pair_repulsion, elements, config.radial.envelope_p)
         hidden = natural_degrees(config.hidden_l)
         scalars = natural_degrees(0)
         layers, readouts = [], []
@@ -171,7 +195,7 @@ class MACE(ConvolutionHost):
                 num_channels=config.num_channels,
                 num_elements=num_elements,
                 correlation=config.correlations[index],
-                residual=block == "residual",
+                block=block,
             )
             spec = SlotSpec(
                 host="mace",
@@ -196,10 +220,18 @@ class MACE(ConvolutionHost):
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
         self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
 
+    def tabulate_radial(self, num_intervals: int) -> float | None:
+        # with a transform the weights depend on the elements, too
+        return None if self.distance_transform is not None else super().tabulate_radial(num_intervals)
+
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
-        edges = self.edges(graph, vectors)
+        pairs = {"species": species, "senders": graph.senders, "receivers": graph.receivers}
+        transform = None if self.distance_transform is None else partial(self.distance_transform, **pairs)
+        edges = self.edges(graph, vectors, transform)
         features = (self.embedding * self.embedding.shape[0] ** -0.5).index_select(0, species).unsqueeze(1)
         energies = torch.zeros_like(features[:, 0, 0])
+        if self.repulsion is not None:
+            energies = energies + self.repulsion(edges.lengths, **pairs)
         gates = []
         for layer, readout in zip(self.layers, self.readouts):
             features, alpha = layer(features, species, positions, edges)

@@ -166,9 +166,9 @@ class NequIPLayer(nn.Module):
             edges: geometry.
         """
         alpha = None if self.gate is None else self.gate(features, edges)
-        weights = self.radial_network(edges.radial, alpha, edges.lengths)  # [E, P, C_in]
+        weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C_in]
         mixed = self.linear_up(features) * self.normalization
-        blocks = self.linear_message.blocks(self.product(mixed, edges, weights))
+        blocks = self.linear_message.blocks(self.product(mixed, edges, weights, alpha))
         if self.skip is not None:
             for irrep, block in self.skip(features, species, embedding).items():
                 blocks[irrep] = blocks[irrep] + block

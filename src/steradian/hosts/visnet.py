@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,81 +23,14 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
 from steradian.hosts.base import Host, HostOutput
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
+from steradian.kernels import evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.pairs import Pairs, pairs_of
 from steradian.precision import WithRole, cast
 from steradian.radial import cosine_envelope, safe_norm
 
 __all__ = ["ViSNet", "ViSNetLayer"]
-
-
-# ------------------------------------------------------------------------------------------------ products, as tables
-
-
-@cache
-def product_polynomial(num_factors: int) -> Polynomial:
-    """Product of rows ``[rows, 1, C]`` channel by channel."""
-    one = np.zeros((1, num_factors), dtype=np.int64)
-    return Polynomial(
-        tuple(Operand(f"factor {index}", 1) for index in range(num_factors)),
-        Operand("product", 1),
-        (Terms(tuple(range(num_factors)), one, np.zeros(1, dtype=np.int64), np.ones(1)),),
-    )
-
-
-@cache
-def vector_message(size: int, has_vectors: bool) -> Polynomial:
-    """``(vectors [N, size, C], weights [E, 2 or 1, C], geometry [E, 1 + size]) -> [N, size, C]``.
-
-    ``c v_j s_1 + c d_ij s_2`` (Wang et al. 2024, equation 8) with geometry ``(c, c d_ij)``; without vectors the second
-    term alone, with its weights alone.
-    """
-    component, ones = np.arange(size), np.ones(size)
-    zeros = np.zeros(size, dtype=np.int64)
-    geometry = Operand("geometry", 1 + size, has_channels=False)
-    out = Operand("message", size)
-    if not has_vectors:
-        along = Terms((0, 1), np.stack([zeros, 1 + component], axis=1), component, ones)
-        return Polynomial((Operand("weights", 1), geometry), out, (along,))
-    carried = Terms((0, 1, 2), np.stack([component, zeros, zeros], axis=1), component, ones)
-    along = Terms((1, 2), np.stack([zeros + 1, 1 + component], axis=1), component, ones)
-    return Polynomial((Operand("vectors", size), Operand("weights", 2), geometry), out, (carried, along))
-
-
-@cache
-def rejected_product(l_max: int) -> Polynomial:
-    """``(left [N, size, C], right [N, size, C], filter [E, 1, C], directions [E, size]) -> [E, 1, C]``.
-
-    The product of what is left of two vectors when their parts along an edge are rejected (Wang et al. 2024, equation
-    10), times a filter. With harmonics d of squared norm l_max, one for each degree,
-    ``(a - (a.d) d) . (b - (b.d) d) = a.b - (2 - l_max) (a.d) (b.d)``: for l_max = 2 nothing is rejected.
-    """
-    size = (l_max + 1) ** 2 - 1
-    component = np.arange(size)
-    plain = Terms(
-        (0, 1, 2),
-        np.stack([component, component, np.zeros(size, dtype=np.int64)], axis=1),
-        np.zeros(size, dtype=np.int64),
-        np.ones(size),
-    )
-    groups: tuple[Terms, ...] = (plain,)
-    if l_max == 1:
-        left, right = (index.reshape(-1) for index in np.meshgrid(component, component))
-        zeros = np.zeros(size**2, dtype=np.int64)
-        groups += (Terms((0, 1, 2, 3, 3), np.stack([left, right, zeros, left, right], 1), zeros, -np.ones(size**2)),)
-    return Polynomial(
-        (
-            Operand("left", size),
-            Operand("right", size),
-            Operand("filter", 1),
-            Operand("directions", size, has_channels=False),
-        ),
-        Operand("update", 1),
-        groups,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ modules
 
 
 class BlockLinear(WithRole, nn.Linear):
@@ -198,6 +129,8 @@ class Rows:
         directions: ``[E + N, size]`` harmonics of degree 1 and higher, squares of a degree sum to one; zero for itself.
         geometry: ``[E + N, 1 + size]`` what scales a vector message, and that times the directions.
         num_atoms, num_edges: N, E.
+        of_pair: ``[E + N]`` the row of a pair of opposite edges, and behind those ``[Q]`` pairs of an atom; None where
+            pairs are not known.
     """
 
     senders: Tensor
@@ -207,6 +140,7 @@ class Rows:
     geometry: Tensor
     num_atoms: int
     num_edges: int
+    of_pair: Tensor | None
 
 
 class ViSNetLayer(nn.Module):
@@ -250,7 +184,7 @@ class ViSNetLayer(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, features: Tensor, filters: Tensor, positions: Tensor, edges: Edges, rows: Rows
+        self, features: Tensor, filters: Tensor, positions: Tensor, edges: Edges, rows: Rows, shared: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Updates of features ``[N, 1 + size, C]`` and of filters ``[E + N, C]`` (None), and alpha ``[E]`` (None).
 
@@ -259,6 +193,8 @@ class ViSNetLayer(nn.Module):
             filters: ``[E + N, C]`` scalar features of edges and atoms.
             positions: ``[N, 3]`` [Å].
             edges, rows: geometry.
+            shared: ``rows.of_pair`` where both edges of a pair still have the same filters, which then are ``[Q + N,
+                C]``; else None.
         """
         alpha = None if self.gate is None else self.gate(features, edges)
         scalars, vectors = features[:, 0], None
@@ -267,7 +203,8 @@ class ViSNetLayer(nn.Module):
             scalars = scalars.squeeze(1)
         channels = self.num_channels
         key_filter, value_filter, *edge_filters = (silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters))
-        messages = self._messages(self.norm(scalars), key_filter, value_filter, alpha, rows)  # [E + N, C]
+        attended = (key_filter, value_filter)
+        messages = self._messages(self.norm(scalars), attended, alpha, rows, shared)  # [E + N, C]
         summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
         weights = silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
         if vectors is None or self.vectors is None or self.vector_norm is None:
@@ -280,19 +217,20 @@ class ViSNetLayer(nn.Module):
             o1, o2, o3 = self.update(summed).split(channels, dim=1)
             scalar_update = (first * second).sum(1) * o2 + o3
             vector_update = third * o1.unsqueeze(1) + self._carried(normed, weights, rows)
-            edge_update = self._edge_update(ends, edge_filters, rows)
+            edge_update = self._edge_update(ends, edge_filters, rows, shared)
         update = torch.cat([scalar_update.unsqueeze(1), vector_update], dim=1)
         if self.mixer is not None:
             update = self.mixer(features, update, positions, edges)
         return update, edge_update, alpha
 
     def _messages(
-        self, scalars: Tensor, key_filter: Tensor, value_filter: Tensor, alpha: Tensor | None, rows: Rows
+        self, scalars: Tensor, filters: tuple[Tensor, Tensor], alpha: Tensor | None, rows: Rows, shared: Tensor | None
     ) -> Tensor:
         """Values times attention (equations 5-6), ``[E + N, C]``."""
+        key_filter, value_filter = filters
         query, key, value = (part.unsqueeze(1) for part in self.query_key_value.blocks(scalars))
         products = evaluate(
-            product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, None]
+            product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, shared]
         )
         attention = silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
         weight = rows.envelope
@@ -300,7 +238,7 @@ class ViSNetLayer(nn.Module):
             # no gate on what an atom tells itself
             weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
         attention = attention * weight.unsqueeze(1)
-        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.senders, None])
+        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.senders, shared])
         return (values.view(len(attention), self.num_heads, -1) * attention.unsqueeze(2)).view(len(attention), -1)
 
     def _carried(self, vectors: Tensor | None, weights: Tensor, rows: Rows) -> Tensor:
@@ -315,7 +253,9 @@ class ViSNetLayer(nn.Module):
             num_rows=rows.num_atoms,
         )
 
-    def _edge_update(self, ends: list[Tensor], filters: list[Tensor], rows: Rows) -> Tensor | None:
+    def _edge_update(
+        self, ends: list[Tensor], filters: list[Tensor], rows: Rows, shared: Tensor | None
+    ) -> Tensor | None:
         """Equation 10, and with ``vertex`` the second product, of two vectors at the receiver: ``[E + N, C]``."""
         if not ends:
             return None
@@ -324,13 +264,13 @@ class ViSNetLayer(nn.Module):
         update = evaluate(
             polynomial,
             [target, source, filters[0], rows.directions],
-            gathers=[rows.receivers, rows.senders, None, None],
+            gathers=[rows.receivers, rows.senders, shared, None],
         )
         if same:
             update = update + evaluate(
                 polynomial,
                 [same[0], same[1], filters[1], rows.directions],
-                gathers=[rows.receivers, rows.receivers, None, None],
+                gathers=[rows.receivers, rows.receivers, shared, None],
             )
         return update.squeeze(1)
 
@@ -446,6 +386,7 @@ class ViSNet(Host):
             cell=graph.cell,
             pbc=graph.pbc,
             share=graph.share,
+            pairs=pairs_of(graph),
         )
 
     def rows(self, edges: Edges) -> Rows:
@@ -464,40 +405,55 @@ class ViSNet(Host):
             geometry=torch.cat([scale, scale * directions], dim=1),
             num_atoms=edges.num_atoms,
             num_edges=len(edges.senders),
+            of_pair=None if edges.pairs is None else self._of_pair(edges.pairs, atoms),
         )
 
+    @staticmethod
+    def _of_pair(pairs: Pairs, atoms: Tensor) -> Tensor:
+        return torch.cat([pairs.of_edge, len(pairs.first) + atoms])
+
     def _embedded(self, species: Tensor, edges: Edges, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Scalars ``[N, C]`` of atoms and neighbours, filters ``[E + N, C]`` (Wang et al. 2024, equations 1-4)."""
-        weights = self.neighbor_filter(edges.radial) * edges.envelope.unsqueeze(1)
+        """Scalars ``[N, C]`` of atoms and neighbours, filters (Wang et al. 2024, equations 1-4).
+
+        The filters are ``[Q + N, C]`` of pairs and atoms, or ``[E + N, C]`` where pairs are not known.
+        """
+        pairs, radial, envelope = edges.pairs, edges.pair_radial, edges.envelope
+        senders, receivers = rows.senders, rows.receivers
+        if pairs is not None:
+            envelope = envelope.index_select(0, pairs.first)
+            behind = torch.cat([pairs.first, torch.arange(edges.num_atoms) + rows.num_edges])
+            senders, receivers = senders.index_select(0, behind), receivers.index_select(0, behind)
+        weights = self.neighbor_filter(radial) * envelope.unsqueeze(1)
         neighbors = evaluate(
             product_polynomial(2),
             [self.neighbor_embedding.index_select(0, species).unsqueeze(1), weights.unsqueeze(1)],
-            gathers=[edges.senders, None],
+            gathers=[edges.senders, None if pairs is None else pairs.of_edge],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
         )
         own = self.embedding.index_select(0, species)
         scalars = self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1))
         at_zero = self.radial_basis(edges.lengths.new_zeros(1), edges.lengths.new_ones(1))
-        shapes = self.edge_filter(torch.cat([edges.radial, at_zero]))
+        shapes = self.edge_filter(torch.cat([radial, at_zero]))
         shapes = torch.cat([shapes[:-1], shapes[-1:].expand(edges.num_atoms, -1)])
-        ends = scalars.index_select(0, rows.receivers) + scalars.index_select(0, rows.senders)
+        ends = scalars.index_select(0, receivers) + scalars.index_select(0, senders)
         return scalars, ends * shapes
 
     def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
         rows = self.rows(edges)
         scalars, filters = self._embedded(species, edges, rows)
-        features = scalars.unsqueeze(1)
+        features, shared = scalars.unsqueeze(1), rows.of_pair
         size = dim(natural_degrees(self.l_max))
         gates = []
         for layer in self.layers:
-            update, edge_update, alpha = layer(features, filters, positions, edges, rows)
+            update, edge_update, alpha = layer(features, filters, positions, edges, rows, shared)
             if features.shape[1] < size:
                 features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))
             features = features + update
-            if edge_update is not None:
-                filters = filters + edge_update
+            if edge_update is not None:  # the two edges of a pair differ from here on
+                filters = (filters if shared is None else filters.index_select(0, shared)) + edge_update
+                shared = None
             if alpha is not None:
                 gates.append(alpha)
         out, vector_out = features.split([1, size - 1], dim=1)

@@ -2,21 +2,24 @@
 
     from steradian.interfaces.attach import attach, detach
     attach(model, MARAConfig(hidden_dim=32))     # every layer is gated; with gate="neutral" nothing changes yet
+    attach(model, [MARAConfig(), EFAConfig()])   # both
     detach(model)                                # the model is what it was
 
-Layers are found by the types of the package's own modules. Two hooks per layer do the work: one computes alpha before
-the layer, the other multiplies the layer's radial weights (ViSNet: the cutoff that weighs the attention) by it before
-they enter the package's convolution, whatever that is. No class is replaced and no code of the package is repeated. The
-operators are one more submodule, ``model.steradian``, so that they train, move and are copied with the model.
+Layers are found by the types of the package's own modules. Two hooks per layer and operator do the work. A gate: one
+computes alpha before the layer, the other multiplies the layer's radial weights (the input of the linear map that
+gives them; ViSNet: the cutoff that weighs the attention) by it before they enter the package's convolution, whatever
+that is. An operator between all atoms: one keeps what enters the layer, the other adds to what leaves it. No class is
+replaced and no code of the package is repeated. The operators are one more submodule, ``model.steradian``, so that they
+train, move and are copied with the model.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,59 +28,101 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steradian.checkpoint import ModelFileError, write_atomically
-from steradian.config import MARAConfig
-from steradian.interfaces.attach_packages import AttachError, Package, Seen, Slot, package_of
-from steradian.operators.base import EdgeGate, GateFactory, SlotSpec
+from steradian.config import EFAConfig, MARAConfig
+from steradian.graph import Edges
+from steradian.interfaces.attach_base import AttachError, ForeignAtoms, MixingSlot, Package, Seen, Slot
+from steradian.interfaces.attach_packages import package_of
+from steradian.operators.base import EdgeGate, GlobalMixer, SlotSpec
+from steradian.operators.efa_mixer import efa_factory
 from steradian.operators.mara import mara_factory
 
 __all__ = ["AttachError", "Attachment", "attach", "detach", "load_attached", "save_attached"]
+
+OperatorFactory = Callable[[SlotSpec], EdgeGate | GlobalMixer | None]
+Operator = MARAConfig | EFAConfig | EdgeGate | OperatorFactory
 
 NAME = "steradian"
 """Name of the submodule in the other package's model."""
 
 
 class GatedLayer(nn.Module):
-    """The operator of one layer of another package's model, and the two hooks that put it to work.
+    """The gate of one layer of another package's model, and the two hooks that put it to work.
 
     Attributes:
-        gate: the operator.
+        operator: the gate.
         alpha: ``[E]`` of the last call, detached; None before the first one.
     """
 
-    def __init__(self, gate: EdgeGate, slot: Slot, package: Package, seen: Seen) -> None:
+    def __init__(self, operator: EdgeGate, slot: Slot, package: Package, seen: Seen) -> None:
         super().__init__()
-        self.gate = gate
+        self.operator = operator
         self.spec, self.package, self.seen = slot.spec, package, seen
         self.alpha: Tensor | None = None
         self._pending: Tensor | None = None
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook in front of the layer: computes alpha."""
-        features, edges = self.package.inputs(layer, args, kwargs, self.spec, self.seen)
-        alpha = self.gate(features, edges)
+        features = self.package.features(layer, args, kwargs, self.spec)
+        alpha = self.operator(features, self.package.edges(layer, args, kwargs, self.spec, self.seen))
         self.alpha = alpha.detach()
         self._pending = self.package.on_all_rows(alpha, args, kwargs)
 
-    def weigh(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Hook behind the radial weights (or the cutoff): multiplies them by alpha."""
+        return self._times_alpha(output)
+
+    def in_front(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hook in front of the linear map that the radial network ends with: multiplies its input by alpha."""
+        return (self._times_alpha(args[0]), *args[1:])
+
+    def _times_alpha(self, rows: Tensor) -> Tensor:
+        if self._pending is None:
+            return rows
+        alpha, self._pending = self._pending, None
+        return rows * alpha.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
+
+class MixedLayer(nn.Module):
+    """The operator between all atoms of one layer of another package's model, and its two hooks.
+
+    Attributes:
+        operator: the mixer.
+    """
+
+    def __init__(self, operator: GlobalMixer, slot: MixingSlot, package: Package, seen: Seen) -> None:
+        super().__init__()
+        self.operator = operator
+        self.spec, self.package, self.seen = slot.spec, package, seen
+        self._pending: tuple[Tensor, ForeignAtoms] | None = None
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook in front of the layer: keeps features and atoms."""
+        features = self.package.features(layer, args, kwargs, self.spec)
+        self._pending = (features, self.package.atoms(args, kwargs, self.seen))
+
+    def after(self, end: nn.Module, args: Any, output: Any) -> Any:
+        """Hook behind the layer: adds the operator's update to the layer's own."""
         if self._pending is None:
             return output
-        alpha, self._pending = self._pending, None
-        return output * alpha.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+        (features, atoms), self._pending = self._pending, None
+        update = self.package.update(output, end, self.spec)
+        addition = self.operator.global_update(features, update, atoms.positions, cast(Edges, atoms))
+        return self.package.added(output, addition, end, self.spec)
 
 
 class Attachment(nn.Module):
     """The operators of one model, in the order of its layers; they stand at ``model.steradian``.
 
     Attributes:
-        layers: one :class:`GatedLayer` for every layer that has an operator.
-        config: the section that the operators were built from, or None.
+        layers: one :class:`GatedLayer` for every layer that has a gate.
+        mixers: one :class:`MixedLayer` for every layer that has an operator between all atoms.
+        configs: the sections that the operators were built from; empty where one was not.
     """
 
-    def __init__(self, layers: Sequence[GatedLayer], package: Package, config: MARAConfig | None) -> None:
+    def __init__(self, package: Package, configs: Sequence[MARAConfig | EFAConfig]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.package, self.config = package, config
+        self.layers, self.mixers = nn.ModuleList(), nn.ModuleList()
+        self.package, self.configs = package, list(configs)
         self.handles: list[RemovableHandle] = []
 
     @property
@@ -85,17 +130,34 @@ class Attachment(nn.Module):
         """alpha ``[E]`` of the last call, layer by layer."""
         return [layer.alpha for layer in self.layers]  # type: ignore[misc]
 
+    def put(self, made: EdgeGate | GlobalMixer, gated: Slot, mixed: MixingSlot, seen: Seen) -> None:
+        """Add one operator of one layer, with its hooks."""
+        if isinstance(made, EdgeGate):
+            gate = GatedLayer(made, gated, self.package, seen)
+            self.layers.append(gate)
+            self.handles.append(gated.layer.register_forward_pre_hook(gate.before, with_kwargs=True))
+            if gated.last is None:
+                self.handles.append(gated.weights.register_forward_hook(gate.after))
+            else:
+                self.handles.append(gated.last.register_forward_pre_hook(gate.in_front))
+        else:
+            mixer = MixedLayer(made, mixed, self.package, seen)
+            self.mixers.append(mixer)
+            self.handles.append(mixed.begin.register_forward_pre_hook(mixer.before, with_kwargs=True))
+            self.handles.append(mixed.end.register_forward_hook(mixer.after))
+
 
 def attach(
-    model: nn.Module, operator: MARAConfig | EdgeGate | GateFactory, layers: Sequence[int] | None = None
+    model: nn.Module, operator: Operator | Sequence[Operator], layers: Sequence[int] | None = None
 ) -> Attachment:
-    """Put an edge gate into every layer of a live model.
+    """Put operators into the layers of a live model.
 
     Args:
         model: of mace-torch (``MACE`` and its relatives, any interaction block), nequip (eager) or torch_geometric
             (``ViSNet``).
-        operator: a configuration section; a factory from :class:`SlotSpec` to a gate or None; or a gate, of which every
-            layer gets a copy (all layers must then be as wide as it expects).
+        operator: one or several of: a configuration section of MARA or EFA; a factory from :class:`SlotSpec` to an
+            operator or None; a gate, of which every layer gets a copy (all must then be as wide as it expects). EFA is
+            attached to models of molecules, not of periodic systems.
         layers: indices of the layers; None for all.
 
     Returns:
@@ -113,27 +175,32 @@ def attach(
     outside = [index for index in wanted if not 0 <= index < len(slots)]
     if outside:
         raise AttachError(f"layers {outside} do not exist; the model's layers are 0..{len(slots) - 1}")
-    make = _factory(operator)
+    operators: list[Operator] = list(operator) if isinstance(operator, list | tuple) else [operator]  # type: ignore[list-item]
+    makers = [_factory(one) for one in operators]
+    mixing = package.mixing_slots(model)
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    configs = [one for one in operators if isinstance(one, MARAConfig | EFAConfig)]
+    attachment = Attachment(package, configs if len(configs) == len(operators) else [])
     seen = Seen()
-    gated: list[tuple[GatedLayer, Slot]] = []
-    for index, slot in enumerate(slots):
-        gate = make(slot.spec) if index in wanted else None
-        if gate is not None:
-            gated.append((GatedLayer(gate.to(like), slot, package, seen), slot))
-    if not gated:
-        raise AttachError("no layer gets an operator; check the choice of layers")
-    attachment = Attachment(
-        [layer for layer, _ in gated], package, operator if isinstance(operator, MARAConfig) else None
-    )
-    model.add_module(NAME, attachment)
     attachment.handles = package.watch(model, seen)
-    for layer, slot in gated:
-        attachment.handles.append(slot.layer.register_forward_pre_hook(layer.before, with_kwargs=True))
-        attachment.handles.append(slot.weights.register_forward_hook(layer.weigh))
+    for make in makers:
+        for index in wanted:
+            made = make(mixing[index].spec)
+            if made is not None:
+                attachment.put(made.to(like), slots[index], mixing[index], seen)
     attachment.handles.append(model.register_forward_hook(seen.forget, always_call=True))
+    if not len(attachment.layers) + len(attachment.mixers):
+        _remove(attachment)
+        raise AttachError("no layer gets an operator; check the choice of layers")
+    model.add_module(NAME, attachment)
     attachment.train(model.training)
     return attachment
+
+
+def _remove(attachment: Attachment) -> None:
+    for handle in attachment.handles:
+        handle.remove()
+    attachment.handles = []
 
 
 def detach(model: nn.Module) -> Attachment:
@@ -145,16 +212,16 @@ def detach(model: nn.Module) -> Attachment:
     attachment = getattr(model, NAME, None)
     if not isinstance(attachment, Attachment):
         raise AttachError("the model has no operators of steradian")
-    for handle in attachment.handles:
-        handle.remove()
-    attachment.handles = []
+    _remove(attachment)
     delattr(model, NAME)
     return attachment
 
 
-def _factory(operator: MARAConfig | EdgeGate | GateFactory) -> GateFactory:
+def _factory(operator: Operator) -> OperatorFactory:
     if isinstance(operator, MARAConfig):
         return mara_factory(operator)
+    if isinstance(operator, EFAConfig):
+        return efa_factory(operator)
     if isinstance(operator, EdgeGate):
         original = operator
 
@@ -168,9 +235,11 @@ def _factory(operator: MARAConfig | EdgeGate | GateFactory) -> GateFactory:
             return copy.deepcopy(original)
 
         return make
-    if callable(operator):
+    if callable(operator) and not isinstance(operator, nn.Module):
         return operator
-    raise AttachError(f"cannot attach {type(operator).__name__}; give a MARAConfig, an EdgeGate or a factory of gates")
+    raise AttachError(
+        f"cannot attach {type(operator).__name__}; give a MARAConfig, an EFAConfig, an EdgeGate or a factory"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ beside a model
@@ -185,17 +254,19 @@ def save_attached(path: Path | str, model: nn.Module) -> None:
     attachment = getattr(model, NAME, None)
     if not isinstance(attachment, Attachment):
         raise AttachError("the model has no operators of steradian")
-    config = attachment.config
+    indices = {layer.spec.layer for layer in (*attachment.layers, *attachment.mixers)}  # type: ignore[union-attr]
     header = {
         "package": attachment.package.name,
-        "operator": None if config is None else config.model_dump(mode="json"),
-        "layers": [layer.spec.layer for layer in attachment.layers],  # type: ignore[union-attr]
+        "operators": [config.model_dump(mode="json") for config in attachment.configs],
+        "layers": sorted(indices),  # type: ignore[type-var]
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in attachment.state_dict().items()}
     write_atomically(path, save(tensors, metadata={"steradian_attached": json.dumps(header)}))
 
 
-def load_attached(path: Path | str, model: nn.Module, operator: EdgeGate | GateFactory | None = None) -> Attachment:
+def load_attached(
+    path: Path | str, model: nn.Module, operator: Operator | Sequence[Operator] | None = None
+) -> Attachment:
     """Attach the operators of a file to a model of the same kind.
 
     Args:
@@ -220,13 +291,11 @@ def load_attached(path: Path | str, model: nn.Module, operator: EdgeGate | GateF
     name = package_of(model).name
     if header["package"] != name:
         raise ModelFileError(f"{path}: written for a model of {header['package']}, this one is of {name}")
-    if header["operator"] is not None:
-        operator_given: Any = MARAConfig.model_validate(header["operator"])
-    elif operator is not None:
-        operator_given = operator
-    else:
+    sections: dict[str, Any] = {"mara": MARAConfig, "efa": EFAConfig}
+    given: Any = [sections[entry["kind"]].model_validate(entry) for entry in header["operators"]] or operator
+    if given is None:
         raise ModelFileError(f"{path}: its operators were not made from a configuration; give `operator`")
-    attachment = attach(model, operator_given, header["layers"])
+    attachment = attach(model, given, header["layers"])
     try:
         attachment.load_state_dict(weights)
     except RuntimeError as error:

@@ -5,88 +5,36 @@ Only classes of packages that are imported already are looked at; nothing here i
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steradian.interfaces.attach_base import (
+    MOLECULES_ONLY,
+    AttachError,
+    ForeignAtoms,
+    ForeignEdges,
+    MixingSlot,
+    Package,
+    Seen,
+    Slot,
+    channels_last,
+    degrees_of,
+    entries_of,
+    flat,
+    found,
+    known_class,
+    last_linear,
+    leaving,
+    widths_out,
+)
 from steradian.operators.base import SlotSpec
 from steradian.radial import cosine_envelope, polynomial_envelope
 
-__all__ = ["AttachError", "ForeignEdges", "Package", "Seen", "Slot", "package_of"]
-
-
-class AttachError(ValueError):
-    """A model that operators cannot be attached to; the message says why."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A layer, the module whose output its messages are linear in, and what an operator may count on."""
-
-    layer: nn.Module
-    weights: nn.Module
-    spec: SlotSpec
-
-
-@dataclass
-class Seen:
-    """What hooks on the whole model have seen in the present call."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-    def forget(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook behind the whole model: tensors with a history would keep it alive, and cannot be copied."""
-        self.values = {}
-
-
-@dataclass(frozen=True)
-class ForeignEdges:
-    """What an operator sees of edges; see :class:`steradian.graph.Edges`."""
-
-    senders: Tensor
-    receivers: Tensor
-    vectors: Tensor
-    lengths: Tensor
-    radial: Tensor
-    envelope: Tensor
-    num_atoms: int
-
-
-class Package(ABC):
-    """How one package's models are read."""
-
-    name: str
-
-    @abstractmethod
-    def serves(self, model: nn.Module) -> bool:
-        """Whether a model is of this package.
-
-        Raises:
-            AttachError: it is, but in a form that cannot be served.
-        """
-
-    @abstractmethod
-    def slots(self, model: nn.Module) -> list[Slot]:
-        """The layers in order."""
-
-    def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
-        """Hooks for what the layers are not given."""
-        return []
-
-    @abstractmethod
-    def inputs(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> tuple[Tensor, ForeignEdges]:
-        """Node features ``[N, D, C]`` and edges, from a layer's arguments."""
-
-    def on_all_rows(self, alpha: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """alpha for every row of the weights, where there are more rows than edges."""
-        return alpha
+__all__ = ["package_of"]
 
 
 def package_of(model: nn.Module) -> Package:
@@ -110,51 +58,6 @@ def package_of(model: nn.Module) -> Package:
     )
 
 
-def _known_class(module: str, name: str) -> type | None:
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _found(model: nn.Module, module: str, name: str) -> list[nn.Module]:
-    """Submodules of a class, in the order of registration."""
-    known = _known_class(module, name)
-    return [] if known is None else [part for part in model.modules() if isinstance(part, known)]
-
-
-def _entries(irreps: Any) -> list[tuple[int, int, int]]:
-    """Multiplicity, degree and parity of e3nn's irreps, whatever their class."""
-    return [(int(mul), int(irrep.l), int(irrep.p)) for mul, irrep in irreps]
-
-
-def _degrees(irreps: Any) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Irreps and channels of a slot: all of them where they are equally wide, otherwise the scalars alone.
-
-    Raises:
-        AttachError: the features do not begin with even scalars.
-    """
-    entries = _entries(irreps)
-    if not entries or entries[0][1:] != (0, 1):
-        raise AttachError(f"features {irreps} do not begin with even scalars, which an operator needs")
-    channels = entries[0][0]
-    equal = all(mul == channels for mul, _, _ in entries)
-    return (tuple(entry[1:] for entry in entries) if equal else ((0, 1),)), channels
-
-
-def _channels_last(features: Tensor, spec: SlotSpec, channels_first: bool = True) -> Tensor:
-    """``[N, D, C]`` from features in e3nn's order, channel by channel (or component by component) in each irrep."""
-    parts, start = [], 0
-    for degree, _ in spec.degrees:
-        size = (2 * degree + 1) * spec.num_channels
-        block = features[:, start : start + size]
-        shape = (-1, spec.num_channels, 2 * degree + 1) if channels_first else (-1, 2 * degree + 1, spec.num_channels)
-        block = block.reshape(shape)
-        parts.append(block.transpose(1, 2) if channels_first else block)
-        start += size
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-# ------------------------------------------------------------------------------------------------------------ packages
-
-
 class MaceTorch(Package):
     """mace-torch: every subclass of ``InteractionBlock`` makes the weights of its product in ``conv_tp_weights``.
 
@@ -165,10 +68,10 @@ class MaceTorch(Package):
     name = "mace-torch"
 
     def serves(self, model: nn.Module) -> bool:
-        return bool(_found(model, "mace.modules.blocks", "InteractionBlock"))
+        return bool(found(model, "mace.modules.blocks", "InteractionBlock"))
 
     def slots(self, model: nn.Module) -> list[Slot]:
-        blocks = _found(model, "mace.modules.blocks", "InteractionBlock")
+        blocks = found(model, "mace.modules.blocks", "InteractionBlock")
         for needed in ("spherical_harmonics", "radial_embedding", "r_max"):
             if not hasattr(model, needed):
                 raise AttachError(f"give the whole model: {type(model).__name__} has no {needed}")
@@ -176,7 +79,7 @@ class MaceTorch(Package):
         for index, block in enumerate(blocks):
             if not isinstance(getattr(block, "conv_tp_weights", None), nn.Module):
                 raise AttachError(f"{type(block).__name__} has no conv_tp_weights, whose output a gate would multiply")
-            degrees, channels = _degrees(block.node_feats_irreps)
+            degrees, channels = degrees_of(block.node_feats_irreps)
             spec = SlotSpec(
                 host=self.name,
                 layer=index,
@@ -186,46 +89,91 @@ class MaceTorch(Package):
                 cutoff=float(model.r_max),  # type: ignore[arg-type]
                 num_radial=int(model.radial_embedding.out_dim),  # type: ignore[union-attr, arg-type]
             )
-            slots.append(Slot(block, block.conv_tp_weights, spec))  # type: ignore[arg-type]
+            weights: Any = block.conv_tp_weights
+            slots.append(Slot(block, weights, spec, last_linear(weights, spec.num_radial)))
         return slots
+
+    def mixing_slots(self, model: nn.Module) -> list[MixingSlot]:
+        products = found(model, "mace.modules.blocks", "EquivariantProductBasisBlock")
+        slots = self.slots(model)
+        if len(products) != len(slots):
+            raise AttachError(f"{len(slots)} interaction blocks and {len(products)} product blocks do not make layers")
+        return [
+            MixingSlot(slot.layer, product, widths_out(_product_irreps(product), slot.spec))
+            for slot, product in zip(slots, products)
+        ]
 
     def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
         cutoff = getattr(model.radial_embedding, "cutoff_fn", None)
-        power = torch.as_tensor(float(getattr(cutoff, "p", 6)))
-        watcher = _VectorWatcher(seen, power)
-        return [model.spherical_harmonics.register_forward_pre_hook(watcher)]  # type: ignore[union-attr]
+        watcher = _VectorWatcher(seen, int(getattr(cutoff, "p", 6)))
+        return [
+            model.register_forward_pre_hook(_DataWatcher(seen), with_kwargs=True),
+            model.spherical_harmonics.register_forward_pre_hook(watcher),  # type: ignore[union-attr]
+        ]
 
-    def inputs(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> tuple[Tensor, ForeignEdges]:
-        names = ("node_attrs", "node_feats", "edge_attrs", "edge_feats", "edge_index")
-        given = dict(zip(names, args)) | kwargs
+    @staticmethod
+    def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = dict(zip(("node_attrs", "node_feats", "edge_attrs", "edge_feats", "edge_index"), args)) | kwargs
         if given.get("lammps_class") is not None:
             raise AttachError("ghost atoms of LAMMPS (ML-IAP) are not served: an operator needs all features of a step")
+        return given
+
+    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
+        return channels_last(self._given(args, kwargs)["node_feats"], spec, _layout(layer) != "ir_mul")
+
+    def edges(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
+    ) -> ForeignEdges:
+        given = self._given(args, kwargs)
         senders, receivers = given["edge_index"]
-        features = given["node_feats"]
-        vectors = -seen.values["vectors"].to(features.dtype)
+        vectors = -seen.values["vectors"].to(given["node_feats"].dtype)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
-        edges = ForeignEdges(
+        return ForeignEdges(
             senders=senders,
             receivers=receivers,
             vectors=vectors,
             lengths=lengths,
             radial=given["edge_feats"],
-            envelope=polynomial_envelope(lengths, spec.cutoff, int(seen.values["power"])),
-            num_atoms=len(features),
+            envelope=polynomial_envelope(lengths, spec.cutoff, seen.values["power"]),
+            num_atoms=len(given["node_feats"]),
         )
-        return _channels_last(features, spec, _layout(layer) != "ir_mul"), edges
+
+    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
+        data = seen.values["data"]
+        if "unit_shifts" in data and bool(data["unit_shifts"].any()):
+            raise AttachError(MOLECULES_ONLY)
+        return ForeignAtoms(data["positions"], data["batch"], len(data["ptr"]) - 1, len(data["batch"]))
+
+    def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
+        return channels_last(output, leaving(spec), _layout(end) != "ir_mul")
+
+    def added(self, output: Any, addition: Tensor, end: nn.Module, spec: SlotSpec) -> Any:
+        return output + flat(addition, output.shape[1], leaving(spec), _layout(end) != "ir_mul")
+
+
+def _product_irreps(product: nn.Module) -> Any:
+    """Irreps that a product block returns; where cuequivariance runs its linear map, those are of its class."""
+    return product.linear.irreps_out  # type: ignore[union-attr]
+
+
+class _DataWatcher:
+    """Keeps the batch of the present call; the model puts strained positions into it."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen.values = {"data": args[0] if args else kwargs["data"]}
 
 
 class _VectorWatcher:
     """Keeps the vectors of the present call (a class, so that a model with hooks can be copied and pickled)."""
 
-    def __init__(self, seen: Seen, power: Tensor) -> None:
+    def __init__(self, seen: Seen, power: int) -> None:
         self.seen, self.power = seen, power
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.seen.values = {"vectors": args[0], "power": self.power}
+        self.seen.values |= {"vectors": args[0], "power": self.power}
 
 
 def _layout(block: nn.Module) -> str:
@@ -240,22 +188,22 @@ class Nequip(Package):
     name = "nequip"
 
     def serves(self, model: nn.Module) -> bool:
-        if not _found(model, "nequip.nn.interaction_block", "InteractionBlock"):
+        if not found(model, "nequip.nn.interaction_block", "InteractionBlock"):
             return False
-        compiled = _known_class("nequip.nn.compile", "CompileGraphModel")
+        compiled = known_class("nequip.nn.compile", "CompileGraphModel")
         if compiled is not None and any(isinstance(part, compiled) for part in model.modules()):
             raise AttachError("the model is built with compile_mode='compile' and calls no hooks; build it as 'eager'")
         return True
 
     def slots(self, model: nn.Module) -> list[Slot]:
-        blocks = _found(model, "nequip.nn.interaction_block", "InteractionBlock")
-        (normalizer,) = _found(model, "nequip.nn.embedding._edge", "EdgeLengthNormalizer")[:1] or (None,)
+        blocks = found(model, "nequip.nn.interaction_block", "InteractionBlock")
+        (normalizer,) = found(model, "nequip.nn.embedding._edge", "EdgeLengthNormalizer")[:1] or (None,)
         if normalizer is None:
             raise AttachError("give the whole model: it has no EdgeLengthNormalizer")
         slots = []
         for index, block in enumerate(blocks):
-            degrees, channels = _degrees(block.irreps_in["node_features"])  # type: ignore[index]
-            radial = sum(entry[0] for entry in _entries(block.irreps_in["edge_embedding"]))  # type: ignore[index, misc]
+            degrees, channels = degrees_of(block.irreps_in["node_features"])  # type: ignore[index]
+            radial = sum(entry[0] for entry in entries_of(block.irreps_in["edge_embedding"]))  # type: ignore[index, misc]
             spec = SlotSpec(
                 host=self.name,
                 layer=index,
@@ -265,28 +213,58 @@ class Nequip(Package):
                 cutoff=float(normalizer.r_max),  # type: ignore[arg-type]
                 num_radial=radial,
             )
-            slots.append(Slot(block, block.edge_mlp, spec))  # type: ignore[arg-type]
+            weights: Any = block.edge_mlp
+            slots.append(Slot(block, weights, spec, last_linear(weights, radial)))
         return slots
 
-    def inputs(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> tuple[Tensor, ForeignEdges]:
+    def mixing_slots(self, model: nn.Module) -> list[MixingSlot]:
+        layers = found(model, "nequip.nn.convnetlayer", "ConvNetLayer")
+        slots = self.slots(model)
+        if [layer.conv for layer in layers] != [slot.layer for slot in slots]:
+            raise AttachError("the model's interaction blocks are not those of its ConvNetLayers")
+        outs = [layer.irreps_out["node_features"] for layer in layers]  # type: ignore[index]
+        return [MixingSlot(layer, layer, widths_out(out, slot.spec)) for layer, slot, out in zip(layers, slots, outs)]
+
+    @staticmethod
+    def _data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         data = args[0] if args else kwargs["data"]
         if "lmp_mliap_data" in data:
             raise AttachError("ghost atoms of LAMMPS (ML-IAP) are not served: an operator needs all features of a step")
+        return data
+
+    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
+        return channels_last(self._data(args, kwargs)["node_features"], spec)
+
+    def edges(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
+    ) -> ForeignEdges:
+        data = self._data(args, kwargs)
         receivers, senders = data["edge_index"]
         features = data["node_features"]
-        vectors = data["edge_vectors"].to(features.dtype)
-        edges = ForeignEdges(
+        return ForeignEdges(
             senders=senders,
             receivers=receivers,
-            vectors=vectors,
+            vectors=data["edge_vectors"].to(features.dtype),
             lengths=data["edge_lengths"].view(-1).to(features.dtype),
             radial=data["edge_embedding"],
             envelope=data["edge_cutoff"].view(-1),
             num_atoms=len(features),
         )
-        return _channels_last(features, spec), edges
+
+    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
+        data = self._data(args, kwargs)
+        if "edge_cell_shift" in data and bool(data["edge_cell_shift"].any()):
+            raise AttachError(MOLECULES_ONLY)
+        positions, num_atoms = data["pos"].to(data["node_features"].dtype), len(data["pos"])
+        system = data.get("batch", torch.zeros(num_atoms, dtype=torch.long, device=positions.device))
+        return ForeignAtoms(positions, system, len(data["num_atoms"]) if "batch" in data else 1, num_atoms)
+
+    def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
+        return channels_last(output["node_features"], leaving(spec))
+
+    def added(self, output: Any, addition: Tensor, end: nn.Module, spec: SlotSpec) -> Any:
+        features = output["node_features"]
+        return output | {"node_features": features + flat(addition, features.shape[1], leaving(spec))}
 
 
 class PygViSNet(Package):
@@ -298,11 +276,11 @@ class PygViSNet(Package):
     name = "torch_geometric ViSNet"
 
     def serves(self, model: nn.Module) -> bool:
-        return bool(_found(model, "torch_geometric.nn.models.visnet", "ViS_MP"))
+        return bool(found(model, "torch_geometric.nn.models.visnet", "ViS_MP"))
 
     def slots(self, model: nn.Module) -> list[Slot]:
-        layers = _found(model, "torch_geometric.nn.models.visnet", "ViS_MP")
-        blocks = _found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
+        layers = found(model, "torch_geometric.nn.models.visnet", "ViS_MP")
+        blocks = found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
         if len(blocks) != 1:
             raise AttachError(f"{type(model).__name__} has {len(blocks)} ViSNetBlocks; give a model with one")
         (block,) = blocks
@@ -322,33 +300,65 @@ class PygViSNet(Package):
             slots.append(Slot(layer, layer.cutoff, spec))  # type: ignore[arg-type]
         return slots
 
-    def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
-        (block,) = _found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
-        return [block.distance_expansion.register_forward_hook(_RadialWatcher(seen))]  # type: ignore[union-attr]
+    def mixing_slots(self, model: nn.Module) -> list[MixingSlot]:
+        slots = self.slots(model)
+        out = slots[-1].spec.degrees if len(slots) > 1 else ((0, 1), (1, -1), (2, 1))[: 1 + self._l_max(model)]
+        return [
+            MixingSlot(slot.layer, slot.layer, replace(slot.spec, degrees_out=out, unit_weights=False))
+            for slot in slots
+        ]
 
-    def inputs(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> tuple[Tensor, ForeignEdges]:
-        names = ("x", "vec", "edge_index", "r_ij", "f_ij", "d_ij")
-        given = dict(zip(names, args)) | kwargs
+    @staticmethod
+    def _l_max(model: nn.Module) -> int:
+        (block,) = found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
+        return int(block.lmax)  # type: ignore[arg-type]
+
+    def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
+        (block,) = found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
+        return [
+            block.register_forward_pre_hook(_AtomWatcher(seen), with_kwargs=True),
+            block.distance_expansion.register_forward_hook(_RadialWatcher(seen)),  # type: ignore[union-attr]
+        ]
+
+    @staticmethod
+    def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        return dict(zip(("x", "vec", "edge_index", "r_ij", "f_ij", "d_ij"), args)) | kwargs
+
+    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
+        given = self._given(args, kwargs)
         scalars = given["x"].unsqueeze(1)
-        features = scalars if len(spec.degrees) == 1 else torch.cat([scalars, given["vec"]], dim=1)
+        return scalars if len(spec.degrees) == 1 else torch.cat([scalars, given["vec"]], dim=1)
+
+    def edges(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
+    ) -> ForeignEdges:
+        given = self._given(args, kwargs)
         between = given["edge_index"][0] != given["edge_index"][1]
         senders, receivers = given["edge_index"][:, between]
         lengths = given["r_ij"][between]
-        edges = ForeignEdges(
+        return ForeignEdges(
             senders=senders,
             receivers=receivers,
             vectors=lengths.unsqueeze(1) * given["d_ij"][between, :3],
             lengths=lengths,
             radial=seen.values["radial"][between],
             envelope=cosine_envelope(lengths, spec.cutoff),
-            num_atoms=len(scalars),
+            num_atoms=len(given["x"]),
         )
-        return features, edges
+
+    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
+        positions, system = seen.values["positions"], seen.values["system"]
+        return ForeignAtoms(positions, system, int(system.max()) + 1 if len(system) else 0, len(system))
+
+    def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
+        return torch.cat([output[0].unsqueeze(1), output[1]], dim=1)
+
+    def added(self, output: Any, addition: Tensor, end: nn.Module, spec: SlotSpec) -> Any:
+        scalars, vectors, *others = output
+        return (scalars + addition[:, 0], vectors + addition[:, 1:], *others)
 
     def on_all_rows(self, alpha: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        edge_index = args[2] if len(args) > 2 else kwargs["edge_index"]
+        edge_index = self._given(args, kwargs)["edge_index"]
         between = edge_index[0] != edge_index[1]
         return alpha.new_ones(len(between)).index_put((between.nonzero().squeeze(1),), alpha)
 
@@ -360,4 +370,15 @@ class _RadialWatcher:
         self.seen = seen
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.seen.values = {"radial": output}
+        self.seen.values |= {"radial": output}
+
+
+class _AtomWatcher:
+    """Keeps positions and systems of the present call."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("z", "pos", "batch"), args)) | kwargs
+        self.seen.values = {"positions": given["pos"], "system": given["batch"]}

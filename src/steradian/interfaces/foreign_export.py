@@ -79,19 +79,47 @@ def _structures(numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _mace(model: Any) -> tuple[dict[str, Any], list[int]]:
-    from mace.tools.scripts_utils import extract_config_mace_model
-
-    config = extract_config_mace_model(model)
-    if "error" in config:
-        raise ValueError(f"{type(model).__name__}: mace-torch cannot tell its hyper-parameters ({config['error']})")
-    hyper = {key: value for key, value in config.items() if key not in ("atomic_inter_scale", "atomic_inter_shift")}
-    contractions = [product.symmetric_contractions.contractions[0] for product in model.products]
-    hyper["correlation"] = [len(contraction.weights) + 1 for contraction in contractions]
-    hyper["gate"] = getattr(hyper["gate"], "__name__", str(hyper["gate"]))
-    hyper["avg_num_neighbors"] = float(hyper["avg_num_neighbors"])
+    if type(model).__name__ not in ("MACE", "ScaleShiftMACE"):
+        raise ValueError(f"{type(model).__name__} cannot be exported; known: MACE, ScaleShiftMACE")
+    if not hasattr(model.products[0].symmetric_contractions, "contractions"):
+        raise ValueError("the model runs on cuequivariance; turn it back with mace-torch's convert_cueq_e3nn first")
+    radial, last = model.radial_embedding, model.readouts[-1]
+    heads = list(getattr(model, "heads", None) or ["Default"])
+    transform = getattr(radial, "distance_transform", None)
+    hidden = getattr(last, "hidden_irreps", None)
+    gates = getattr(getattr(last, "non_linearity", None), "acts", None) or [None]
+    gate = getattr(gates[0], "f", gates[0])
+    first = model.interactions[0]
+    widths = list(first.conv_tp_weights.hs) if hasattr(first.conv_tp_weights, "hs") else None
+    hyper = {
+        "model": type(model).__name__,
+        "r_max": float(model.r_max),
+        "num_bessel": int(radial.out_dim),
+        "num_polynomial_cutoff": int(radial.cutoff_fn.p),
+        "radial_type": type(radial.bessel_fn).__name__.removesuffix("Basis").lower().replace("chebychev", "chebyshev"),
+        "radial_MLP": None if widths is None else [int(width) for width in widths[1:-1]],
+        "distance_transform": "None" if transform is None else type(transform).__name__.removesuffix("Transform"),
+        "pair_repulsion": hasattr(model, "pair_repulsion_fn"),
+        "max_ell": int(model.spherical_harmonics._lmax),
+        "interaction_cls": type(model.interactions[-1]).__name__,
+        "interaction_cls_first": type(first).__name__,
+        "num_interactions": len(model.interactions),
+        "hidden_irreps": str(model.products[0].linear.irreps_out),
+        "correlation": [len(each.symmetric_contractions.contractions[0].weights) + 1 for each in model.products],
+        "readout_cls": type(last).__name__,
+        "MLP_irreps": "1x0e" if hidden is None else f"{sum(mul for mul, _ in hidden) // len(heads)}x0e",
+        "gate": "silu" if gate is None else getattr(gate, "__name__", str(gate)),
+        "avg_num_neighbors": float(first.avg_num_neighbors),
+        "heads": heads,
+        "use_embedding_readout": hasattr(model, "embedding_readout"),
+    }
+    for name, usual in (("apply_cutoff", True), ("use_so3", False), ("use_edge_irreps_first", False)):
+        hyper[name] = bool(getattr(model, name, usual))
+    for name in ("edge_irreps", "embedding_specs"):
+        hyper[name] = _plain(getattr(model, name, None))
     numbers = [int(number) for number in model.atomic_numbers]
-    hyper |= {"atomic_numbers": numbers, "atomic_energies": None, "cueq_config": None}
-    return {key: _plain(value) for key, value in hyper.items()}, numbers
+    hyper |= {"atomic_numbers": numbers}
+    return hyper, numbers
 
 
 def _mace_run(model: Any, hyper: Any, numbers: Any, positions: Any, head: Any) -> tuple[float, np.ndarray]:

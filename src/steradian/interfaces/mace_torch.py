@@ -34,11 +34,13 @@ __all__ = ["ForeignModelError", "config_and_weights_from_mace_torch"]
 BLOCKS = {
     "RealAgnosticResidualInteractionBlock": "residual",
     "RealAgnosticInteractionBlock": "agnostic",
+    "RealAgnosticDensityResidualInteractionBlock": "density_residual",
+    "RealAgnosticDensityInteractionBlock": "density",
 }
+TRANSFORMS = {"None": None, "Agnesi": "agnesi", "Soft": "soft"}
+TRANSFORM = "radial_embedding.distance_transform"
 # constructor arguments that change the model and have no counterpart here, with the value that leaves it as it is
 ABSENT = {
-    "pair_repulsion": False,
-    "distance_transform": "None",
     "apply_cutoff": True,
     "use_so3": False,
     "edge_irreps": None,
@@ -128,6 +130,8 @@ def _config(hyper: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> ModelC
             radial_mlp=list(hyper.get("radial_MLP") or [64, 64, 64]),
             first_interaction=_block(hyper["interaction_cls_first"]),
             interaction=_block(hyper["interaction_cls"]),
+            distance_transform=_transform(hyper.get("distance_transform")),
+            pair_repulsion="zbl" if hyper.get("pair_repulsion") else None,
             # a model of one layer has only the linear readout there
             readout=ReadoutConfig(mlp=_readout_width(hyper) if num_layers > 1 else None),
             avg_num_neighbors=float(hyper["avg_num_neighbors"]),
@@ -141,6 +145,12 @@ def _block(name: Any) -> Any:
     if not found or found[-1] not in BLOCKS:
         raise ForeignModelError(f"interaction block {name} cannot be converted; known: {', '.join(BLOCKS)}")
     return BLOCKS[found[-1]]
+
+
+def _transform(name: Any) -> Any:
+    if str(name) not in TRANSFORMS:
+        raise ForeignModelError(f"distance_transform {name} cannot be converted; known: {', '.join(TRANSFORMS)}")
+    return TRANSFORMS[str(name)]
 
 
 def _hidden(irreps: str) -> tuple[int, int]:
@@ -197,11 +207,13 @@ def _host_weights(
         "embedding": arrays.shaped("node_embedding.linear.weight", num_elements, channels)[order],
         "radial_basis.positions": _radial_positions(arrays, host.radial),
     }
+    weights |= _pair_constants(arrays, host, order)
     for index in range(host.num_layers):
         first, last = index == 0, index == host.num_layers - 1
         degrees_in = scalars if first else hidden
         degrees_out = scalars if last else hidden
-        residual = (host.first_interaction if first else host.interaction) == "residual"
+        block = host.first_interaction if first else host.interaction
+        residual = block.endswith("residual")
         skipped = degrees_out[: min(len(degrees_in), len(degrees_out))] if residual else messages
         theirs, product, ours = f"interactions.{index}", f"products.{index}", f"layers.{index}"
         skip = arrays.shaped(f"{theirs}.skip_tp.weight", len(skipped), channels, num_elements, channels)
@@ -221,7 +233,31 @@ def _host_weights(
             ),
         }
         weights |= _convolution(arrays, theirs, ours, degrees_in, host)
+        if block.startswith("density"):
+            weights[f"{ours}.density"] = arrays.shaped(f"{theirs}.density_fn.layer0.weight", host.radial.num, 1)
         weights |= _readout(arrays, index, host, head, num_heads)
+    return weights
+
+
+def _pair_constants(arrays: ForeignArrays, host: MACEConfig, order: np.ndarray) -> dict[str, np.ndarray]:
+    """Radii and constants of what depends on the elements of two neighbours."""
+    numbers = arrays["atomic_numbers"].astype(int).reshape(-1)[order]
+    weights = {}
+    if host.distance_transform is not None:
+        for name in ("a", "q", "p") if host.distance_transform == "agnesi" else ("alpha",):
+            weights[f"distance_transform.{name}"] = arrays[f"{TRANSFORM}.{name}"].reshape(())
+        weights["distance_transform.radii"] = arrays[f"{TRANSFORM}.covalent_radii"][numbers]
+    if host.pair_repulsion is not None:
+        theirs = "pair_repulsion_fn"
+        if int(arrays[f"{theirs}.p"]) != host.radial.envelope_p:
+            raise ForeignModelError("the repulsion ends with another polynomial than the radial basis")
+        weights |= {
+            "repulsion.radii": arrays[f"{theirs}.covalent_radii"][numbers],
+            "repulsion.numbers": numbers.astype(np.float64),
+            "repulsion.coefficients": arrays.shaped(f"{theirs}.c", 4),
+            "repulsion.exponent": arrays[f"{theirs}.a_exp"].reshape(()),
+            "repulsion.prefactor": arrays[f"{theirs}.a_prefactor"].reshape(()),
+        }
     return weights
 
 

@@ -247,7 +247,7 @@ def evaluate_cpu(
     if not any(operand.has_channels for operand in polynomial.inputs):
         return _rows_as_channels(polynomial, inputs[0])
     outer = polynomial.outer
-    if outer is not None and gathers[outer] is not None:
+    if outer is not None and gathers[outer] is not None and polynomial.folds:
         # weights shared by many rows: put everything linear in them together first
         matrix, polynomial = _cached(polynomial, ("folded",), lambda: _folded_tensors(polynomial))
         weights = inputs[outer]

@@ -75,6 +75,7 @@ class _Generator:
         self.scratch = b.alloca(self.real, max(self._count_products(), 1))
         self.scratch_used = 0
         in_order = b.icmp_signed("==", order, I64(0))
+        final = b.sub(self._load_index(bounds, last), I64(1))
         segments = self._loop(first, last)
         start = self._load_index(bounds, segments.index)
         stop = self._load_index(bounds, b.add(segments.index, I64(1)))
@@ -82,18 +83,37 @@ class _Generator:
         listed = b.append_basic_block("listed")
         known = b.append_basic_block("known")
         before = b.block
+        following = b.add(rows.index, I64(1))
+        following = b.select(b.icmp_signed("<", following, final), following, final)
         b.cbranch(in_order, known, listed)
         b.position_at_end(listed)
-        from_list = self._load_index(order, rows.index)
+        from_list = [self._load_index(order, index) for index in (rows.index, following)]
         b.branch(known)
         b.position_at_end(known)
-        row = b.phi(I64)
-        row.add_incoming(rows.index, before)
-        row.add_incoming(from_list, listed)
+        row, next_row = b.phi(I64), b.phi(I64)
+        for phi, index, entry in zip((row, next_row), (rows.index, following), from_list):
+            phi.add_incoming(index, before)
+            phi.add_incoming(entry, listed)
+        self.next_places = self._next_rows(next_row)
         self._row(segments.index, row, block_first, block_last)
         rows.close()
         segments.close()
         b.ret_void()
+
+    def _next_rows(self, row: ir.Value) -> dict[int, ir.Value]:
+        """Where the next row of the work finds its own rows of inputs, by number of the input.
+
+        They come from memory, and the processor does not foresee where: a block of channels reads one line of 64 bytes
+        here and there. Other gathered rows lie in a cache; asking for them costs more than it brings.
+        """
+        b = self.b
+        places = {}
+        for number, (slot, base) in enumerate(zip(self.program.inputs, self.input_bases)):
+            if slot.operand.has_channels and (slot.index is None or slot.operand.read_once):
+                at = row if slot.index is None else self._load_index(self.index_bases[number], row)
+                size = self._row_size(slot, self.half_inputs[number])
+                places[number] = b.add(base, b.mul(at, I64(size)))
+        return places
 
     def _loop(self, first: ir.Value, last: ir.Value) -> _Loop:
         b = self.b
@@ -164,6 +184,7 @@ class _Generator:
         offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
         self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
         output_places = [b.add(base, offsets[half]) for base, half in zip(output_rows, self.half_outputs)]
+        self._prefetch(offsets)
         self.registers: dict[int, ir.Value] = {}
         self.kept = self._kept_inputs()
         outputs_of: dict[int, list[tuple[int, int]]] = {}
@@ -276,6 +297,22 @@ class _Generator:
             before.align = self.itemsize
             value = b.fadd(before, value, flags=FLAGS)
         b.store(value, pointer).align = self.itemsize
+
+    def _prefetch(self, offsets: dict[bool, ir.Value]) -> None:
+        """Ask for this block of channels of the next row; ``offsets`` of vectors of whole and of half width."""
+        b, graph = self.b, self.graph
+        byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole])
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        hints = [whole(0), whole(3), whole(1)]  # to read, into all caches, data
+        for node in self.order:
+            source = graph.source[node]
+            if source is not None and source[0] in self.next_places:
+                half = self.half_inputs[source[0]]
+                start = b.add(self.next_places[source[0]], offsets[half])
+                address = b.add(start, I64(self.stride // (1 + half) * source[1]))
+                b.call(function, [b.inttoptr(address, byte), *hints])
 
     def _splat(self, value: ir.Value) -> ir.Value:
         undefined = ir.Constant(self.vector, ir.Undefined)

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from steradian.kernels.heap import keep_freed_memory
 from steradian.kernels.program import Program
 
 __all__ = ["cache_folder", "compiled", "compiled_text"]
 
-VERSION = 1
+#: Part of what identifies code in the cache: to be raised with every change of its makers.
+VERSION = 2
 #: Name of the function in every module.
 FUNCTION = "run"
 #: Seconds of work after which the user is told.
@@ -55,7 +57,7 @@ def compiled(program: Program, itemsize: int, channels: int, halves: tuple[bool,
         return functions[key]
 
 
-def _program_code(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...]) -> bytes:
+def _program_code(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> bytes:
     from steradian.kernels.codegen import module_of
 
     names = ", ".join(slot.operand.name for slot in program.outputs)
@@ -83,6 +85,7 @@ def _target() -> tuple[Any, str]:
     import llvmlite
     import llvmlite.binding as llvm
 
+    keep_freed_memory()  # here begins the fast path, for which it matters
     with contextlib.suppress(RuntimeError):  # newer versions do this by themselves and say so by an error
         llvm.initialize()
     llvm.initialize_native_target()
@@ -117,7 +120,10 @@ def _description(program: Program) -> str:
 
     order = _needed_in_order(program)
     graph = program.graph
-    slots = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.inputs]
+    slots = [
+        (slot.operand.dim, slot.operand.has_channels, slot.index is None, slot.operand.read_once)
+        for slot in program.inputs
+    ]
     targets = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.outputs]
     nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in order]
     return repr((slots, targets, program.nodes, nodes))

@@ -22,11 +22,19 @@ __all__ = ["Operand", "Polynomial", "Terms"]
 
 @dataclass(frozen=True)
 class Operand:
-    """One input or output: its number of components, and whether it has channels."""
+    """One input or output.
+
+    Attributes:
+        name: for messages.
+        dim: number of components.
+        has_channels: or the same number for all channels.
+        read_once: where it is gathered, a row is read once or twice, and comes from memory every time.
+    """
 
     name: str
     dim: int
     has_channels: bool = True
+    read_once: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +67,15 @@ class Polynomial:
         terms: groups of terms.
         outer: index of an input that every term contains exactly once and that is cheapest to multiply last (the
             weights of a tensor product or of a contraction), or None.
+        folds: where the outer input is gathered, whether few rows of it serve so many rows of work that multiplying
+            them with the coefficients first pays.
     """
 
     inputs: tuple[Operand, ...]
     output: Operand
     terms: tuple[Terms, ...]
     outer: int | None = None
+    folds: bool = True
 
     @property
     def num_terms(self) -> int:

@@ -15,7 +15,7 @@ derivatives of a polynomial are programs of the same form, run by the same loop 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -135,9 +135,7 @@ class Program:
                 if node is not None:
                     seed = graph.input(len(inputs), component, slot.operand.has_channels)
                     adjoint[node].append((1.0, seed, -1))
-            inputs.append(
-                Slot(Operand(f"d {slot.operand.name}", slot.operand.dim, slot.operand.has_channels), slot.index)
-            )
+            inputs.append(Slot(replace(slot.operand, name=f"d {slot.operand.name}"), slot.index))
         last = len(self.graph.vector)
         results: dict[int, int] = {}
         needed = self._depends_on(wanted)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steradian.graph import Edges
 
-__all__ = ["EdgeGate", "GateFactory", "GlobalMixer", "MixerFactory", "SlotSpec", "empty_slot"]
+__all__ = ["EdgeGate", "GateFactory", "GlobalMixer", "MixerFactory", "SlotSpec", "empty_slot", "in_layer"]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
 
@@ -113,3 +113,15 @@ MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
 def empty_slot(spec: SlotSpec) -> None:
     """The factory of an empty slot."""
     return
+
+
+def in_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:
+    """Whether a section's ``layers`` (None for all) name the layer of a slot.
+
+    Raises:
+        ValueError: they name a layer that the model does not have.
+    """
+    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
+    if outside:
+        raise ValueError(f"{section}.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}")
+    return layers is None or spec.layer in layers

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steradian.operators.efa_kernel import apply_moments, moments, plane_waves
+from steradian.kernels.backend import backend_for
+from steradian.operators.efa_kernel import apply_moments, moments, plane_waves, way_for
 from steradian.operators.efa_pairs import attend_pairs, pairs_are_cheaper
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
 from steradian.sharing import Share
@@ -136,16 +137,30 @@ def rotary_attention(
     if share is None:
         positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
+    compiled = functions is None and share is None and _has_machine_code(queries, values, positions, rule)
     parts = []
     for block in blocks:
-        q, k = (_channel_pairs(block.take(features)) for features in (queries * scale, keys))
-        v, x = block.take(values.flatten(1)).transpose(1, 2), block.take(positions).transpose(1, 2)
-        parts.append(_attend(q, k, v.contiguous(), x, waves).transpose(1, 2))
+        q, k = block.take(queries * scale), block.take(keys)
+        v, x = block.take(values.flatten(1)), block.take(positions)
+        if compiled:
+            from steradian.operators.efa_cpu import attend_isolated
+
+            parts.append(attend_isolated(q, k, v, x, frequencies, rule.directions, rule.weights))
+            continue
+        q, k, v, x = _channel_pairs(q), _channel_pairs(k), v.transpose(1, 2).contiguous(), x.transpose(1, 2)
+        parts.append(_attend(q, k, v, x, waves).transpose(1, 2))
     rows = 1 if functions is None else len(functions[0]) + len(functions[1])
     if not parts:
         return values.new_zeros((0, *([] if functions is None else [rows]), *values.shape[1:]))
     out = join_blocks(parts, place)
     return out.view(values.shape) if functions is None else out.view(len(values), rows, *values.shape[1:])
+
+
+def _has_machine_code(queries: Tensor, values: Tensor, positions: Tensor, rule: DirectionRule) -> bool:
+    one_type = queries.dtype == values.dtype == positions.dtype == rule.directions.dtype
+    if not (one_type and rule.symmetric and values.numel() and queries.numel()):
+        return False
+    return backend_for(queries, values, positions) == "cpu" and bool((rule.weights >= 0).all())
 
 
 @dataclass(frozen=True)
@@ -195,22 +210,22 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
             return _attend_pairs(queries, crossed, keys, values, positions, waves)
     if len(waves.frequencies) == 1:  # one phase for all pairs
         queries, keys, crossed = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (queries, keys, crossed))
-    out: Tensor | None = None
+    way, out = way_for(queries), None
     for chunk in _chunks(num_points, keys, values):
         turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
-        sums = moments(turning, keys, values)
+        sums = moments(turning, keys, values, way=way)
         if waves.share is not None:
             sums = waves.share.sum(sums)
         sums = sums.view(sums.shape[0], turning.shape[1], 2, num_pairs, -1, sums.shape[-1])  # [B, m, 2, n, a, e]
         even, odd = waves.even[:, chunk], None if waves.odd is None else waves.odd[:, chunk]
         if waves.symmetric:
-            parts = [apply_moments(_weighted(sums, even), turning, queries)] if len(even) else []
+            parts = [apply_moments(_weighted(sums, even), turning, queries, way=way)] if len(even) else []
             if odd is not None and len(odd):
-                parts.append(apply_moments(_weighted(_quarter_turn(sums), odd), turning, crossed))
+                parts.append(apply_moments(_weighted(_quarter_turn(sums), odd), turning, crossed, way=way))
         else:
             both = even if odd is None else torch.cat([even, odd])
-            part = apply_moments(_weighted(sums, both), turning, queries)
-            parts = [part + apply_moments(_weighted(_quarter_turn(sums), both), turning, crossed)]
+            part = apply_moments(_weighted(sums, both), turning, queries, way=way)
+            parts = [part + apply_moments(_weighted(_quarter_turn(sums), both), turning, crossed, way=way)]
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         out = part if out is None else out + part
     assert out is not None
@@ -264,7 +279,8 @@ def _channel_pairs(features: Tensor) -> Tensor:
 
 def _chunks(num_points: int, keys: Tensor, values: Tensor) -> Iterator[slice]:
     per_point = 2 * keys[..., 0].numel() * values.shape[1]
-    size = max(1, NUMBERS_OF_MOMENTS // max(1, per_point))
+    allowed = NUMBERS_OF_MOMENTS << (6 if keys.is_cuda else 0)  # a GPU has more to fill
+    size = max(1, allowed // max(1, per_point))
     number = -(-num_points // size)
     size = -(-num_points // number)  # chunks of equal size
     for start in range(0, num_points, size):

@@ -16,17 +16,33 @@ front: ``t [B, m, 2, n, N]``, ``x [B, n, a, N]``, ``y [B, e, N]``, ``S [B, m 2 n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_moments", "moments", "plane_waves"]
+__all__ = ["PLAIN", "Sums", "apply_moments", "moments", "plane_waves", "way_for"]
 
 NUMBERS_PER_BLOCK = 1 << 18
 """Numbers of z that exist at a time: one block fits into the second-level cache."""
 
 Pair = tuple[Tensor, Tensor]
+
+
+class Sums(Protocol):
+    """A way to compute the three sums; their derivatives are made of them."""
+
+    def moments(self, values: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        """``S = sum_i t_i x_i y_i``, from y and pairs of t and x, of which the products are added up."""
+
+    def apply(self, sums: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        """``y_i = sum t_i x_i S``."""
+
+    def contract(
+        self, values: Tensor, sums: Tensor, pairs: Sequence[Pair], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """dT/dt and dT/dx of every pair in turn, where wanted."""
 
 
 def plane_waves(projections: Tensor, frequencies: Tensor) -> Tensor:
@@ -42,14 +58,17 @@ def plane_waves(projections: Tensor, frequencies: Tensor) -> Tensor:
     return _Waves.apply(projections, frequencies)
 
 
-def moments(waves: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """``S = sum_i t_i k_i v_i``, ``[B, m 2 n a, e]``, from ``[B, m, 2, n, N]``, ``[B, n, a, N]`` and ``[B, e, N]``."""
-    return _Moments.apply(values, waves, keys)
+def moments(waves: Tensor, keys: Tensor, values: Tensor, way: Sums | None = None) -> Tensor:
+    """``S = sum_i t_i k_i v_i``, ``[B, m 2 n a, e]``, from ``[B, m, 2, n, N]``, ``[B, n, a, N]`` and ``[B, e, N]``.
+
+    Another way to compute may want its own shapes.
+    """
+    return _Moments.apply(way or PLAIN, values, waves, keys)
 
 
-def apply_moments(sums: Tensor, *pairs: Tensor) -> Tensor:
+def apply_moments(sums: Tensor, *pairs: Tensor, way: Sums | None = None) -> Tensor:
     """``y_i = sum t_i q_i S``, ``[B, e, N]``, summed over the given waves and queries ``t1, q1, t2, q2, ...``."""
-    return _Apply.apply(sums, *pairs)
+    return _Apply.apply(way or PLAIN, sums, *pairs)
 
 
 class _Waves(torch.autograd.Function):
@@ -98,56 +117,27 @@ def _product(pairs: Sequence[Pair], block: slice) -> Tensor:
     return out.flatten(1, 4)
 
 
-class _Moments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *flat: Tensor) -> Tensor:
-        ctx.save_for_backward(values, *flat)
-        pairs, out = _pairs(flat), None
+class PlainSums:
+    """In PyTorch."""
+
+    def moments(self, values: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        out = None
         for block in _blocks(pairs):
             z, y = _product(pairs, block), values[..., block].transpose(1, 2)
             out = torch.bmm(z, y) if out is None else out.baddbmm_(z, y)
         assert out is not None
         return out
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, *flat = ctx.saved_tensors
-        by_values = _Apply.apply(gradient, *flat) if ctx.needs_input_grad[0] else None
-        return by_values, *_by_pairs(values, gradient, flat, ctx.needs_input_grad[1:])
-
-
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sums: Tensor, *flat: Tensor) -> Tensor:
-        ctx.save_for_backward(sums, *flat)
-        pairs, transposed = _pairs(flat), sums.transpose(1, 2)
+    def apply(self, sums: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        transposed = sums.transpose(1, 2)
         parts = [torch.bmm(transposed, _product(pairs, block)) for block in _blocks(pairs)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        sums, *flat = ctx.saved_tensors
-        by_sums = _Moments.apply(gradient, *flat) if ctx.needs_input_grad[0] else None
-        return by_sums, *_by_pairs(gradient, sums, flat, ctx.needs_input_grad[1:])
-
-
-def _by_pairs(values: Tensor, sums: Tensor, flat: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Derivatives of T by the waves and features of every pair, where wanted."""
-    if not any(wanted):
-        return [None] * len(flat)
-    found = iter(_Contract.apply(tuple(wanted), values, sums, *flat))
-    return [next(found) if asked else None for asked in wanted]
-
-
-class _Contract(torch.autograd.Function):
-    """dT/dt and dT/dx of every pair: ``U = S y`` once, then sums of its products with x and with t."""
-
-    @staticmethod
-    def forward(ctx: Any, wanted: tuple[bool, ...], values: Tensor, sums: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.wanted = wanted
-        ctx.save_for_backward(values, sums, *flat)
-        pairs = _pairs(flat)
+    def contract(
+        self, values: Tensor, sums: Tensor, pairs: Sequence[Pair], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """``U = S y`` once, then sums of its products with x and with t."""
+        flat = [tensor for pair in pairs for tensor in pair]
         outputs = [torch.empty_like(tensor) if asked else None for tensor, asked in zip(flat, wanted)]
         for block in _blocks(pairs):
             batch, num_points, _, num_pairs, _ = pairs[0][0].shape
@@ -160,10 +150,81 @@ class _Contract(torch.autograd.Function):
                 if by_features is not None:
                     t = waves[..., block].unsqueeze(4)
                     torch.sum(contracted * t, dim=(1, 2), out=by_features[..., block])
+        return outputs
+
+
+PLAIN = PlainSums()
+
+
+@cache
+def _triton_sums() -> Sums:
+    try:
+        from steradian.operators.efa_triton import TritonSums
+    except ImportError:
+        return PLAIN
+    return TritonSums()
+
+
+def way_for(tensor: Tensor) -> Sums:
+    """How sums of such a tensor are formed: by Triton on a GPU in up to 32 bits where it is installed, else plainly."""
+    short = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _triton_sums() if tensor.is_cuda and short and not torch.compiler.is_compiling() else PLAIN
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, way: Sums, values: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.way = way
+        ctx.save_for_backward(values, *flat)
+        return way.moments(values, _pairs(flat))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, *flat = ctx.saved_tensors
+        by_values = _Apply.apply(ctx.way, gradient, *flat) if ctx.needs_input_grad[1] else None
+        return None, by_values, *_by_pairs(ctx.way, values, gradient, flat, ctx.needs_input_grad[2:])
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, way: Sums, sums: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.way = way
+        ctx.save_for_backward(sums, *flat)
+        return way.apply(sums, _pairs(flat))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        sums, *flat = ctx.saved_tensors
+        by_sums = _Moments.apply(ctx.way, gradient, *flat) if ctx.needs_input_grad[1] else None
+        return None, by_sums, *_by_pairs(ctx.way, gradient, sums, flat, ctx.needs_input_grad[2:])
+
+
+def _by_pairs(
+    way: Sums, values: Tensor, sums: Tensor, flat: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Derivatives of T by the waves and features of every pair, where wanted."""
+    if not any(wanted):
+        return [None] * len(flat)
+    found = iter(_Contract.apply(way, tuple(wanted), values, sums, *flat))
+    return [next(found) if asked else None for asked in wanted]
+
+
+class _Contract(torch.autograd.Function):
+    """dT/dt and dT/dx of every pair."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, way: Sums, wanted: tuple[bool, ...], values: Tensor, sums: Tensor, *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.way, ctx.wanted = way, wanted
+        ctx.save_for_backward(values, sums, *flat)
+        outputs = way.contract(values, sums, _pairs(flat), wanted)
         return tuple(output for output in outputs if output is not None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        way = ctx.way
         values, sums, *flat = ctx.saved_tensors
         given = iter(gradients)
         cotangents = [next(given) if asked else None for asked in ctx.wanted]
@@ -179,15 +240,15 @@ class _Contract(torch.autograd.Function):
                 new += [waves, for_features]
                 origin += [2 * number, -1]
         if not new:
-            return (None,) * (3 + len(flat))
-        by_values = _Apply.apply(sums, *new) if ctx.needs_input_grad[1] else None
-        by_sums = _Moments.apply(values, *new) if ctx.needs_input_grad[2] else None
-        wanted = [index >= 0 and ctx.needs_input_grad[3 + index] for index in origin]
+            return (None,) * (4 + len(flat))
+        by_values = _Apply.apply(way, sums, *new) if ctx.needs_input_grad[2] else None
+        by_sums = _Moments.apply(way, values, *new) if ctx.needs_input_grad[3] else None
+        wanted = [index >= 0 and ctx.needs_input_grad[4 + index] for index in origin]
         by_inputs: list[Tensor | None] = [None] * len(flat)
-        for index, found in zip(origin, _by_pairs(values, sums, new, wanted)):
+        for index, found in zip(origin, _by_pairs(way, values, sums, new, wanted)):
             if found is not None:
                 by_inputs[index] = found
-        return (None, by_values, by_sums, *by_inputs)
+        return (None, None, by_values, by_sums, *by_inputs)
 
 
 def _length(block: slice) -> int:

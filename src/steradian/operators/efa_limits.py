@@ -16,10 +16,18 @@ from torch import Tensor
 
 from steradian.sphere.grids import LEBEDEV_DEGREES, SphereGrid, lebedev
 
-__all__ = ["RESOLVED", "SizeWatch", "graded_points", "plane_wave_error", "resolved_phase"]
+__all__ = ["RESOLVED", "SizeWatch", "graded_points", "plane_wave_error", "resolved_phase", "spiral"]
 
 RESOLVED = 2e-5
 """Error of a plane wave's mean up to which a rule counts as sufficient; the largest in the paper's table."""
+
+
+def spiral(num_directions: int) -> Tensor:
+    """Evenly spread directions ``[K, 3]`` (float64), the same every time."""
+    index = torch.arange(num_directions, dtype=torch.float64) + 0.5
+    z, turn = 1 - 2 * index / num_directions, math.pi * (1 + 5**0.5) * index
+    radius = (1 - z * z).sqrt()
+    return torch.stack([radius * turn.cos(), radius * turn.sin(), z], dim=1)
 
 
 def plane_wave_error(grid: SphereGrid, phase: float, num_directions: int = 500) -> float:
@@ -30,10 +38,7 @@ def plane_wave_error(grid: SphereGrid, phase: float, num_directions: int = 500) 
         phase: b, largest frequency times distance.
         num_directions: how many d are tried; evenly spread (a spiral), the same every time.
     """
-    index = torch.arange(num_directions, dtype=torch.float64) + 0.5
-    z, turn = 1 - 2 * index / num_directions, math.pi * (1 + 5**0.5) * index
-    radius = (1 - z * z).sqrt()
-    directions = torch.stack([radius * turn.cos(), radius * turn.sin(), z], dim=1)
+    directions = spiral(num_directions)
     mean = torch.cos(phase * directions @ grid.points.T) @ (grid.weights / grid.weights.sum())
     return float((mean - math.sin(phase) / phase).abs().max()) if phase > 0 else 0.0
 

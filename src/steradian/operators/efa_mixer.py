@@ -8,10 +8,10 @@ from steradian.config import EFAConfig
 from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.irreps import all_degrees, max_degree, natural_degrees
 from steradian.graph import Edges
-from steradian.operators.base import GlobalMixer, Rotation, SlotSpec
+from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.efa import EuclideanFastAttention
 
-__all__ = ["EFAMixer"]
+__all__ = ["EFAMixer", "efa_factory"]
 
 
 class EFAMixer(GlobalMixer):
@@ -75,3 +75,15 @@ class EFAMixer(GlobalMixer):
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)
         return change_degrees(self.mlp(total), self.degrees_sum, self.degrees_out)
+
+
+def efa_factory(config: EFAConfig) -> MixerFactory:
+    """The factory that fills the slots of global mixers as a configuration section says.
+
+    It raises ValueError where ``config.layers`` lists a layer that the model does not have.
+    """
+
+    def make(spec: SlotSpec) -> GlobalMixer | None:
+        return EFAMixer(config, spec) if in_layer(config.layers, spec, "model.global_mixer") else None
+
+    return make

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steradian.config import MARAConfig
 from steradian.kernels import backend_for
 from steradian.kernels.frozen import of_weights
-from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec
+from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.mara_kernel import (
     NUMBERS_PER_BLOCK,
     LogitTables,
@@ -422,14 +422,6 @@ def mara_factory(config: MARAConfig) -> GateFactory:
     """
 
     def make(spec: SlotSpec) -> EdgeGate | None:
-        if config.layers is not None:
-            outside = [layer for layer in config.layers if not 0 <= layer < spec.num_layers]
-            if outside:
-                raise ValueError(
-                    f"model.edge_gate.layers lists {outside}; the host's layers are 0..{spec.num_layers - 1}"
-                )
-            if spec.layer not in config.layers:
-                return None
-        return MARA.from_config(config, spec)
+        return MARA.from_config(config, spec) if in_layer(config.layers, spec, "model.edge_gate") else None
 
     return make
