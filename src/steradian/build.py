@@ -11,6 +11,7 @@ import torch
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
 from steradian.config import EFAConfig, MARAConfig, ModelConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.element_tables import compress_element_tables
 from steradian.hosts.base import Host
 from steradian.hosts.mace import MACE
 from steradian.hosts.nequip import NequIP
@@ -74,6 +75,7 @@ def build_potential(
         make_mixer=_isolated(make_mixer or mixer_factory(config)),
         **elements,
     )
+    compress_element_tables(host, config.element_tables, len(statistics.elements))
     return Potential(host, config, statistics)
 
 

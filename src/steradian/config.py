@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from steradian.config_base import Section
 from steradian.config_efa import EFAConfig, O3MPNNConfig
 from steradian.config_hosts import ExpNormalConfig, MACEConfig, NequIPConfig, RadialConfig, ReadoutConfig, ViSNetConfig
-from steradian.config_precision import PRESETS, PrecisionConfig, Preset
+from steradian.config_precision import PRESETS, ElementTablesConfig, PrecisionConfig, Preset
 
 __all__ = [
     "ConfigError",
@@ -133,6 +133,7 @@ class ModelConfig(Section):
     host: HostConfig = MACEConfig()
     edge_gate: EdgeGateConfig = NoGate()
     global_mixer: GlobalMixerConfig = NoMixer()
+    element_tables: ElementTablesConfig = ElementTablesConfig()
     precision: Preset | PrecisionConfig = Field(
         "float32", description="a preset, or a section with a preset and other formats for single roles"
     )

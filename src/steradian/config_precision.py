@@ -9,7 +9,20 @@ from pydantic import Field, field_validator, model_validator
 
 from steradian.config_base import Section
 
-__all__ = ["FORMATS", "LAYER_ROLES", "PRESETS", "ROLES", "WIDE_ROLES", "Format", "PrecisionConfig", "Preset", "Role"]
+__all__ = [
+    "FORMATS",
+    "LAYER_ROLES",
+    "PRESETS",
+    "ROLES",
+    "WIDE_ROLES",
+    "ElementTablesConfig",
+    "Format",
+    "Int8Kind",
+    "Int8Role",
+    "PrecisionConfig",
+    "Preset",
+    "Role",
+]
 
 Preset = Literal["float64", "float32", "mixed", "half", "tf32"]
 Format = Literal["float64", "float32", "bfloat16", "float16"]
@@ -28,6 +41,8 @@ Role = Literal[
     "energy",
     "forces",
 ]
+Int8Role = Literal["radial", "readout"]
+Int8Kind = Literal["weights", "dynamic"]
 PRESETS: tuple[str, ...] = get_args(Preset)
 FORMATS: tuple[str, ...] = get_args(Format)
 ROLES: tuple[str, ...] = get_args(Role)
@@ -49,6 +64,10 @@ class PrecisionConfig(Section):
     preset: Preset = "float32"
     roles: dict[Role, Format] = Field({}, description="role to format, instead of the preset's")
     layers: dict[int, dict[Role, Format]] = Field({}, description="number of a layer to roles, for this layer alone")
+    int8: dict[Int8Role, Int8Kind] = Field(
+        {},
+        description="MACE, NequIP, inference: int8 weights, or with 'dynamic' int8 products",
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -66,3 +85,10 @@ class PrecisionConfig(Section):
                     f"layers.{layer}: {', '.join(outside)} belongs to no layer; layers have {', '.join(LAYER_ROLES)}"
                 )
         return self
+
+
+class ElementTablesConfig(Section):
+    """What MACE learns per chemical element (embedding, skip connections, contractions), in a smaller form."""
+
+    rank: int | None = Field(None, ge=1, description="rows are combinations of so many shared ones; null: free rows")
+    bits: int | None = Field(None, ge=2, le=8, description="rows are rounded to so many bits; null: not rounded")

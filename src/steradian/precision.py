@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config_precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
+from steradian.kernels.frozen import of_weight
 
 __all__ = ["POLICIES", "PrecisionPolicy", "WithRole", "assign", "cast", "policy_of"]
 
@@ -43,6 +44,7 @@ class PrecisionPolicy:
         forces: sums of what the edges of an atom contribute to its force.
         tf32: on a GPU, products of float32 matrices may use units of TF32 (10 bits of mantissa).
         layers: roles of single layers.
+        int8: roles whose weights are int8, for inference alone (:mod:`steradian.int8`).
     """
 
     name: str
@@ -62,6 +64,7 @@ class PrecisionPolicy:
     forces: torch.dtype = torch.float32
     tf32: bool = False
     layers: Mapping[int, Mapping[str, torch.dtype]] = field(default_factory=dict)
+    int8: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weights not in (torch.float32, torch.float64):
@@ -131,8 +134,10 @@ def policy_of(config: str | PrecisionConfig) -> PrecisionPolicy:
     }
     changes = [f"{role} {name}" for role, name in config.roles.items()]
     changes += [f"layer {layer} {role} {name}" for layer, own in config.layers.items() for role, name in own.items()]
+    changes += [f"{role} int8 ({kind})" for role, kind in config.int8.items()]
     name = f"{config.preset} with {', '.join(changes)}" if changes else config.preset
-    return replace(preset, name=name, layers=layers, **roles)
+    int8: dict[str, str] = {str(role): kind for role, kind in config.int8.items()}
+    return replace(preset, name=name, layers=layers, int8=int8, **roles)
 
 
 class WithRole(nn.Module):
@@ -145,6 +150,28 @@ class WithRole(nn.Module):
 
     role: str = "node"
     low: torch.dtype | None = None
+    #: Whether all products go through :meth:`multiply`, so that they can be int8.
+    takes_int8 = False
+    #: ``weights`` or ``dynamic`` where products are int8 (:mod:`steradian.int8`).
+    int8: str | None = None
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """``x @ (weight * scale)`` in the format of the role.
+
+        Raises:
+            ValueError: training in int8.
+        """
+        if self.int8 is None:
+            if self.low is None:
+                return x @ (weight if scale == 1.0 else weight * scale)
+            return cast(x, self.low) @ of_weight(weight, (scale, self.low), lambda w: cast(w * scale, self.low))
+        from steradian.int8 import Int8Product, int8_weights
+
+        if weight.requires_grad and self.training:
+            raise ValueError("int8 is for inference; train with another precision")
+        whole, scales = of_weight(weight, ("int8", scale), lambda value: int8_weights(value * scale))
+        product: Tensor = Int8Product.apply(x, whole, scales, self.int8 == "dynamic")
+        return product
 
 
 def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -164,12 +191,16 @@ def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
     """Give every module of a host the format of its role.
 
     Raises:
-        ValueError: the policy names a layer that the host does not have.
+        ValueError: the policy names a layer that the host does not have, or int8 where there is none.
     """
     count = len(list(host.get_submodule("layers").children()))
     outside = sorted(layer for layer in policy.layers if not 0 <= layer < count)
     if outside:
         raise ValueError(f"precision.layers names {outside}; the host's layers are 0..{count - 1}")
+    able = {module.role for module in host.modules() if isinstance(module, WithRole) and module.takes_int8}
+    missing = sorted(set(policy.int8) - able)
+    if missing:
+        raise ValueError(f"precision.int8: this host has no {' and no '.join(missing)} that can be int8")
     for name, module in host.named_modules():
         parts = name.split(".")
         layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 else None
@@ -181,6 +212,8 @@ def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
 
         if isinstance(module, WithRole):
             module.low = format_of("attention" if operator else module.role)
+            if module.takes_int8 and not operator:
+                module.int8 = policy.int8.get(module.role)
         for role in ("accumulate", "tables", "harmonics"):
             if hasattr(module, f"{role}_dtype"):
                 setattr(module, f"{role}_dtype", format_of(role, layer if role in LAYER_ROLES else None))

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from steradian.activations import silu
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
-from steradian.kernels.frozen import of_weight
-from steradian.precision import WithRole, cast
+from steradian.precision import WithRole
 
 __all__ = [
     "RadialBasis",
@@ -165,6 +164,7 @@ class RadialNetwork(WithRole):
     """
 
     role = "radial"
+    takes_int8 = True
 
     def __init__(
         self,
@@ -192,15 +192,11 @@ class RadialNetwork(WithRole):
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
         for weight in hidden:
-            x = silu(x @ (weight * scale))
+            x = silu(x @ (weight * scale) if self.int8 is None else self.multiply(x, weight, scale))
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)
-        if self.low is None:
-            last = last * scale
-        else:
-            last = of_weight(last, ("scaled", self.low), lambda weight: cast(weight * scale, self.low))
-        return (cast(x, self.low) @ last).view(-1, self.num_paths, self.num_channels)
+        return self.multiply(x, last, scale).view(-1, self.num_paths, self.num_channels)
 
     def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
         """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).
@@ -214,7 +210,7 @@ class RadialNetwork(WithRole):
             Largest error of a weight half way between knots, relative to the largest weight.
         """
         exact = copy.deepcopy(self).double()
-        exact.table = exact.low = None
+        exact.table = exact.low = exact.int8 = None
 
         def weights(lengths: Tensor) -> Tensor:
             return exact(radial_of(lengths)).detach()

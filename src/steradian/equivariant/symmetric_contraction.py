@@ -16,6 +16,7 @@ import cuequivariance as cue
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
@@ -137,9 +138,14 @@ class SymmetricContraction(WithRole):
     @torch.no_grad()
     def clear_orders_above(self, order: int) -> None:
         """Put the weights of terms with more factors to zero."""
+        weight = self.weight.clone()
         for group in self.polynomial.terms:
             if len(group.factors) - 1 > order:
-                self.weight[:, torch.as_tensor(np.unique(group.indices[:, 0]))] = 0.0
+                weight[:, torch.as_tensor(np.unique(group.indices[:, 0]))] = 0.0
+        if parametrize.is_parametrized(self, "weight"):
+            self.weight = weight  # type: ignore[assignment]
+        else:
+            self.weight.copy_(weight)
 
 
 @cache

@@ -13,12 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from steradian.config_precision import PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
@@ -72,7 +72,7 @@ class PrecisionRow:
         rotation: mean norm of the change of a force under rotation [eV/Å].
         drift: of the total energy in NVE [eV per atom and ps].
         seconds: energy and forces of a batch.
-        memory: most that a call adds [bytes].
+        memory: tensors that a call keeps for its forces [bytes].
     """
 
     kind: str
@@ -123,7 +123,7 @@ class PrecisionStudy:
     def table(self) -> Table:
         """Errors in meV and meV/Å."""
         columns = ("", "format", "E [meV/atom]", "F MAE [meV/Å]", "F max", "rotation", "drift [meV/atom/ps]",
-                   "time [ms]", "memory [MiB]")  # fmt: skip
+                   "time [ms]", "kept [MiB]")  # fmt: skip
         rows: list[tuple[str, ...]] = []
         heads = set()
         for kind in ("role", "preset"):
@@ -184,6 +184,9 @@ class PrecisionStudy:
         right.axhline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
         right.set(yscale="log", xlabel="time of a batch [ms]", ylabel="force error, MAE [meV/Å]")
         right.margins(x=0.25)
+        for axis in (left.xaxis, right.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         figure.tight_layout()
         return figure
 
@@ -291,7 +294,7 @@ def _measure_preset(
         _synchronise(model)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times) if times else math.nan
-    memory = _added_memory(model, batches[0])
+    memory = _kept_memory(model, batches[0])
     drift = _drift(model, structures[0], settings) if settings.md_steps else math.nan
     return PrecisionRow("preset", preset, "", *errors, audit.figures[-1].force_mean, drift, seconds, memory)
 
@@ -324,26 +327,18 @@ def _synchronise(model: Potential) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _added_memory(model: Potential, batch: Graph) -> float:
-    """Most that a call adds to the memory in use [bytes]; NaN where the system does not tell."""
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        model(batch)
-        return float(torch.cuda.max_memory_allocated(model.device) - before)
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+def _kept_memory(model: Potential, batch: Graph) -> float:
+    """Tensors that a call keeps for its forces, weights included [bytes]."""
+    kept: dict[int, int] = {}
 
-    def kib(field: str) -> int:
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    try:
-        before = kib("VmRSS")
-        reset.write_text("5", encoding="utf-8")  # the peak starts here
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(batch)
-        return 1024.0 * max(kib("VmHWM") - before, 0)
-    except (OSError, StopIteration):
-        return math.nan
+    return float(sum(kept.values()))
 
 
 def _device(potential: Potential) -> str:

@@ -24,7 +24,7 @@ from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.hosts.base import ConvolutionHost, HostOutput
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.precision import WithRole, cast
+from steradian.precision import WithRole
 from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork
 
 __all__ = ["MACE", "MACELayer"]
@@ -131,6 +131,7 @@ class Readout(WithRole):
     """Energy of every atom from its scalars ``[N, C]``: a linear map or, with ``hidden``, one hidden SiLU layer."""
 
     role = "readout"
+    takes_int8 = True
 
     def __init__(self, num_channels: int, hidden: int | None) -> None:
         super().__init__()
@@ -138,9 +139,9 @@ class Readout(WithRole):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, scalars: Tensor) -> Tensor:
-        x = cast(scalars, self.low) @ cast(self.weights[0], self.low) * self.weights[0].shape[0] ** -0.5
+        x = self.multiply(scalars, self.weights[0]) * self.weights[0].shape[0] ** -0.5
         for weight in self.weights[1:]:
-            x = nn.functional.silu(x) * SILU_SECOND_MOMENT @ cast(weight, self.low) * weight.shape[0] ** -0.5
+            x = self.multiply(nn.functional.silu(x) * SILU_SECOND_MOMENT, weight) * weight.shape[0] ** -0.5
         return x.squeeze(-1).to(scalars.dtype)
 
 

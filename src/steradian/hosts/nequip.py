@@ -23,7 +23,7 @@ from steradian.graph import Edges, Graph
 from steradian.hosts.base import ConvolutionHost, HostOutput
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.precision import WithRole, cast
+from steradian.precision import WithRole
 from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork
 
 __all__ = ["NequIP", "NequIPLayer", "layer_degrees"]
@@ -182,6 +182,7 @@ class Readout(WithRole):
     """Energy of every atom from its scalars ``[N, C]``: linear, or with hidden SiLU layers."""
 
     role = "readout"
+    takes_int8 = True
 
     def __init__(self, num_channels: int, hidden: list[int]) -> None:
         super().__init__()
@@ -189,9 +190,9 @@ class Readout(WithRole):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, scalars: Tensor) -> Tensor:
-        x = cast(scalars, self.low) @ cast(self.weights[0], self.low) * self.weights[0].shape[0] ** -0.5
+        x = self.multiply(scalars, self.weights[0]) * self.weights[0].shape[0] ** -0.5
         for weight in self.weights[1:]:
-            x = silu(x) @ cast(weight, self.low) * (SILU_GAIN * weight.shape[0] ** -0.5)
+            x = self.multiply(silu(x), weight) * (SILU_GAIN * weight.shape[0] ** -0.5)
         return x.squeeze(-1).to(scalars.dtype)
 
 
