@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from steradian.kernels.memory import keep_freed_memory
 from steradian.kernels.program import Program
 
 __all__ = ["cache_folder", "compiled", "compiled_text"]
@@ -48,6 +49,7 @@ def compiled(program: Program, itemsize: int, channels: int) -> Callable:
     known = _FUNCTIONS.get(program, {}).get(key)
     if known is not None:
         return known
+    keep_freed_memory()
     with _LOCK:
         functions = _FUNCTIONS.setdefault(program, {})
         if key not in functions:
