@@ -24,9 +24,11 @@ MOST_KEPT = 2**30
 def keep_freed_memory() -> bool:
     """Let the C library keep up to 1 GiB of freed blocks of up to 32 MiB; whether it does.
 
-    Only glibc can be told. ``STERADIAN_KEEP_MEMORY=0`` leaves the process as it is.
+    Only glibc can be told. ``STERADIAN_KEEP_MEMORY=0`` leaves the process as it is, and so does a user's own choice
+    (``MALLOC_...`` or ``GLIBC_TUNABLES`` in the environment).
     """
-    if os.environ.get("STERADIAN_KEEP_MEMORY", "1") == "0":
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if chosen or os.environ.get("STERADIAN_KEEP_MEMORY", "1") == "0":
         return False
     try:
         library = ctypes.CDLL(None)
