@@ -140,20 +140,26 @@ def rotary_attention(
     compiled = functions is None and share is None and _has_machine_code(queries, values, positions, rule)
     parts = []
     for block in blocks:
-        q, k = block.take(queries * scale), block.take(keys)
-        v, x = block.take(values.flatten(1)), block.take(positions)
-        if compiled:
-            from steradian.operators.efa_cpu import attend_isolated
-
-            parts.append(attend_isolated(q, k, v, x, frequencies, rule.directions, rule.weights))
-            continue
-        q, k, v, x = _channel_pairs(q), _channel_pairs(k), v.transpose(1, 2).contiguous(), x.transpose(1, 2)
-        parts.append(_attend(q, k, v, x, waves).transpose(1, 2))
+        q, k, v, x = (block.take(given) for given in (queries * scale, keys, values.flatten(1), positions))
+        run = _attend_compiled(q, k, v, x, frequencies, rule) if compiled else _attend_block(q, k, v, x, waves)
+        parts.append(run)
     rows = 1 if functions is None else len(functions[0]) + len(functions[1])
     if not parts:
         return values.new_zeros((0, *([] if functions is None else [rows]), *values.shape[1:]))
     out = join_blocks(parts, place)
     return out.view(values.shape) if functions is None else out.view(len(values), rows, *values.shape[1:])
+
+
+def _attend_compiled(q: Tensor, k: Tensor, v: Tensor, x: Tensor, frequencies: Tensor, rule: DirectionRule) -> Tensor:
+    from steradian.operators.efa_cpu import attend_isolated
+
+    return attend_isolated(q, k, v, x, frequencies, rule.directions, rule.weights)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, x: Tensor, waves: Waves) -> Tensor:
+    """``[B, N, L e]`` from ``[B, N, D, F]``, ``[B, N, e]`` and ``[B, N, 3]``."""
+    v, x = v.transpose(1, 2).contiguous(), x.transpose(1, 2)
+    return _attend(_channel_pairs(q), _channel_pairs(k), v, x, waves).transpose(1, 2)
 
 
 def _has_machine_code(queries: Tensor, values: Tensor, positions: Tensor, rule: DirectionRule) -> bool:
