@@ -92,12 +92,18 @@ class ConvolutionHost(Host):
         """Lengths, radial basis (of transformed lengths), envelope and harmonics of the edges."""
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
+        pairs, of_pairs = pairs_of(graph), None
+        if pairs is None or transform is not None:
+            radial = self._radial(lengths if transform is None else transform(lengths), envelope)
+        else:
+            of_pairs = self._radial(lengths.index_select(0, pairs.first), envelope.index_select(0, pairs.first))
+            radial = of_pairs.index_select(0, pairs.of_edge)
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
             vectors=vectors,
             lengths=lengths,
-            radial=self._radial(lengths if transform is None else transform(lengths), envelope),
+            radial=radial,
             envelope=envelope,
             harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
             num_atoms=graph.num_atoms,
@@ -106,5 +112,6 @@ class ConvolutionHost(Host):
             cell=graph.cell,
             pbc=graph.pbc,
             share=graph.share,
-            pairs=pairs_of(graph),
+            pairs=pairs,
+            radial_of_pairs=of_pairs,
         )
