@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,6 +118,7 @@ class Edges:
         pbc: ``[S, 3]`` periodicity, or None.
         share: as in :class:`Graph`.
         pairs: of opposite edges, or None where they are not known.
+        radial_of_pairs: ``[Q, R]`` the radial basis of pairs, where it was computed for them first.
     """
 
     senders: Tensor
@@ -133,13 +135,16 @@ class Edges:
     pbc: Tensor | None = None
     share: Share | None = None
     pairs: Pairs | None = None
+    radial_of_pairs: Tensor | None = None
 
-    @property
+    @cached_property
     def pair_radial(self) -> Tensor:
         """``[Q, R]`` the radial basis of one edge of each pair; ``[E, R]`` where pairs are not known."""
-        return self.radial if self.pairs is None else self.radial.index_select(0, self.pairs.first)
+        if self.pairs is None:
+            return self.radial
+        return self.radial.index_select(0, self.pairs.first) if self.radial_of_pairs is None else self.radial_of_pairs
 
-    @property
+    @cached_property
     def pair_lengths(self) -> Tensor:
         """``[Q]`` lengths of pairs [Å], or ``[E]`` as for :attr:`pair_radial`."""
         return self.lengths if self.pairs is None else self.lengths.index_select(0, self.pairs.first)

@@ -102,12 +102,18 @@ class ConvolutionHost(Host):
         dtype = next(self.parameters()).dtype
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
+        pairs, of_pairs = pairs_of(graph), None
+        if pairs is None or transform is not None:
+            radial = self._radial(lengths if transform is None else transform(lengths), envelope)
+        else:
+            of_pairs = self._radial(lengths.index_select(0, pairs.first), envelope.index_select(0, pairs.first))
+            radial = of_pairs.index_select(0, pairs.of_edge)
         return Edges(
             senders=graph.senders,
             receivers=graph.receivers,
             vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
-            radial=self._radial(lengths if transform is None else transform(lengths), envelope).to(dtype),
+            radial=radial.to(dtype),
             envelope=envelope.to(dtype),
             harmonics=spherical_harmonics(
                 unit_vectors(vectors, lengths).to(self.harmonics_dtype or dtype), self.l_max
@@ -118,5 +124,6 @@ class ConvolutionHost(Host):
             cell=graph.cell,
             pbc=graph.pbc,
             share=graph.share,
-            pairs=pairs_of(graph),
+            pairs=pairs,
+            radial_of_pairs=None if of_pairs is None else of_pairs.to(dtype),
         )
