@@ -81,21 +81,21 @@ def test_nequip_gated_by_node_scales_the_features_before_the_convolution():
 
 def test_visnet_gate_weighs_the_attention_and_not_what_an_atom_tells_itself():
     potential = made("visnet")
-    features, filters, positions, edges, rows = layer_inputs(potential)
+    features, filters, positions, edges, rows, shared = layer_inputs(potential)
     layer = potential.host.layers[1]
-    bare = layer(features, filters, positions, edges, rows)[0]
+    bare = layer(features, filters, positions, edges, rows, shared)[0]
     layer.gate = Constant(0.3)
-    gated = layer(features, filters, positions, edges, rows)[0]
+    gated = layer(features, filters, positions, edges, rows, shared)[0]
     assert (gated - bare).abs().max() > 1e-3
     layer.gate = None
     weighed = torch.cat([0.3 * rows.envelope[: rows.num_edges], rows.envelope[rows.num_edges :]])
-    same = layer(features, filters, positions, edges, dataclasses.replace(rows, envelope=weighed))[0]
+    same = layer(features, filters, positions, edges, dataclasses.replace(rows, envelope=weighed), shared)[0]
     assert torch.equal(gated, same)
 
 
 def test_visnet_rows_are_the_edges_and_every_atom_itself():
     potential = made("visnet")
-    _, _, _, edges, rows = layer_inputs(potential)
+    _, _, _, edges, rows, _ = layer_inputs(potential)
     num_edges, num_atoms = len(edges.senders), 7
     assert len(rows.senders) == num_edges + num_atoms
     assert torch.equal(rows.senders[num_edges:], rows.receivers[num_edges:])
