@@ -96,6 +96,9 @@ def report(arguments: argparse.Namespace) -> None:
     axes.semilogy(curve["minutes"], 1e3 * np.array(curve["forces_mae"]), label="validation")
     axes.axhline(1e3 * PUBLISHED["forces_mae"], color="0.4", linestyle="--", label="published checkpoint, test")
     axes.axhline(1.5e3 * PUBLISHED["forces_mae"], color="0.7", linestyle=":", label="1.5 times that")
+    ticks = [1, 2, 5, 10, 20, 50]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("wall time [min]")
     axes.set_ylabel("force error, MAE [meV/Å]")
     axes.set_title("Clusters of 16 atoms, O(3) network with EFA")
