@@ -9,7 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
 from steradian.operators import efa_attention
 from steradian.operators.efa_attention import DirectionRule, rotary_attention

@@ -105,3 +105,18 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(ValueError, match="unknown preset quarter"):
         CliRunner().invoke(app, [*call, "--preset", "quarter"], catch_exceptions=False)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_unknown_element_leaves_nothing_behind(tmp_path):
+    from ase import Atoms
+    from typer.testing import CliRunner
+
+    from steradian.cli import app
+
+    save_potential(tmp_path / "model.safetensors", potential("mace"))
+    Atoms("Xe2", [[0, 0, 0], [0, 0, 2]]).write(tmp_path / "data.xyz")
+    files = [str(tmp_path / name) for name in ("model.safetensors", "data.xyz", "out")]
+    call = ["precision", files[0], files[1], "--out", files[2]]
+    with pytest.raises(ValueError, match="the model does not know Xe"):
+        CliRunner().invoke(app, call, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()

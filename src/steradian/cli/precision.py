@@ -36,14 +36,18 @@ def precision(
 
     steradian precision runs/my test.xyz --force-tolerance 0.5 --out precision
     """
+    import numpy as np
+    import torch
+
     from steradian.cli.evaluate import check_writable, load
     from steradian.config import KeysConfig
     from steradian.config_precision import PRESETS
     from steradian.evaluation.precision import StudySettings, precision_study
 
-    check_writable(out, None)
     potential = load(model, device, None)
     frames = read(data, KeysConfig(), parsed_units(units), ())
+    potential.species(torch.from_numpy(np.concatenate([frame.numbers for frame in frames])))  # all known?
+    check_writable(out, None)  # before the work, after what bad input can stop: no empty folder is left
     settings = StudySettings(
         max_structures=structures,
         batch=batch,
@@ -74,11 +78,17 @@ class Progress:
         self.bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-            self.bar = Bar(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                *times,
+                TextColumn("{task.description}"),
+            )
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=None)
 
     def __enter__(self) -> Progress:

@@ -176,11 +176,12 @@ class PrecisionStudy:
         left.axvline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
         if formats:
             left.legend(frameon=False, fontsize=8)
-        for row in self.rows:
-            if row.kind == "preset" and math.isfinite(row.seconds):
-                error = MEV * max(row.forces_mae, 1e-9)
-                right.plot(1e3 * row.seconds, error, "o", color=COLORS[0])
-                right.annotate(row.name, (1e3 * row.seconds, error), xytext=(5, 4), textcoords="offset points")
+        presets = [row for row in self.rows if row.kind == "preset" and math.isfinite(row.seconds)]
+        for row, color, size in zip(presets, COLORS, range(10, 0, -1)):  # those that coincide stay visible
+            error = MEV * max(row.forces_mae, 1e-9)
+            right.plot(1e3 * row.seconds, error, "o", color=color, markersize=size, label=row.name)
+        if presets:
+            right.legend(frameon=False, fontsize=8)
         right.axhline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
         right.set(yscale="log", xlabel="time of a batch [ms]", ylabel="force error, MAE [meV/Å]")
         right.margins(x=0.25)

@@ -54,6 +54,8 @@ def convert_file(
         raise ForeignModelError(f"{path}: no such file")
     if path.suffix == ".npz":
         return _from_npz(path, head, elements)
+    if path.suffix == ".safetensors":
+        raise ForeignModelError(f"{path}: give a foreign model; files of steradian end in .safetensors already")
     if not trust:
         raise ForeignModelError(
             f"{path}: a pickled model; reading it runs code that stands in the file, with your rights. If you trust "
