@@ -176,6 +176,7 @@ class PrecisionStudy:
         left.axvline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
         if formats:
             left.legend(frameon=False, fontsize=8)
+        left.set_visible(bool(names))
         presets = [row for row in self.rows if row.kind == "preset" and math.isfinite(row.seconds)]
         for row, color, size in zip(presets, COLORS, range(10, 0, -1)):  # those that coincide stay visible
             error = MEV * max(row.forces_mae, 1e-9)
