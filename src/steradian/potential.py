@@ -116,12 +116,21 @@ class Potential(nn.Module):
             return known
         species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
         if bool((species < 0).any()):
-            unknown = sorted({int(number) for number in numbers[species < 0]})
+            self.check_elements(numbers)
+        self._species_of[numbers] = species
+        return species
+
+    def check_elements(self, numbers: Tensor) -> None:
+        """Refuse atomic numbers ``[N]`` that the potential was not trained on.
+
+        Raises:
+            ValueError: names them.
+        """
+        unknown = sorted(set(numbers.tolist()) - set(self.elements))
+        if unknown:
             raise ValueError(
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
-        self._species_of[numbers] = species
-        return species
 
     def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
