@@ -14,6 +14,7 @@ from steradian.config import ModelConfig, PrecisionConfig
 from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
+from steradian.operators.efa_systems import keep_layout
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class Potential(nn.Module):
         if graph.composition is not None and capturing():
             atoms_of = dict(graph.composition)
             sort_by_element(species, [atoms_of.get(number, 0) for number in self.elements])
+        if graph.layout is not None and capturing():
+            keep_layout(graph.system, graph.layout)
         policy = self.policy
         with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from steradian.config import MACEConfig, ModelConfig
 from steradian.build import build_potential
+from steradian.config import MACEConfig, ModelConfig
 from steradian.execution.buffers import GraphBuffers, StepCache
 from steradian.execution.check import MismatchError, check_prediction, weights_state
 from steradian.execution.graphs import Repeater, record, tensors_in

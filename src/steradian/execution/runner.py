@@ -141,11 +141,13 @@ class Runner:
             return self._called(graph)
         self._follow()
         # steps with attention between all atoms hold for one list of systems
-        layout = tuple(graph.atoms_per_system.tolist()) if self._by_layout else None
+        if self._by_layout and graph.layout is None:
+            graph = replace(graph, layout=tuple(graph.atoms_per_system.tolist()))
         graph = prepared(graph, self.potential, self.pairs)
         real = Sizes.of(graph)
         padded = self.padded(graph)
-        key = (Sizes.of(padded), layout, graph.periodic, graph.composition, tuple(tensors_of(graph)), _formats(graph))
+        host = (padded.layout, padded.periodic, padded.composition)
+        key = (Sizes.of(padded), host, tuple(tensors_of(padded)), _formats(padded))
         try:
             buffers, step = self._steps.get(key, lambda: self._make(padded, real))
         except Exception as error:
