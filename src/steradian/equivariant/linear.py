@@ -50,11 +50,15 @@ class PathLinear(WithRole):
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
 
+    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars is a tenth
+    of the work and, where energies come from, brings much more than a tenth of the error.
+
     Args:
         table: paths of the product.
         num_channels: C.
         degrees_out: irreps of the result.
         widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
+        divisor: of the result, with no work of its own.
     """
 
     role = "paths"
@@ -65,9 +69,11 @@ class PathLinear(WithRole):
         num_channels: int,
         degrees_out: Degrees,
         widths: Mapping[tuple[int, int], int] | None = None,
+        divisor: float = 1.0,
     ) -> None:
         super().__init__()
         self.table, self.degrees_out, self.num_channels = table, degrees_out, num_channels
+        self.divisor = divisor
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(count * num_channels, num_channels if widths is None else widths[irrep]))
             for irrep, count in zip(table.degrees_out, table.counts)
@@ -75,31 +81,26 @@ class PathLinear(WithRole):
 
     def blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
         """``[N, 2 l + 1, width]`` of every irrep that a path reaches, from ``[N, D_paths, C]``."""
-        return {irrep: block.to(messages.dtype) for irrep, block in self._blocks(messages).items()}
-
-    def _blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
-        """In the format of the role."""
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
         sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
-        parts = cast(messages, self.low).split(sizes, dim=1)
         for (degree, parity), count, weight, part in zip(
-            self.table.degrees_out, self.table.counts, self.weights, parts
+            self.table.degrees_out, self.table.counts, self.weights, messages.split(sizes, dim=1)
         ):
-            block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            matrix = of_weight(
-                weight, ("scaled", self.low), lambda value: cast(value * value.shape[0] ** -0.5, self.low)
-            )
-            blocks[degree, parity] = _mix(block, matrix)
+            low = self.low if degree else None
+            block = cast(part, low).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+            scale = weight.shape[0] ** -0.5 / self.divisor
+            matrix = of_weight(weight, ("scaled", scale, low), lambda value, s=scale, f=low: cast(value * s, f))
+            blocks[degree, parity] = _mix(block, matrix).to(messages.dtype)
         return blocks
 
     def forward(self, messages: Tensor) -> Tensor:
-        blocks = self._blocks(messages)
+        blocks = self.blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels), dtype=self.low)
+            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels))
             out.append(blocks.get((degree, parity), empty))
-        return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).to(messages.dtype)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 class ElementLinear(WithRole):

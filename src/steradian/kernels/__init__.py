@@ -78,5 +78,5 @@ def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
 
 def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Tensor | None]) -> bool:
     """Whether the machine code reads this input of bfloat16 itself; weights that are folded first are widened."""
-    folded = place == polynomial.outer and gathers[place] is not None
+    folded = polynomial.folds and place == polynomial.outer and gathers[place] is not None
     return value.dtype == torch.bfloat16 and polynomial.inputs[place].has_channels and not folded
