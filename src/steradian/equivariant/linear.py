@@ -50,8 +50,8 @@ class PathLinear(WithRole):
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
 
-    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars is a tenth
-    of the work and, where energies come from, brings much more than a tenth of the error.
+    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars is a small
+    part of the work and, as energies come from it, a large one of the error.
 
     Args:
         table: paths of the product.
@@ -88,17 +88,19 @@ class PathLinear(WithRole):
             self.table.degrees_out, self.table.counts, self.weights, messages.split(sizes, dim=1)
         ):
             low = self.low if degree else None
-            block = cast(part, low).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+            wide = weight.dtype
+            block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
             scale = weight.shape[0] ** -0.5 / self.divisor
             matrix = of_weight(weight, ("scaled", scale, low), lambda value, s=scale, f=low: cast(value * s, f))
-            blocks[degree, parity] = _mix(block, matrix).to(messages.dtype)
+            blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
     def forward(self, messages: Tensor) -> Tensor:
         blocks = self.blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels))
+            shape = (messages.shape[0], 2 * degree + 1, self.num_channels)
+            empty = messages.new_zeros(shape, dtype=self.weights[0].dtype)
             out.append(blocks.get((degree, parity), empty))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 

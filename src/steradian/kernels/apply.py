@@ -242,6 +242,7 @@ def evaluate_cpu(
     scatter: Tensor | None,
     num_rows: int | None,
     locality: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`steradian.kernels.evaluate`."""
     if not any(operand.has_channels for operand in polynomial.inputs):
@@ -279,7 +280,8 @@ def evaluate_cpu(
     missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
-    (out,) = _Apply.apply(program, rows, work, None, *inputs)
+    formats = None if dtype is None or not polynomial.output.has_channels else (dtype,)
+    (out,) = _Apply.apply(program, rows, work, formats, *inputs)
     return out[..., :channels] if missing else out
 
 

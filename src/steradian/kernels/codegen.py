@@ -329,7 +329,8 @@ class _Generator:
             address = b.add(self.input_places[operand], I64(self.stride * component))
             value = b.load(self._pointer(address, self.vector))
             value.align = self.itemsize
-        if node in self.kept:
+        # a vector of bfloat16 costs two instructions to widen, one that has gone to the stack a read
+        if node in self.kept or self.half_inputs[operand]:
             self.registers[node] = value
         return value
 
