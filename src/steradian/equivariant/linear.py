@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ class PathLinear(WithRole):
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
 
-    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars is a small
-    part of the work and, as energies come from it, a large one of the error.
+    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars, of which
+    energies are made, is a small part of the work and would be a large one of the error.
 
     Args:
         table: paths of the product.
@@ -91,7 +92,7 @@ class PathLinear(WithRole):
             wide = weight.dtype
             block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
             scale = weight.shape[0] ** -0.5 / self.divisor
-            matrix = of_weight(weight, ("scaled", scale, low), lambda value, s=scale, f=low: cast(value * s, f))
+            matrix = of_weight(weight, ("scaled", scale, low), partial(_scaled, scale=scale, low=low))
             blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
@@ -187,6 +188,10 @@ class EmbeddedLinear(WithRole):
             return made(weight)
         key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype, self.low)
         return of_weight(weight, key, made)
+
+
+def _scaled(weight: Tensor, scale: float, low: torch.dtype | None) -> Tensor:
+    return cast(weight * scale, low)
 
 
 def _unit_variance(weight: Tensor) -> Tensor:

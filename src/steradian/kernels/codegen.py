@@ -216,10 +216,10 @@ class _Generator:
         for node in self.order:
             if node in summed and node not in dots:
                 self.values[node] = self._scalar(node)
-        for slot, places, address in zip(self.program.outputs, self.program.nodes, output_rows):
+        for slot, nodes, address in zip(self.program.outputs, self.program.nodes, output_rows):
             if slot.operand.has_channels:
                 continue
-            for component, target in enumerate(places):
+            for component, target in enumerate(nodes):
                 if target is not None:
                     pointer = self._pointer(b.add(address, I64(component * self.itemsize)), self.real)
                     b.store(b.fadd(b.load(pointer), self.values[target], flags=FLAGS), pointer)
