@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from steradian.kernels.lanes import FLAGS, lanes_of
 from steradian.kernels.native import FUNCTION
-from steradian.kernels.program import Program, Slot, Term
+from steradian.kernels.program import Program, Slot, Term, needed_in_order
 
 __all__ = ["module_of"]
 
@@ -54,7 +54,7 @@ class _Generator:
         self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
         self.lanes = lanes_of(itemsize)
         self.vector = ir.VectorType(self.real, self.lanes)
-        self.order = _needed_in_order(program)
+        self.order = needed_in_order(program)
         self.module = ir.Module(name="program")
         kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
         self.function = ir.Function(self.module, kind, name=FUNCTION)
@@ -470,24 +470,3 @@ class _Generator:
         kinds = [self.vector] * count if first is self.vector else [first, *[self.vector] * count]
         known = self.module.globals.get(full)
         return known or ir.Function(self.module, ir.FunctionType(first, kinds), name=full)
-
-
-def _needed_in_order(program: Program) -> list[int]:
-    """Nodes that the outputs need, each just before its first use: values live for a short time."""
-    graph, seen = program.graph, set()
-    order: list[int] = []
-    for nodes in program.nodes:
-        for target in nodes:
-            stack = [(target, False)] if target is not None else []
-            while stack:
-                node, ready = stack.pop()
-                if ready:
-                    order.append(node)
-                    continue
-                if node in seen:
-                    continue
-                seen.add(node)
-                stack.append((node, True))
-                for _, a, b in reversed(graph.terms[node]):
-                    stack += [(factor, False) for factor in (b, a) if factor >= 0 and factor not in seen]
-    return order
