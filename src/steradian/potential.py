@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import capturing
 from steradian.config import ModelConfig, PrecisionConfig
+from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
 from steradian.precision import PrecisionPolicy, assign, policy_of
@@ -107,6 +109,8 @@ class Potential(nn.Module):
         Raises:
             ValueError: an element the potential was not trained on.
         """
+        if capturing():  # whoever prepared the graph has checked its elements
+            return self.species_of_number.index_select(0, numbers)
         known = self._species_of.get(numbers)
         if known is not None and known.device == self.device:
             return known
@@ -128,6 +132,9 @@ class Potential(nn.Module):
             stress: give the stress (zero for systems without a cell).
         """
         species = self.species(graph.numbers)
+        if graph.composition is not None and capturing():
+            atoms_of = dict(graph.composition)
+            sort_by_element(species, [atoms_of.get(number, 0) for number in self.elements])
         policy = self.policy
         with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)
@@ -202,7 +209,7 @@ class Potential(nn.Module):
             positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
             cell = cell + cell @ symmetric
         vectors = positions.index_select(0, graph.senders) - positions.index_select(0, graph.receivers)
-        if bool(graph.pbc.any()):
+        if graph.is_periodic:
             edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
             vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
         return positions, cell, vectors
@@ -220,7 +227,7 @@ class Potential(nn.Module):
 
 def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:
     """(1/V) dE/d(strain) ``[S, 3, 3]``; zero where there is no cell."""
-    volume = torch.linalg.det(cell).abs()
+    volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(1).abs()
     periodic = volume > 0
     safe = torch.where(periodic, volume, torch.ones_like(volume))
     return torch.where(periodic[:, None, None], strain_gradient / safe[:, None, None], 0.0)
