@@ -180,20 +180,17 @@ def test_a_list_that_gets_too_short_is_repeated():
     assert tight.capacity.edges > 64
     for a, b in zip(found, truth):  # other shapes, other order of sums
         assert a.energy[0] == pytest.approx(b.energy[0], abs=1e-11)
-    # in the middle of a run: the list holds the present edges and not one more
-    squeezed = argon(lattice=5.9)
-    least = int(DeviceMD(LennardJones(), [squeezed], settings, fixed_shapes=True).start() is not None)
-    flags = DeviceMD(LennardJones(), [squeezed], settings, fixed_shapes=True)
-    flags.start()
-    needs = flags.list.needs(flags.list.flags.tolist())
-    assert least
-    assert needs.edges < number
-    exact = Capacity(needs.width + 20, 64, needs.edges)
-    engine = DeviceMD(LennardJones(), [squeezed], settings, fixed_shapes=True, capacity=exact)
+    # in the middle of a run: shapes that hold the first edges and not one more
+    cold = argon(lattice=5.4)
+    roomy = DeviceMD(LennardJones(), [cold], settings, fixed_shapes=True)
+    roomy.start()
+    needs = roomy.list.needs(roomy.list.flags.tolist())
+    exact = dataclasses.replace(roomy.capacity, edges=needs.edges)
+    engine = DeviceMD(LennardJones(), [cold], settings, fixed_shapes=True, capacity=exact)
     engine.start()
     assert engine.capacity == exact
     found = snapshots(engine, 40, every=10)
-    truth = snapshots(DeviceMD(LennardJones(), [squeezed], settings, fixed_shapes=True), 40, every=10)
+    truth = snapshots(roomy, 40, every=10)
     assert engine.num_repeats > 0
     assert engine.capacity.edges > needs.edges
     for a, b in zip(found, truth):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from steradian.capture import static_step
 from steradian.graph import Graph, Prediction
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError
@@ -158,6 +159,7 @@ class DeviceMD:
             with torch.no_grad():
                 self._renew()
                 self._forces()
+                self._since += 1
                 packet = self._packet(wanted=True).cpu()
             needs = self._needs(packet)
             if needs is None or self._good(needs, 0):
@@ -299,7 +301,17 @@ class DeviceMD:
 
     def _prediction_of(self, graph: Graph) -> Callable[[], Prediction]:
         """A call of the model on the graph whose tensors change in place."""
-        return lambda: self.field(graph, forces=True)
+
+        def predict() -> Prediction:
+            here = graph
+            if graph.positions.device.type == "cpu":
+                # machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new
+                names = ("senders", "receivers", "shifts")
+                here = replace(graph, **{name: getattr(graph, name).clone() for name in names})
+            with static_step():
+                return self.field(here, forces=True)
+
+        return predict
 
     def _renew(self) -> None:
         if isinstance(self.list, DeviceList):
