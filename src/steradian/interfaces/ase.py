@@ -94,6 +94,10 @@ class SteradianCalculator(Calculator):
         if periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
 
+    def forget_list(self) -> None:
+        """Make the list of neighbours anew at the next call."""
+        self._listed = None
+
     def _graph(self, atoms: Atoms) -> Graph:
         if not self.skin:
             self.num_lists += 1
