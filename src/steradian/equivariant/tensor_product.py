@@ -150,6 +150,7 @@ class ChannelwiseTensorProduct(WithRole):
             gathers=[edges.senders, None, None if edges.pairs is None else edges.pairs.of_edge],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
+            in_order=True,
         )
         return messages.to(features.dtype)
 
