@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from steradian.capture import static_step
 from steradian.graph import Graph, Prediction
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError
-from steradian.simulate.verlet import Capacity, DeviceList, HostList, Needs
+from steradian.verlet import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 
 try:
     from steradian.execution.graphs import record
@@ -127,9 +127,8 @@ class DeviceMD:
         self.fixed_shapes = on_gpu if fixed_shapes is None else fixed_shapes
         self.record = on_gpu if record is None else record
         self._search = search
-        positions, velocities = (
-            np.concatenate([getattr(atoms, name)() for atoms in systems]) for name in ("get_positions", "get_velocities")
-        )
+        positions = np.concatenate([atoms.get_positions() for atoms in systems])
+        velocities = np.concatenate([atoms.get_velocities() for atoms in systems])
         self.state = State(positions, velocities, len(systems), self.device, dtype)
         masses = np.concatenate([atoms.get_masses() for atoms in systems])
         self.integrator = Integrator(settings, masses, [len(atoms) for atoms in systems], self.state)
@@ -138,6 +137,7 @@ class DeviceMD:
         self._every, self._since = 8, LONGEST_USE  # steps between lists, and since the last one
         self._worst, self._tried = 0.0, 0
         self.list: DeviceList | HostList
+        self._recorded: tuple[Callable[[], Any], Callable[[], Any]] | None = None
         self._make_list(capacity)
 
     @property
@@ -297,19 +297,14 @@ class DeviceMD:
         else:
             self.list = HostList(systems, cutoff, skin)
         self._since, self._tried = LONGEST_USE, 0
-        self._recorded: tuple[Callable[[], Any], Callable[[], Any]] | None = None
+        self._recorded = None
 
     def _prediction_of(self, graph: Graph) -> Callable[[], Prediction]:
         """A call of the model on the graph whose tensors change in place."""
 
         def predict() -> Prediction:
-            here = graph
-            if graph.positions.device.type == "cpu":
-                # machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new
-                names = ("senders", "receivers", "shifts")
-                here = replace(graph, **{name: getattr(graph, name).clone() for name in names})
             with static_step():
-                return self.field(here, forces=True)
+                return self.field(fresh_on_cpu(graph), forces=True)
 
         return predict
 

@@ -29,7 +29,7 @@ from steradian.graph import Graph
 from steradian.neighbors import neighbor_pairs
 from steradian.neighbors_device import Boxes, guess_width, make_search, rounded_up
 
-__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of"]
+__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of", "fresh_on_cpu"]
 
 #: of half the skin: what rounding may take
 SAFETY = 0.998
@@ -73,6 +73,17 @@ class Needs:
             if getattr(self, name) > getattr(capacity, name)
         }
         return replace(capacity, **larger)
+
+
+def fresh_on_cpu(graph: Graph) -> Graph:
+    """The graph of a device list as a model may take it.
+
+    Machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new. On a GPU nothing
+    is kept, and the graph is given as it is.
+    """
+    if graph.senders.device.type != "cpu":
+        return graph
+    return replace(graph, senders=graph.senders.clone(), receivers=graph.receivers.clone(), shifts=graph.shifts.clone())
 
 
 def boxes_of(systems: Sequence[Atoms]) -> Boxes:
@@ -132,6 +143,7 @@ class HostList:
         return replace(self._kept, positions=positions)
 
     def _too_far(self, positions: Tensor) -> bool:
+        assert self._positions is not None
         moved = (positions - self._positions).square().sum(1).max() if len(positions) else positions.new_zeros(())
         return not float(moved) < (0.5 * SAFETY * self.skin) ** 2
 
@@ -144,10 +156,10 @@ class HostList:
             )
             found.append((receivers + start, senders + start, shifts))
             start += size
-        receivers, senders, shifts = (torch.as_tensor(np.concatenate(part)) for part in zip(*found))
-        self._listed = replace(self._listed, receivers=receivers, senders=senders, shifts=shifts)
-        cells = self._listed.cell.index_select(0, self._listed.system.index_select(0, receivers))
-        self._offsets = torch.einsum("ei,eij->ej", shifts.double(), cells).to(positions.dtype)
+        joined = [torch.as_tensor(np.concatenate(part)) for part in zip(*found)]
+        self._listed = replace(self._listed, receivers=joined[0], senders=joined[1], shifts=joined[2])
+        cells = self._listed.cell.index_select(0, self._listed.system.index_select(0, joined[0]))
+        self._offsets = torch.einsum("ei,eij->ej", joined[2].double(), cells).to(positions.dtype)
         self._positions = positions.clone()
         self._near = None
         self.num_lists += 1
