@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,15 @@ class PathLinear(WithRole):
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
 
+    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars, of which
+    energies are made, is a small part of the work and would be a large one of the error.
+
     Args:
         table: paths of the product.
         num_channels: C.
         degrees_out: irreps of the result.
         widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
+        divisor: of the result, with no work of its own.
     """
 
     role = "paths"
@@ -66,9 +71,11 @@ class PathLinear(WithRole):
         num_channels: int,
         degrees_out: Degrees,
         widths: Mapping[tuple[int, int], int] | None = None,
+        divisor: float = 1.0,
     ) -> None:
         super().__init__()
         self.table, self.degrees_out, self.num_channels = table, degrees_out, num_channels
+        self.divisor = divisor
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(count * num_channels, num_channels if widths is None else widths[irrep]))
             for irrep, count in zip(table.degrees_out, table.counts)
@@ -76,31 +83,28 @@ class PathLinear(WithRole):
 
     def blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
         """``[N, 2 l + 1, width]`` of every irrep that a path reaches, from ``[N, D_paths, C]``."""
-        return {irrep: block.to(messages.dtype) for irrep, block in self._blocks(messages).items()}
-
-    def _blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
-        """In the format of the role."""
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
         sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
-        parts = cast(messages, self.low).split(sizes, dim=1)
         for (degree, parity), count, weight, part in zip(
-            self.table.degrees_out, self.table.counts, self.weights, parts
+            self.table.degrees_out, self.table.counts, self.weights, messages.split(sizes, dim=1)
         ):
-            block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            matrix = of_weight(
-                weight, ("scaled", self.low), lambda value: cast(value * value.shape[0] ** -0.5, self.low)
-            )
-            blocks[degree, parity] = _mix(block, matrix)
+            low = self.low if degree else None
+            wide = weight.dtype
+            block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+            scale = weight.shape[0] ** -0.5 / self.divisor
+            matrix = of_weight(weight, ("scaled", scale, low), partial(_scaled, scale=scale, low=low))
+            blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
     def forward(self, messages: Tensor) -> Tensor:
-        blocks = self._blocks(messages)
+        blocks = self.blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels), dtype=self.low)
+            shape = (messages.shape[0], 2 * degree + 1, self.num_channels)
+            empty = messages.new_zeros(shape, dtype=self.weights[0].dtype)
             out.append(blocks.get((degree, parity), empty))
-        return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).to(messages.dtype)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 class ElementLinear(WithRole):
@@ -202,6 +206,10 @@ class EmbeddedLinear(WithRole):
             return made(weight)
         key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype, self.low)
         return of_weight(weight, key, made)
+
+
+def _scaled(weight: Tensor, scale: float, low: torch.dtype | None) -> Tensor:
+    return cast(weight * scale, low)
 
 
 def _unit_variance(weight: Tensor) -> Tensor:
