@@ -15,10 +15,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "constant", "static_step", "tracing"]
+__all__ = ["capturing", "constant", "static_step", "step_number", "tracing"]
 
 _depth = 0
 _traces = 0
+_steps = 0
 
 
 def capturing() -> bool:
@@ -31,10 +32,16 @@ def tracing() -> bool:
     return _traces > 0
 
 
+def step_number() -> int:
+    """A number of its own for every step that is entered, 0 outside: what is kept under it is kept for one step."""
+    return _steps if _depth else 0
+
+
 @contextmanager
 def static_step(trace: bool = False) -> Iterator[None]:
     """Inside the ``with`` block :func:`capturing` is true (and :func:`tracing`, where asked)."""
-    global _depth, _traces
+    global _depth, _traces, _steps
+    _steps += not _depth
     _depth, _traces = _depth + 1, _traces + trace
     try:
         yield

@@ -61,6 +61,7 @@ class Graph:
         real: ``[S]`` bool, False for systems that only fill up a bucket (:mod:`steradian.execution.padding`), or None.
         periodic: whether any system is periodic, where it is known; saves a question to a GPU.
         composition: ``(atomic number, atoms)`` of the elements present, where it is known; saves the same.
+        layout: atoms of every system, where they are known; for attention between all atoms of a system.
         config_type: one label per system, for tables of errors per configuration type.
     """
 
@@ -83,6 +84,7 @@ class Graph:
     real: Tensor | None = None
     periodic: bool | None = None
     composition: tuple[tuple[int, int], ...] | None = None
+    layout: tuple[int, ...] | None = None
     config_type: tuple[str, ...] = ()
 
     @property

@@ -14,6 +14,7 @@ from steradian.config import ModelConfig, PrecisionConfig
 from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
+from steradian.operators.efa_systems import keep_layout
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -116,12 +117,21 @@ class Potential(nn.Module):
             return known
         species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
         if bool((species < 0).any()):
-            unknown = sorted({int(number) for number in numbers[species < 0]})
+            self.check_elements(numbers)
+        self._species_of[numbers] = species
+        return species
+
+    def check_elements(self, numbers: Tensor) -> None:
+        """Refuse atomic numbers ``[N]`` that the potential was not trained on.
+
+        Raises:
+            ValueError: names them.
+        """
+        unknown = sorted(set(numbers.tolist()) - set(self.elements))
+        if unknown:
             raise ValueError(
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
-        self._species_of[numbers] = species
-        return species
 
     def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
@@ -135,6 +145,8 @@ class Potential(nn.Module):
         if graph.composition is not None and capturing():
             atoms_of = dict(graph.composition)
             sort_by_element(species, [atoms_of.get(number, 0) for number in self.elements])
+        if graph.layout is not None and capturing():
+            keep_layout(graph.system, graph.layout)
         policy = self.policy
         with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)

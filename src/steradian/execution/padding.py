@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,16 +75,12 @@ class Buckets:
         for sizes in sorted(self.exact):
             if sizes.fits(needed):
                 return sizes
-        top = self.largest
-        return Sizes(
-            self._step(needed.atoms, self.smallest.atoms, 2, top and top.atoms),
-            self._step(needed.edges, self.smallest.edges, 32, top and top.edges),
-            self._step(needed.systems, self.smallest.systems, 1, top and top.systems),
-        )
+        return Sizes(*(self._step(name, getattr(needed, name)) for name in ("atoms", "edges", "systems")))
 
-    def _step(self, count: int, smallest: int, multiple: int, largest: int | None) -> int:
-        """The smallest step that is enough, a multiple of ``multiple`` (the largest one excepted)."""
-        start = smallest if largest is None else largest
+    def _step(self, name: str, count: int) -> int:
+        """The smallest step that is enough, a multiple of some number (the largest one excepted)."""
+        smallest, multiple = getattr(self.smallest, name), {"atoms": 2, "edges": 32, "systems": 1}[name]
+        start = smallest if self.largest is None else getattr(self.largest, name)
         power = math.ceil(math.log(max(count, smallest) / start, self.ratio) - 1e-9)
         for step in (power, power + 1):  # the logarithm may be off by rounding
             size = start * self.ratio**step
@@ -154,7 +151,7 @@ def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Grap
     positions[1::2, 0] = APART * cutoff
     senders, receivers = ghost_edges(have.atoms, sizes, num_edges=have.edges, device=graph.senders.device)
 
-    def longer(value: Tensor | None, count: int, fill: float = 0) -> Tensor | None:
+    def longer(value: Any, count: int, fill: float = 0) -> Any:
         if value is None:
             return None
         return torch.cat([value, value.new_full((count, *value.shape[1:]), fill)])
@@ -179,6 +176,7 @@ def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Grap
         pairs=_padded_pairs(graph, missing),
         real=longer(known, systems),
         composition=_with_ghosts(graph.composition, number, ghosts),
+        layout=None if graph.layout is None else (*graph.layout, ghosts, *(0,) * (systems - 1)),
         config_type=graph.config_type + ("",) * systems if graph.config_type else (),
     )
 
