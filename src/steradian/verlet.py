@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.graph import Graph
+from steradian.kernels.device_rows import keep_rows, update_rows
 from steradian.neighbors import neighbor_pairs
 from steradian.neighbors_device import Boxes, guess_width, make_search, rounded_up
 
@@ -214,6 +214,9 @@ class DeviceList:
         self._listed = torch.zeros((count, width), device=device, dtype=torch.bool)
         self._slots = torch.arange(capacity.edges, device=device)
         self._cells = self.graph.cell.index_select(0, self.graph.system[:count])
+        if device.type == "cuda":  # sorted once per step for all kernels that sum over them
+            keep_rows(self.graph.senders, self.graph.num_atoms)
+            keep_rows(self.graph.receivers, self.graph.num_atoms, ascending=True)
 
     @property
     def waits(self) -> bool:
@@ -254,6 +257,9 @@ class DeviceList:
         graph.receivers.copy_(torch.where(real, place // width, count + ghost))
         graph.shifts.copy_(shifts * real.unsqueeze(1))
         graph.positions[:count].copy_(positions)
+        if graph.senders.is_cuda:
+            update_rows(graph.senders)
+            update_rows(graph.receivers)
         self.flags[0] = torch.maximum(self.flags[0], moved)
         self.flags[3] = torch.maximum(self.flags[3], total.double())
         return graph
@@ -277,11 +283,7 @@ def _padded_graph(systems: Sequence[Atoms], boxes: Boxes, num_edges: int, cutoff
     system = np.concatenate([np.repeat(np.arange(num), boxes.sizes), np.full(ghosts, num)])
     cell = np.concatenate([boxes.cells, boxes.cells[:1]])
     pbc = np.concatenate([boxes.pbc, boxes.pbc[:1]])
-    known = {field.name for field in fields(Graph)}
-    facts: dict[str, Any] = {
-        "periodic": bool(pbc.any()),
-        "real": torch.tensor([True] * num + [False], device=device),
-    }
+    found, times = np.unique(numbers, return_counts=True)
     return Graph(
         positions=torch.cat([positions, torch.tensor(places, device=device, dtype=positions.dtype)]),
         numbers=torch.tensor(numbers.astype(np.int64), device=device),
@@ -292,5 +294,8 @@ def _padded_graph(systems: Sequence[Atoms], boxes: Boxes, num_edges: int, cutoff
         cell=torch.tensor(cell, device=device),
         pbc=torch.tensor(pbc, device=device),
         num_systems=num + 1,
-        **{name: value for name, value in facts.items() if name in known},
+        real=torch.tensor([True] * num + [False], device=device),
+        periodic=bool(pbc.any()),
+        composition=tuple(zip(found.tolist(), times.tolist())),
+        layout=(*boxes.sizes, ghosts),
     )

@@ -25,18 +25,15 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.capture import static_step
+from steradian.execution.graphs import record
+from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
+from steradian import kernels
+from steradian.operators.base import GlobalMixer
+from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError
 from steradian.verlet import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
-
-try:
-    from steradian.execution.graphs import record
-except ImportError:
-
-    def record(function, *, device, what):
-        return function
-
 
 __all__ = ["CHECK_EVERY", "DeviceMD", "ForceField", "Snapshot"]
 
@@ -75,6 +72,11 @@ class Snapshot:
     forces: np.ndarray
 
 
+def asks_for_the_lattice(potential: Potential) -> bool:
+    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
+    return any(isinstance(module, GlobalMixer) for module in potential.modules())
+
+
 @dataclass
 class _Block:
     start: int
@@ -98,7 +100,7 @@ class DeviceMD:
         record: record the step (CUDA graph); default: on a GPU.
         search: of neighbours, see :func:`~steradian.neighbors_device.make_search`.
         capacity: of lists of fixed shape, as a run that is resumed had it.
-        mode: how the model runs, as of :class:`steradian.execution.runner.Runner`.
+        mode: ``eager``, or ``compile``: the model's part of a step is compiled first (lists of fixed shape only).
 
     Raises:
         SimulationError: no systems, or one without atoms.
@@ -301,10 +303,20 @@ class DeviceMD:
 
     def _prediction_of(self, graph: Graph) -> Callable[[], Prediction]:
         """A call of the model on the graph whose tensors change in place."""
+        field = self.field
+        if isinstance(field, Potential):
+            field.check_elements(torch.as_tensor(np.concatenate([atoms.numbers for atoms in self.systems])))
+            if hasattr(kernels, "prepare_backend"):
+                kernels.prepare_backend(field, graph)
+            if asks_for_the_lattice(field) and graph.is_periodic:
+                self.record = False
+                return lambda: field(fresh_on_cpu(graph), forces=True)
+            if self.mode == "compile":
+                return Runner(field, "compile").function(graph)
 
         def predict() -> Prediction:
             with static_step():
-                return self.field(fresh_on_cpu(graph), forces=True)
+                return field(fresh_on_cpu(graph), forces=True)
 
         return predict
 
@@ -314,13 +326,13 @@ class DeviceMD:
         self._since = 0
 
     def _record(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Both halves of a step, recorded; recording runs them, so the state is put back afterwards."""
-        before = self.state.copy()
+        """Both halves of a step, recorded; the list has to be there for that."""
         with torch.no_grad():
             self._renew()
-            halves = (self.integrator.first_half, self._forces_and_kick)
-            first, second = (record(half, device=self.device, what="a step of molecular dynamics") for half in halves)
-        self.state.restore(before)
+            first, second = (
+                record(half, device=self.device, what="a step of molecular dynamics", state=self.state.tensors)
+                for half in (self.integrator.first_half, self._forces_and_kick)
+            )
         self._since = LONGEST_USE
         return first, second
 
