@@ -49,7 +49,7 @@ def pairs_of(graph: Graph) -> Pairs | None:
 
 
 def with_pairs(graph: Graph) -> Graph:
-    """The graph (on the CPU) with its pairs, which then go with it to a GPU; without where some edge has no opposite."""
+    """The graph (on the CPU) with its pairs, which go with it to a GPU; without where some edge has no opposite."""
     if graph.pairs is not None or graph.senders.device.type != "cpu" or not graph.num_edges:
         return graph
     found = pairs_of(graph)

@@ -99,8 +99,8 @@ class StepCache(Generic[T]):
         if self.made > 4 * self.keep and not self._warned:
             self._warned = True
             say(
-                f"{self.what}: {self.made} different sizes so far, of which {self.keep} are kept ready; most of the time"
-                " goes into preparing them. Use batches of more equal size (data.batch.max_atoms and max_edges) or"
+                f"{self.what}: {self.made} different sizes so far, of which {self.keep} are kept ready; most of the"
+                " time goes into preparing them. Use batches of more equal size (data.batch.max_atoms and max_edges) or"
                 " training.execution=eager"
             )
         return step

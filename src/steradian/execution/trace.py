@@ -26,7 +26,7 @@ Outputs = Any
 
 
 def keep_compiled_code() -> None:
-    """Let the compiler keep its code in this package's cache, unless ``TORCHINDUCTOR_CACHE_DIR`` names another place."""
+    """Let the compiler keep its code in this package's cache, unless ``TORCHINDUCTOR_CACHE_DIR`` names a place."""
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
     folder = cache_folder() / "inductor"
