@@ -2,7 +2,7 @@
 
 A search fills rows of K places: row i holds the neighbours of atom i. What does not fit is never dropped in silence:
 every search says how many places it would have needed, on the device, and whoever uses the rows reads that number
-before trusting them (:class:`~steradian.simulate.verlet.VerletRows` does).
+before trusting them (:class:`~steradian.verlet.VerletRows` does).
 
 Searches, by name:
 
@@ -396,9 +396,7 @@ def guess_width(boxes: Boxes, positions: np.ndarray, cutoff: float) -> tuple[int
     """Places per row for these positions, with room to spare, and edges in all; counted with vesin on the host."""
     widest, total, start = 0, 0, 0
     for index, size in enumerate(boxes.sizes):
-        receivers, _, _ = neighbor_pairs(
-            positions[start : start + size], boxes.cells[index], boxes.pbc[index], cutoff
-        )
+        receivers, _, _ = neighbor_pairs(positions[start : start + size], boxes.cells[index], boxes.pbc[index], cutoff)
         widest = max(widest, int(np.bincount(receivers, minlength=1).max(initial=0)))
         total, start = total + len(receivers), start + size
     return rounded_up(1.15 * widest + 2, 8), total

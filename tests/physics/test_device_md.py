@@ -28,7 +28,7 @@ from steradian.interfaces.ase import SteradianCalculator
 from steradian.kernels import use_backend
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.md import MDSettings, SimulationError, run_md
-from steradian.simulate.verlet import Capacity, DeviceList, HostList
+from steradian.verlet import Capacity, DeviceList, HostList
 
 STATISTICS = DatasetStatistics(
     elements=(1, 6, 8),
@@ -117,9 +117,7 @@ def test_nve_equals_ase(fixed_shapes):
 def test_nve_conserves_energy_to_second_order():
     spreads = []
     for timestep in (8.0, 4.0):
-        engine = DeviceMD(
-            LennardJones(), [argon()], MDSettings(ensemble="nve", timestep=timestep), fixed_shapes=True
-        )
+        engine = DeviceMD(LennardJones(), [argon()], MDSettings(ensemble="nve", timestep=timestep), fixed_shapes=True)
         run = snapshots(engine, int(800 / timestep))
         total = np.array([snapshot.energy[0] + snapshot.kinetic[0] for snapshot in run])
         assert np.ptp([snapshot.energy[0] for snapshot in run]) > 0.1, "nothing moved"
@@ -172,8 +170,9 @@ def test_a_list_that_gets_too_short_is_repeated():
     roomy = DeviceMD(LennardJones(), [argon()], settings, fixed_shapes=True)
     truth = snapshots(roomy, 60, every=10)
     assert roomy.num_repeats == 0
-    number = roomy.capacity.edges
-    tight = DeviceMD(LennardJones(), [argon()], settings, fixed_shapes=True, capacity=Capacity(8, 8, 64), search="cells")
+    tight = DeviceMD(
+        LennardJones(), [argon()], settings, fixed_shapes=True, capacity=Capacity(8, 8, 64), search="cells"
+    )
     found = snapshots(tight, 60, every=10)
     assert tight.capacity.width > 8
     assert tight.capacity.crowd > 8
@@ -227,9 +226,7 @@ def test_results_do_not_depend_on_how_often_lists_are_made():
     settings = MDSettings(timestep=4.0, temperature=80.0, skin=1.0)
     runs = []
     for every in (1, 7):
-        engine = DeviceMD(
-            LennardJones(), [argon()], settings, fixed_shapes=True, capacity=Capacity(128, 64, 64 * 108)
-        )
+        engine = DeviceMD(LennardJones(), [argon()], settings, fixed_shapes=True, capacity=Capacity(128, 64, 64 * 108))
         engine._every = every
         engine._adapt = lambda moved: None
         runs.append(snapshots(engine, 40, every=10))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,18 +25,15 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.capture import static_step
+from steradian.execution.graphs import record
+from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
+from steradian import kernels
+from steradian.operators.base import GlobalMixer
+from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError
-from steradian.simulate.verlet import Capacity, DeviceList, HostList, Needs
-
-try:
-    from steradian.execution.graphs import record
-except ImportError:
-
-    def record(function, *, device, what):
-        return function
-
+from steradian.verlet import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 
 __all__ = ["CHECK_EVERY", "DeviceMD", "ForceField", "Snapshot"]
 
@@ -75,6 +72,11 @@ class Snapshot:
     forces: np.ndarray
 
 
+def asks_for_the_lattice(potential: Potential) -> bool:
+    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
+    return any(isinstance(module, GlobalMixer) for module in potential.modules())
+
+
 @dataclass
 class _Block:
     start: int
@@ -98,7 +100,7 @@ class DeviceMD:
         record: record the step (CUDA graph); default: on a GPU.
         search: of neighbours, see :func:`~steradian.neighbors_device.make_search`.
         capacity: of lists of fixed shape, as a run that is resumed had it.
-        mode: how the model runs, as of :class:`steradian.execution.runner.Runner`.
+        mode: ``eager``, or ``compile``: the model's part of a step is compiled first (lists of fixed shape only).
 
     Raises:
         SimulationError: no systems, or one without atoms.
@@ -127,9 +129,8 @@ class DeviceMD:
         self.fixed_shapes = on_gpu if fixed_shapes is None else fixed_shapes
         self.record = on_gpu if record is None else record
         self._search = search
-        positions, velocities = (
-            np.concatenate([getattr(atoms, name)() for atoms in systems]) for name in ("get_positions", "get_velocities")
-        )
+        positions = np.concatenate([atoms.get_positions() for atoms in systems])
+        velocities = np.concatenate([atoms.get_velocities() for atoms in systems])
         self.state = State(positions, velocities, len(systems), self.device, dtype)
         masses = np.concatenate([atoms.get_masses() for atoms in systems])
         self.integrator = Integrator(settings, masses, [len(atoms) for atoms in systems], self.state)
@@ -138,6 +139,7 @@ class DeviceMD:
         self._every, self._since = 8, LONGEST_USE  # steps between lists, and since the last one
         self._worst, self._tried = 0.0, 0
         self.list: DeviceList | HostList
+        self._recorded: tuple[Callable[[], Any], Callable[[], Any]] | None = None
         self._make_list(capacity)
 
     @property
@@ -297,19 +299,24 @@ class DeviceMD:
         else:
             self.list = HostList(systems, cutoff, skin)
         self._since, self._tried = LONGEST_USE, 0
-        self._recorded: tuple[Callable[[], Any], Callable[[], Any]] | None = None
+        self._recorded = None
 
     def _prediction_of(self, graph: Graph) -> Callable[[], Prediction]:
         """A call of the model on the graph whose tensors change in place."""
+        field = self.field
+        if isinstance(field, Potential):
+            field.check_elements(torch.as_tensor(np.concatenate([atoms.numbers for atoms in self.systems])))
+            if hasattr(kernels, "prepare_backend"):
+                kernels.prepare_backend(field, graph)
+            if asks_for_the_lattice(field) and graph.is_periodic:
+                self.record = False
+                return lambda: field(fresh_on_cpu(graph), forces=True)
+            if self.mode == "compile":
+                return Runner(field, "compile").function(graph)
 
         def predict() -> Prediction:
-            here = graph
-            if graph.positions.device.type == "cpu":
-                # machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new
-                names = ("senders", "receivers", "shifts")
-                here = replace(graph, **{name: getattr(graph, name).clone() for name in names})
             with static_step():
-                return self.field(here, forces=True)
+                return field(fresh_on_cpu(graph), forces=True)
 
         return predict
 
@@ -319,13 +326,13 @@ class DeviceMD:
         self._since = 0
 
     def _record(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Both halves of a step, recorded; recording runs them, so the state is put back afterwards."""
-        before = self.state.copy()
+        """Both halves of a step, recorded; the list has to be there for that."""
         with torch.no_grad():
             self._renew()
-            halves = (self.integrator.first_half, self._forces_and_kick)
-            first, second = (record(half, device=self.device, what="a step of molecular dynamics") for half in halves)
-        self.state.restore(before)
+            first, second = (
+                record(half, device=self.device, what="a step of molecular dynamics", state=self.state.tensors)
+                for half in (self.integrator.first_half, self._forces_and_kick)
+            )
         self._since = LONGEST_USE
         return first, second
 

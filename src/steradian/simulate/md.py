@@ -24,9 +24,9 @@ from steradian.simulate.analysis import energy_drift
 from steradian.simulate.device_md import DeviceMD, Snapshot
 from steradian.simulate.files import RunFiles
 from steradian.simulate.settings import MDSettings, SimulationError
-from steradian.simulate.verlet import Capacity
+from steradian.verlet import Capacity
 
-__all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "run_md"]
+__all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "choose_device", "run_md"]
 
 ENGINES = ("auto", "ase", "device")
 TOO_HOT = 20.0  # times the target temperature, plus OFFSET
@@ -112,7 +112,9 @@ def run_md(
     """
     settings = settings or MDSettings()
     files = RunFiles(Path(folder))
-    place = _device(device, potential)
+    if not len(atoms):
+        raise SimulationError("no atoms to simulate")
+    place = choose_device(device, potential)
     chosen = _engine(engine, place, files if resume else None)
     if not isinstance(potential, Potential):
         potential = load_potential(potential, device=place)
@@ -125,7 +127,12 @@ def run_md(
     return MDResult(files.folder, max(start, steps), drift, float(log["temperature_K"].mean()))
 
 
-def _device(device: torch.device | str, potential: Potential | Path | str) -> torch.device:
+def choose_device(device: torch.device | str, potential: Potential | Path | str = "") -> torch.device:
+    """The device meant by ``auto`` (where the potential is, else a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        SimulationError: there is no such device.
+    """
     if str(device) == "auto":
         if isinstance(potential, Potential):
             return potential.device
@@ -135,7 +142,7 @@ def _device(device: torch.device | str, potential: Potential | Path | str) -> to
     except RuntimeError:
         raise SimulationError(f"device '{device}' is not known; choose auto, cpu or cuda") from None
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise SimulationError("there is no GPU that PyTorch can use: choose --device cpu, or install a CUDA build of it")
+        raise SimulationError("no GPU that PyTorch can use: choose --device cpu, or install a CUDA build of it")
     return place
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +25,11 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.graph import Graph
+from steradian.kernels.device_rows import keep_rows, update_rows
 from steradian.neighbors import neighbor_pairs
 from steradian.neighbors_device import Boxes, guess_width, make_search, rounded_up
 
-__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of"]
+__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of", "fresh_on_cpu"]
 
 #: of half the skin: what rounding may take
 SAFETY = 0.998
@@ -73,6 +73,17 @@ class Needs:
             if getattr(self, name) > getattr(capacity, name)
         }
         return replace(capacity, **larger)
+
+
+def fresh_on_cpu(graph: Graph) -> Graph:
+    """The graph of a device list as a model may take it.
+
+    Machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new. On a GPU nothing
+    is kept, and the graph is given as it is.
+    """
+    if graph.senders.device.type != "cpu":
+        return graph
+    return replace(graph, senders=graph.senders.clone(), receivers=graph.receivers.clone(), shifts=graph.shifts.clone())
 
 
 def boxes_of(systems: Sequence[Atoms]) -> Boxes:
@@ -132,6 +143,7 @@ class HostList:
         return replace(self._kept, positions=positions)
 
     def _too_far(self, positions: Tensor) -> bool:
+        assert self._positions is not None
         moved = (positions - self._positions).square().sum(1).max() if len(positions) else positions.new_zeros(())
         return not float(moved) < (0.5 * SAFETY * self.skin) ** 2
 
@@ -144,10 +156,10 @@ class HostList:
             )
             found.append((receivers + start, senders + start, shifts))
             start += size
-        receivers, senders, shifts = (torch.as_tensor(np.concatenate(part)) for part in zip(*found))
-        self._listed = replace(self._listed, receivers=receivers, senders=senders, shifts=shifts)
-        cells = self._listed.cell.index_select(0, self._listed.system.index_select(0, receivers))
-        self._offsets = torch.einsum("ei,eij->ej", shifts.double(), cells).to(positions.dtype)
+        joined = [torch.as_tensor(np.concatenate(part)) for part in zip(*found)]
+        self._listed = replace(self._listed, receivers=joined[0], senders=joined[1], shifts=joined[2])
+        cells = self._listed.cell.index_select(0, self._listed.system.index_select(0, joined[0]))
+        self._offsets = torch.einsum("ei,eij->ej", joined[2].double(), cells).to(positions.dtype)
         self._positions = positions.clone()
         self._near = None
         self.num_lists += 1
@@ -202,6 +214,9 @@ class DeviceList:
         self._listed = torch.zeros((count, width), device=device, dtype=torch.bool)
         self._slots = torch.arange(capacity.edges, device=device)
         self._cells = self.graph.cell.index_select(0, self.graph.system[:count])
+        if device.type == "cuda":  # sorted once per step for all kernels that sum over them
+            keep_rows(self.graph.senders, self.graph.num_atoms)
+            keep_rows(self.graph.receivers, self.graph.num_atoms, ascending=True)
 
     @property
     def waits(self) -> bool:
@@ -242,6 +257,9 @@ class DeviceList:
         graph.receivers.copy_(torch.where(real, place // width, count + ghost))
         graph.shifts.copy_(shifts * real.unsqueeze(1))
         graph.positions[:count].copy_(positions)
+        if graph.senders.is_cuda:
+            update_rows(graph.senders)
+            update_rows(graph.receivers)
         self.flags[0] = torch.maximum(self.flags[0], moved)
         self.flags[3] = torch.maximum(self.flags[3], total.double())
         return graph
@@ -265,11 +283,7 @@ def _padded_graph(systems: Sequence[Atoms], boxes: Boxes, num_edges: int, cutoff
     system = np.concatenate([np.repeat(np.arange(num), boxes.sizes), np.full(ghosts, num)])
     cell = np.concatenate([boxes.cells, boxes.cells[:1]])
     pbc = np.concatenate([boxes.pbc, boxes.pbc[:1]])
-    known = {field.name for field in fields(Graph)}
-    facts: dict[str, Any] = {
-        "periodic": bool(pbc.any()),
-        "real": torch.tensor([True] * num + [False], device=device),
-    }
+    found, times = np.unique(numbers, return_counts=True)
     return Graph(
         positions=torch.cat([positions, torch.tensor(places, device=device, dtype=positions.dtype)]),
         numbers=torch.tensor(numbers.astype(np.int64), device=device),
@@ -280,5 +294,8 @@ def _padded_graph(systems: Sequence[Atoms], boxes: Boxes, num_edges: int, cutoff
         cell=torch.tensor(cell, device=device),
         pbc=torch.tensor(pbc, device=device),
         num_systems=num + 1,
-        **{name: value for name, value in facts.items() if name in known},
+        real=torch.tensor([True] * num + [False], device=device),
+        periodic=bool(pbc.any()),
+        composition=tuple(zip(found.tolist(), times.tolist())),
+        layout=(*boxes.sizes, ghosts),
     )
