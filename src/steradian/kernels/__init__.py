@@ -31,6 +31,7 @@ def evaluate(
     scatter: Tensor | None = None,
     num_rows: int | None = None,
     locality: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     in_order: bool = False,
 ) -> Tensor:
     """Evaluate a polynomial row by row, gathering rows of the inputs and summing rows of the output on the way.
@@ -43,6 +44,7 @@ def evaluate(
         scatter: ``[B]`` the row of the output to which row b is added, or None.
         num_rows: number of rows of the output; needed with ``scatter``.
         locality: one of ``gathers`` whose rows are large: work that shares a row is done together; results stay.
+        dtype: format of the result, rounded to from complete sums; None for the widest format given.
         in_order: the caller's promise that ``scatter`` ascends, which saves sorting it on a GPU.
 
     Returns:
@@ -66,7 +68,7 @@ def evaluate(
     if backend in ("triton", "cuequivariance"):
         found = _on_gpu(backend, polynomial, inputs, list(gathers), scatter, num_rows, in_order, wide)
         if found is not None:
-            return found
+            return found if dtype is None else found.to(dtype)
         backend = "reference"
     readable = backend == "cpu" and wide == torch.float32
     inputs = [
@@ -76,8 +78,11 @@ def evaluate(
     if backend == "cpu":
         from steradian.kernels.apply import evaluate_cpu
 
-        return evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality)
-    return evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)
+        stored = dtype if dtype == torch.bfloat16 and readable else None
+        out = evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality, stored)
+    else:
+        out = evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)
+    return out if dtype is None else out.to(dtype)
 
 
 def _on_gpu(
@@ -116,5 +121,5 @@ def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
 
 def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Tensor | None]) -> bool:
     """Whether the machine code reads this input of bfloat16 itself; weights that are folded first are widened."""
-    folded = place == polynomial.outer and gathers[place] is not None
+    folded = polynomial.folds and place == polynomial.outer and gathers[place] is not None
     return value.dtype == torch.bfloat16 and polynomial.inputs[place].has_channels and not folded

@@ -26,7 +26,7 @@ from steradian.kernels.program import Program, needed_in_order
 __all__ = ["cache_folder", "compiled", "compiled_text"]
 
 #: Part of what identifies code in the cache: to be raised with every change of its makers.
-VERSION = 2
+VERSION = 4
 #: Name of the function in every module.
 FUNCTION = "run"
 #: Seconds of work after which the user is told.
