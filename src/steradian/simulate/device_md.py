@@ -24,11 +24,11 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from steradian import kernels
 from steradian.capture import static_step
 from steradian.execution.graphs import record
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
-from steradian import kernels
 from steradian.operators.base import GlobalMixer
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
