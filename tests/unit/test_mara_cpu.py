@@ -8,6 +8,7 @@ from mara_cases import edges_of, random_mara, system
 
 from steradian.kernels import use_backend
 from steradian.operators import mara_cpu
+from steradian.operators.mara_kernel import flat_tables
 from steradian.sphere.grids import lebedev
 
 
@@ -52,7 +53,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     leaves = [
         edges.vectors,
         mara._node_tables(features)[0].detach(),
-        mara_cpu.flat_tables(mara._tables(), mara.weights).detach(),
+        flat_tables(mara._tables(), mara.weights).detach(),
     ]
     results = {}
 

@@ -237,5 +237,6 @@ class MessagePassing(WithRole):
             gathers=[edges.senders, None, None],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
+            in_order=True,
         )
         return self.weights(products)

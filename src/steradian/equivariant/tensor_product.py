@@ -154,6 +154,7 @@ class ChannelwiseTensorProduct(WithRole):
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
             dtype=stored,
+            in_order=True,
         )
 
 

@@ -141,7 +141,7 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
         extra = [cotangent for cotangent in cotangents if cotangent is not None]
         found = iter(polynomial(derived, [*inputs, *extra], list(indices), counts, ascending, num_work, formats))
         nothing = [next(found) if asked else None for asked in wanted]
-    return None, nothing, [None] * len(indices), [None] * len(counts), None, None, None
+    return None, nothing, [None] * len(indices), None if counts else [], None, None, None
 
 
 polynomial.register_autograd(_backward, setup_context=_remember)

@@ -108,40 +108,46 @@ def run_program(
     """
     real = torch.float64 if any(value.dtype == torch.float64 for value in inputs) else torch.float32
     channels = next((value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels), 1)
-    outputs: list[Tensor | None] = [None] * len(program.outputs)
+    outputs: dict[int, Tensor] = {}
     for part in parts_of(program):
         targets = num_work if part.index is None else counts[part.index]
         tile = tile_of(part, num_work, targets, channels, real)
-        if tile.parts == 1:
-            places = {}
-            for position in part.positions:
-                if outputs[position] is None:
-                    outputs[position] = _output(program, position, (), targets, channels, formats[position], inputs[0])
+        places: dict[int, Tensor] = {}
+        for place, position in enumerate(part.positions):
+            if tile.parts > 1:
+                shape = (tile.parts, *_shape(part.program, place, targets, channels))
+                places[position] = _empty(part.program, place, shape, real, inputs[0])
+            elif position in outputs:
                 places[position] = outputs[position]
-            _launch(part, tile, rows, indices, num_work, targets, channels, real, inputs, places)
-            continue
-        places = {p: _output(part.program, k, (tile.parts,), targets, channels, real, inputs[0])
-                  for k, p in enumerate(part.positions)}  # fmt: skip
+            else:
+                shape = _shape(program, position, targets, channels)
+                places[position] = _empty(program, position, shape, formats[position], inputs[0])
         _launch(part, tile, rows, indices, num_work, targets, channels, real, inputs, places)
-        for position, divided in places.items():
-            total = divided.sum(0)
-            known = outputs[position]
-            outputs[position] = (total if known is None else known + total).to(formats[position])
+        for position, value in places.items():
+            if tile.parts > 1:  # so it is for every kernel of an output: components of the others are zero
+                total = value.sum(0).to(formats[position])
+                value = outputs[position] + total if position in outputs else total
+            outputs[position] = value
     for position, slot in enumerate(program.outputs):
-        if outputs[position] is None:  # zero everywhere
-            outputs[position] = _output(program, position, (), num_work, channels, formats[position], inputs[0])
+        scattered = slot.index is not None and slot.operand.has_channels
+        if position not in outputs:  # zero everywhere
+            targets = counts[slot.index] if scattered else num_work  # type: ignore[index]
+            outputs[position] = inputs[0].new_zeros(
+                _shape(program, position, targets, channels), dtype=formats[position]
+            )
         if slot.index is not None and not slot.operand.has_channels:
-            outputs[position] = _summed(outputs[position], slot.index, rows, indices, counts)  # type: ignore[arg-type]
-    return outputs  # type: ignore[return-value]
+            outputs[position] = _summed(outputs[position], slot.index, rows, indices, counts)
+    return [outputs[position] for position in range(len(program.outputs))]
 
 
-def _output(
-    program: Program, position: int, ahead: tuple, targets: int, channels: int, dtype: torch.dtype, like: Tensor
-) -> Tensor:
+def _shape(program: Program, position: int, targets: int, channels: int) -> tuple[int, ...]:
     operand = program.outputs[position].operand
-    shape = (*ahead, targets, operand.dim, channels) if operand.has_channels else (*ahead, targets, operand.dim)
-    full = None not in program.nodes[position]
-    return like.new_empty(shape, dtype=dtype) if full else like.new_zeros(shape, dtype=dtype)
+    return (targets, operand.dim, channels) if operand.has_channels else (targets, operand.dim)
+
+
+def _empty(program: Program, position: int, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for an output; zeros where the kernels leave components out."""
+    return like.new_zeros(shape, dtype=dtype) if None in program.nodes[position] else like.new_empty(shape, dtype=dtype)
 
 
 def _summed(

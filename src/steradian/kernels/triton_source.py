@@ -17,9 +17,10 @@ or float64 where an input is), whatever inputs and outputs are stored in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from steradian.kernels.program import Program, Term, needed_in_order
+from steradian.kernels.program import Program, Slot, Term, needed_in_order
 
 __all__ = ["FUNCTION", "Layout", "layout_of", "source_of"]
 
@@ -42,8 +43,8 @@ import triton.language as tl
 def source_of(program: Program, index: int | None) -> str:
     """The text of a module with one Triton kernel, called :data:`FUNCTION`.
 
-    Its arguments are pointers to the inputs, to the row index of every gathered input, (with segments) to the order of
-    the rows and to the bounds of the segments, to the outputs that are written; the number of rows (of segments); then
+    Its arguments are pointers to the inputs, to every row index that gathers one of them, (with segments) to the order
+    of the rows and the bounds of the segments, to the outputs that are written; the number of rows (of segments); then
     the constants C, ROWS, BLOCK, REAL and, with segments, ORDERED (rows are not in order of their segment) and PARTS.
 
     Args:
@@ -55,10 +56,17 @@ def source_of(program: Program, index: int | None) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a program reads and writes."""
+    """What a program reads and writes.
+
+    Attributes:
+        nodes: in the order in which they are computed.
+        read: operands.
+        gathered: the first operand of every row index.
+        written: outputs.
+    """
 
     nodes: list[int]
-    read: list[int]  # operands
+    read: list[int]
     gathered: list[int]
     written: list[int]
 
@@ -66,7 +74,12 @@ class Layout:
 def layout_of(program: Program) -> Layout:
     nodes = needed_in_order(program)
     read = sorted({source[0] for node in nodes if (source := program.graph.source[node]) is not None})
-    gathered = [operand for operand in read if program.inputs[operand].index is not None]
+    firsts: dict[int, int] = {}
+    for operand in read:
+        index = program.inputs[operand].index
+        if index is not None:
+            firsts.setdefault(index, operand)
+    gathered = list(firsts.values())
     written = [place for place, nodes_of in enumerate(program.nodes) if any(node is not None for node in nodes_of)]
     return Layout(nodes, read, gathered, written)
 
@@ -97,7 +110,12 @@ class _Writer:
         if self.index is not None:
             names += ["order", "bounds"]
             constants += ["ORDERED", "PARTS"]
-        return [*names, *(f"o{k}" for k in layout.written), "num_rows", *(f"{name}: tl.constexpr" for name in constants)]
+        return [
+            *names,
+            *(f"o{k}" for k in layout.written),
+            "num_rows",
+            *(f"{name}: tl.constexpr" for name in constants),
+        ]
 
     def _plain(self) -> None:
         self._line("row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]")
@@ -122,9 +140,9 @@ class _Writer:
         self._scalars(node for node in self.layout.nodes if node in self.summed and node not in dots)
         for place in self.layout.written:
             if not self.program.outputs[place].operand.has_channels:
-                for component, node in enumerate(self.program.nodes[place]):
-                    if node is not None:
-                        self._line(f"tl.store(q{place} + {component}, {self._value(node)}, mask=known)")
+                for component, target in enumerate(self.program.nodes[place]):
+                    if target is not None:
+                        self._line(f"tl.store(q{place} + {component}, {self._value(target)}, mask=known)")
 
     def _segments(self) -> None:
         self._line("segment = tl.program_id(0).to(tl.int64)")
@@ -163,18 +181,14 @@ class _Writer:
 
     def _rows(self) -> None:
         """Addresses of the rows of the inputs; nothing is read for rows that are not there."""
-        indices: dict[int, str] = {}
+        read: set[int] = set()
         for operand in self.layout.read:
             slot = self.program.inputs[operand]
-            at = "row"
-            if slot.index is not None:
-                at = indices.setdefault(slot.index, f"r{slot.index}")
-                if at == f"r{slot.index}" and list(indices).count(slot.index) and operand == self._first_of(slot.index):
-                    self._line(f"{at} = tl.load(g{operand} + row, mask=known, other=0).to(tl.int64)")
+            if slot.index is not None and slot.index not in read:
+                read.add(slot.index)
+                self._line(f"r{slot.index} = tl.load(g{operand} + row, mask=known, other=0).to(tl.int64)")
+            at = "row" if slot.index is None else f"r{slot.index}"
             self._line(f"p{operand} = i{operand} + {at} * ({self._size(slot)})")
-
-    def _first_of(self, index: int) -> int:
-        return next(operand for operand in self.layout.gathered if self.program.inputs[operand].index == index)
 
     def _channels(self, block: str) -> None:
         self._line(f"channel = ({block} * BLOCK + tl.arange(0, BLOCK))[None, :]")
@@ -183,7 +197,7 @@ class _Writer:
         self._line("else:")
         self._line("    inside = known & (channel < C)")
 
-    def _scalars(self, nodes) -> None:  # type: ignore[no-untyped-def]
+    def _scalars(self, nodes: Iterable[int]) -> None:
         for node in nodes:
             if self.graph.vector[node]:
                 continue
@@ -204,9 +218,9 @@ class _Writer:
         stores: dict[int, list[tuple[int, int]]] = {}
         for place in self.layout.written:
             if self.program.outputs[place].operand.has_channels:
-                for component, node in enumerate(self.program.nodes[place]):
-                    if node is not None:
-                        stores.setdefault(node, []).append((place, component))
+                for component, target in enumerate(self.program.nodes[place]):
+                    if target is not None:
+                        stores.setdefault(target, []).append((place, component))
         for node in self.layout.nodes:
             if node in dots:
                 self._sum(f"v{node}", node, f"v{node}")
@@ -229,7 +243,7 @@ class _Writer:
     def _line(self, text: str) -> None:
         self.lines.append("    " * self.indent + text)
 
-    def _size(self, slot) -> str:  # type: ignore[no-untyped-def]
+    def _size(self, slot: Slot) -> str:
         return f"{slot.operand.dim} * C" if slot.operand.has_channels else str(slot.operand.dim)
 
     def _is_vector_input(self, node: int) -> bool:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from steradian.config import MARAConfig
 from steradian.kernels import backend_for
 from steradian.kernels.frozen import of_weights
+from steradian.operators import mara_gpu
 from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.mara_kernel import (
     NUMBERS_PER_BLOCK,
     LogitTables,
     attention_on_sphere,
+    flat_tables,
     gate_logits_to_pooled,
 )
+from steradian.precision import WithRole, cast
 from steradian.sphere.grids import SphereGrid, equiangular, make_grid
 
 __all__ = ["MARA", "mara_factory", "sphere_field"]
@@ -81,7 +84,7 @@ class _DistanceField(torch.autograd.Function):
         return vectors * (2 * pull.sum(1, keepdim=True) - along) - lengths * (pull @ points), None
 
 
-class MARA(EdgeGate):
+class MARA(WithRole, EdgeGate):
     r"""Modular Angular-Radial Attention in the published, laboratory frame.
 
     For the edge from neighbour j to centre i with field ``f_k`` on the points of a sphere grid with weights ``w_k``:
@@ -123,6 +126,7 @@ class MARA(EdgeGate):
 
     rotation: Rotation = "lab_frame"
     supports_pbc = True
+    role = "attention"
 
     def __init__(
         self,
@@ -258,15 +262,26 @@ class MARA(EdgeGate):
     def _attend(self, edges: Any, nodes: Tensor) -> Tensor:
         """``[E, H]`` pooled attention without the value's node term."""
         dropout = self.dropout if self.training else 0.0
-        if not dropout and backend_for(edges.vectors, nodes) == "cpu":
-            from steradian.operators.mara_cpu import flat_tables, pool_on_sphere
+        if dropout:
+            nodes = nodes.to(edges.vectors.dtype)
+            return self._pool(edges.vectors, edges.receivers, nodes, self._tables(), dropout)
+        squared = self.field == "squared"
+        if mara_gpu.is_served(edges.vectors, nodes, self.grid.num_points, squared):
+            flat = self._flat_tables()
+            return mara_gpu.pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, squared)
+        nodes = nodes.to(edges.vectors.dtype)
+        if backend_for(edges.vectors, nodes) == "cpu":
+            from steradian.operators.mara_cpu import pool_on_sphere
 
-            names = ("W_f", "Wk_f", "Wv_f", *(("p",) if self.p is not None else ()))
-            weights = [getattr(self, name) for name in names]
-            tables = of_weights(weights, self, lambda: flat_tables(self._tables(), self.weights))
             reference = partial(self._pool_reference, edges.receivers)
-            return pool_on_sphere(edges.vectors, nodes, tables, edges.receivers, self.points, self.field, reference)
-        return self._pool(edges.vectors, edges.receivers, nodes, self._tables(), dropout)
+            flat = self._flat_tables()
+            return pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, self.field, reference)
+        return self._pool(edges.vectors, edges.receivers, nodes, self._tables())
+
+    def _flat_tables(self) -> Tensor:
+        names = ("W_f", "Wk_f", "Wv_f", *(("p",) if self.p is not None else ()))
+        weights = [getattr(self, name) for name in names]
+        return of_weights(weights, self, lambda: flat_tables(self._tables(), self.weights))
 
     def _pool_reference(self, receivers: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor) -> Tensor:
         """What the CPU's machine code computes, from its tables, in plain PyTorch."""
@@ -310,7 +325,7 @@ class MARA(EdgeGate):
         if self.normalize:
             attention, _, _ = self._normalized_attention(scalars, field, centres, edges.senders[chosen])
         else:
-            nodes = self._node_tables(scalars)[0][centres]
+            nodes = self._node_tables(scalars)[0][centres].to(scalars.dtype)
             point = nodes[..., 1:] + self.weights.log()
             attention = attention_on_sphere(field, nodes[..., 0], point, self._tables())
         return attention, (self.weights @ attention).mean(1)
@@ -330,19 +345,18 @@ class MARA(EdgeGate):
         return self._per_head(table).mean(-1)
 
     def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per atom a_i . u' and a_i . p ``[N, H, 1 + K]``, mean value and mean query ``[N, H]``.
+        """Per atom a_i . u' and a_i . p ``[N, H, 1 + K]`` in the format of the role; mean value, mean query ``[N, H]``.
 
         The hidden width is contracted on the weights, before any atom is seen: one product with [F, H (K + 3)].
         """
         points = self.grid.num_points
-        columns = of_weights(
-            [self.W_h, self.Wk_f, self.Wv_h, *([] if self.p is None else [self.p])], self, self._node_columns
-        )
-        out = (scalars @ columns).unflatten(1, (self.num_heads, -1))
+        weights = [self.W_h, self.Wk_f, self.Wv_h, *([] if self.p is None else [self.p])]
+        columns = of_weights(weights, (self, self.low), lambda: cast(self._node_columns(), self.low))
+        out = (cast(scalars, self.low) @ columns).unflatten(1, (self.num_heads, -1))
         nodes = out[..., 2:]
         if self.p is None:
             nodes = torch.cat([nodes, out.new_zeros((*out.shape[:2], points))], dim=2)
-        return nodes, out[..., 0], out[..., 1]
+        return nodes, out[..., 0].to(scalars.dtype), out[..., 1].to(scalars.dtype)
 
     def _node_columns(self) -> Tensor:
         """``[F, H (3 + K)]``: features to mean value, mean query, a . u', a . p of each head."""

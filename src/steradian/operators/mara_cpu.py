@@ -30,7 +30,7 @@ from steradian.kernels.sphere_attention import (
 )
 from steradian.kernels.team import run_tasks
 
-__all__ = ["flat_tables", "pool_on_sphere"]
+__all__ = ["pool_on_sphere"]
 
 #: Blocks of edges that share one set of sums of table derivatives, so that the sums do not depend on the threads.
 BLOCKS_PER_SUM = 32
@@ -80,23 +80,6 @@ def pool_on_sphere(
         return _run("value", constants, vectors, nodes, tables).pooled
     pooled = _Pooled.apply(vectors, nodes, (tables,), constants)
     return pooled + _ByTables.apply(tables, (vectors, nodes), constants) if tables.requires_grad else pooled
-
-
-def flat_tables(tables: Any, weights: Tensor) -> Tensor:
-    """``[H, 2 + 4 K + K^2]`` of :class:`steradian.operators.mara_kernel.LogitTables` and quadrature weights ``[K]``:
-    field_field, value_field, point_field, field_point, value_point, weights, point_point with log weights of l."""
-    heads = tables.field_field.shape[0]
-    return torch.cat(
-        [
-            torch.stack([tables.field_field, tables.value_field], dim=1),
-            tables.point_field,
-            tables.field_point,
-            tables.value_point,
-            weights.expand(heads, -1),
-            (tables.point_point + weights.log()).flatten(1),
-        ],
-        dim=1,
-    )
 
 
 class _Results(NamedTuple):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["plain_pool", "pool_on_sphere"]
+from steradian.operators.triton_gate import largest_error, may_serve, register_check, triton_serves
+
+__all__ = ["is_served", "plain_pool", "pool_on_sphere"]
 
 VALUE, SLOPES, TANGENT = 0, 1, 2
 ARRAYS = {VALUE: 2, SLOPES: 3, TANGENT: 6}
@@ -24,7 +26,8 @@ BYTES_OF_SUMS = 1 << 26
 MOST_CHUNKS, EDGES_OF_CHUNK = 512, 16
 """...and how many chunks of how many edges there are at most and at least."""
 MANY_EDGES = 1 << 14
-"""From so many edges on a warp has 32 of them; with fewer, edges are spread over more warps."""
+"""From so many edges on a block of threads has twice as many of them, and a thread four numbers in place of two."""
+LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 class Centres(NamedTuple):
@@ -45,8 +48,7 @@ _CENTRES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def centres_of(receivers: Tensor, num_nodes: int) -> Centres:
-    """Kept as long as the index lives unchanged; made anew inside of a CUDA graph or a trace, where what is made belongs
-    to the graph."""
+    """Kept as long as the index lives unchanged; made anew in a CUDA graph or a trace, which owns what is made."""
     if _is_recorded(receivers):
         return _make_centres(receivers, num_nodes)
     state = (num_nodes, receivers._version)
@@ -65,7 +67,7 @@ def _make_centres(receivers: Tensor, num_nodes: int) -> Centres:
 
 def _is_recorded(tensor: Tensor) -> bool:
     """Whether operations on the tensor are traced or captured, not simply done."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_inference():
         return True
     if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return True
@@ -81,7 +83,8 @@ def pool_on_sphere(
         vectors: ``[E, 3]`` from receiver to sender [Å]; float32 or float64, and so is the arithmetic.
         nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights); in
             this or a shorter format.
-        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara_cpu.flat_tables`.
+        tables: ``[H, 2 + 4 K + K^2]``, see
+            :func:`steradian.operators.mara_kernel.flat_tables`.
         receivers: ``[E]`` centre of each edge; fastest in ascending order.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
@@ -207,7 +210,7 @@ def _spread_backward(ctx: Any, by_vectors: Tensor | None, by_nodes: Tensor | Non
     along_nodes = torch.zeros_like(nodes) if by_nodes is None else by_nodes
     nothing = (None,) * 8
     if torch.is_grad_enabled():  # somebody will differentiate again
-        inputs = [tensor.view_as(tensor) for tensor in (gradient, vectors, nodes, tables)]
+        inputs = [_alias(tensor) for tensor in (gradient, vectors, nodes, tables)]
         pooled = plain_pool(*inputs[1:], receivers, grid, ctx.squared)
         first = torch.autograd.grad(pooled, inputs[1:3], inputs[0], create_graph=True)
         found = torch.autograd.grad(first, inputs, (along_vectors, along_nodes), create_graph=True, allow_unused=True)
@@ -218,6 +221,11 @@ def _spread_backward(ctx: Any, by_vectors: Tensor | None, by_nodes: Tensor | Non
         with_tables,
     )  # fmt: skip
     return *found, by_tables if with_tables else None, *nothing
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor where differentiation can stop, although others may be functions of it."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 _spread.register_autograd(_spread_backward, setup_context=_save_spread)
@@ -251,7 +259,9 @@ def _(
 
 
 @torch.library.custom_op("steradian::mara_by_tables", mutates_args=())
-def _by_tables(tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
+def _by_tables(
+    tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool
+) -> Tensor:
     """Zero, ``[E, H]``, with the derivatives of pooled by the tables."""
     return vectors.new_zeros((vectors.shape[0], nodes.shape[1]))
 
@@ -269,7 +279,7 @@ def _save_by_tables(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _by_tables_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     tables, vectors, nodes, receivers, grid = ctx.saved_tensors
     if torch.is_grad_enabled():
-        tables, vectors, nodes = (tensor.view_as(tensor) for tensor in (tables, vectors, nodes))
+        tables, vectors, nodes = (_alias(tensor) for tensor in (tables, vectors, nodes))
         pooled = plain_pool(vectors, nodes, tables, receivers, grid, ctx.squared)
         return torch.autograd.grad(pooled, tables, gradient, create_graph=True)[0], *(None,) * 5
     return _sums_by_tables(gradient, tables, vectors, nodes, receivers, grid, ctx.squared), *(None,) * 5
@@ -298,9 +308,7 @@ def _(
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _to_nodes(
-    by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, centres: Centres, nodes: Tensor
-) -> Tensor:
+def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, centres: Centres, nodes: Tensor) -> Tensor:
     """``[N, H, 1 + K]`` sums over the edges of each centre, in the format of ``nodes``."""
     from steradian.operators.mara_triton_sums import node_kernel
 
@@ -314,7 +322,7 @@ def _to_nodes(
     node_kernel[grid](
         by_slope, by_point, by_slope if gradient is None else gradient.contiguous(), *centres, by_nodes,
         num_edges, width - 1, num_heads,
-        SCALED=gradient is not None, EDGES=16, POINTS=points, num_warps=2,
+        SCALED=gradient is not None, EDGES=16, POINTS=points, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return by_nodes.to(nodes.dtype)
 
@@ -337,8 +345,8 @@ class _Run:
         self.meaning = {"SQUARED": squared, "KINK": kink}
 
     def _blocks(self) -> dict[str, int]:
-        edges = 32 if self.num_edges >= MANY_EDGES else 8
-        return {"EDGES": edges, "POINTS": min(32, _power_of_two(self.num_points)), "UNROLL": 4, "num_warps": 4}
+        edges = 16 if self.num_edges >= MANY_EDGES and self.vectors.dtype == torch.float32 else 8
+        return {"EDGES": edges, "POINTS": min(32, _power_of_two(self.num_points)), "UNROLL": 2, **LAUNCH}
 
     def rows(self, kind: int, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled (or its tangent) ``[H, E]``, its derivative by s ``[H, E]``, and what is kept ``[H, A, K, E]``."""
@@ -376,7 +384,7 @@ class _Run:
         heads, points = self.num_heads, self.num_points
         if not self.num_edges:
             return self.vectors.new_zeros((heads, self.sizes[3]))
-        block = min(32, _power_of_two(points))
+        block = min(16, _power_of_two(points))
         blocks = -(-points // block)
         size = points * (points + 3 * blocks) + 2 * blocks**2
         most = min(MOST_CHUNKS, max(1, BYTES_OF_SUMS // (size * heads * self.vectors.element_size())))
@@ -385,7 +393,7 @@ class _Run:
         sums = self.vectors.new_empty((heads, chunks, size))
         table_kernel[(blocks**2, chunks, heads)](
             *self.given, self.gradient, kept, sums, *self.sizes, chunk, size,
-            TANGENT=kind == TANGENT, ARRAYS=ARRAYS[kind], POINTS=block, num_warps=4, **self.meaning,
+            TANGENT=kind == TANGENT, ARRAYS=ARRAYS[kind], POINTS=block, **self.meaning, **LAUNCH,
         )  # fmt: skip
         entries, others, pair = sums.sum(1).split([points**2, 3 * blocks * points, 2 * blocks**2], dim=1)
         rest = others.view(heads, 3, blocks, points).sum(2)  # by B, F and v
@@ -394,3 +402,53 @@ class _Run:
 
 def _power_of_two(number: int) -> int:
     return max(2, 1 << (number - 1).bit_length())
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.005}
+"""By format of the nodes: their derivatives are rounded to it."""
+
+
+def is_served(vectors: Tensor, nodes: Tensor, num_points: int, squared: bool) -> bool:
+    """Whether the kernels run for these edges: see :func:`steradian.operators.triton_gate.triton_serves`."""
+    if not may_serve(vectors):
+        return False
+    formats = [str(tensor.dtype).removeprefix("torch.") for tensor in (vectors, nodes)]
+    if formats[0] not in ("float32", "float64"):
+        return False
+    problem = (
+        f"{' '.join(formats)}, {nodes.shape[1]} heads, {num_points} points, {'squared' if squared else 'distance'}"
+    )
+    return triton_serves("MARA", problem, vectors, nodes)
+
+
+def _check(device: torch.device, problem: str) -> float:
+    """Error over tolerance of values and two derivatives, for 21 edges of 6 centres."""
+    formats, heads, points, field = problem.split(", ")
+    wide, short = (getattr(torch, name) for name in formats.split())
+    num_heads, num_points = int(heads.split()[0]), int(points.split()[0])
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    tables = 0.3 * random(num_heads, 2 + 4 * num_points + num_points**2)
+    tables[:, 2 + 3 * num_points : 2 + 4 * num_points] = 1 / num_points
+    inputs = [random(21, 3), 0.3 * random(6, num_heads, 1 + num_points), tables]
+    grid = torch.nn.functional.normalize(random(num_points, 3), dim=1).to(device, wide)
+    receivers = torch.arange(21, device=device) // 4
+    directions = [random(21, num_heads), *(random(*value.shape) for value in inputs)]
+    found = []
+    for pool in (pool_on_sphere, plain_pool):
+        leaves = [value.to(device, dtype).requires_grad_() for value, dtype in zip(inputs, (wide, short, wide))]
+        pooled = pool(*leaves, receivers, grid, field == "squared")
+        to = [direction.to(device) for direction in directions]
+        first = torch.autograd.grad(pooled, leaves[:2], to[0].to(pooled.dtype), create_graph=True)
+        mixture = sum((value * way.to(value.dtype)).sum() for value, way in zip((pooled, *first), (to[0], *to[1:3])))
+        assert isinstance(mixture, Tensor)
+        found.append([pooled, *first, *torch.autograd.grad(mixture, leaves)])
+    return largest_error(*found, TOLERANCES[formats.split()[1]])
+
+
+register_check("MARA", _check)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LogitTables", "attention_on_sphere", "gate_logits_to_pooled"]
+__all__ = ["LogitTables", "attention_on_sphere", "flat_tables", "gate_logits_to_pooled"]
 
 #: Numbers in a block of [edges, K, K] logits: small enough for the cache, large enough for few calls...
 NUMBERS_PER_BLOCK = 2**20
@@ -44,6 +44,23 @@ class LogitTables(NamedTuple):
     point_point: Tensor
     value_field: Tensor
     value_point: Tensor
+
+
+def flat_tables(tables: LogitTables, weights: Tensor) -> Tensor:
+    """``[H, 2 + 4 K + K^2]`` of :class:`LogitTables` and quadrature weights ``[K]``:
+    field_field, value_field, point_field, field_point, value_point, weights, point_point with log weights of l."""
+    heads = tables.field_field.shape[0]
+    return torch.cat(
+        [
+            torch.stack([tables.field_field, tables.value_field], dim=1),
+            tables.point_field,
+            tables.field_point,
+            tables.value_point,
+            weights.expand(heads, -1),
+            (tables.point_point + weights.log()).flatten(1),
+        ],
+        dim=1,
+    )
 
 
 class _HeadInputs(NamedTuple):

@@ -69,7 +69,12 @@ def load_point(grid, k, real):
 @triton.jit
 def across(x, AXIS: tl.constexpr):
     """The four tensors with a new axis."""
-    return tl.expand_dims(x[0], AXIS), tl.expand_dims(x[1], AXIS), tl.expand_dims(x[2], AXIS), tl.expand_dims(x[3], AXIS)
+    return (
+        tl.expand_dims(x[0], AXIS),
+        tl.expand_dims(x[1], AXIS),
+        tl.expand_dims(x[2], AXIS),
+        tl.expand_dims(x[3], AXIS),
+    )
 
 
 @triton.jit
@@ -396,7 +401,10 @@ def column_kernel(
         slope_dot = tl.load(node_dot, mask=known, other=0.0).to(per_r.dtype)
         scale = tl.load(gradient + edge * num_heads + head, mask=known, other=0.0).to(per_r.dtype)
     nothing = per_r * 0.0
-    first_sums, second_sums = (nothing, nothing, nothing, nothing, nothing), (nothing, nothing, nothing, nothing, nothing)
+    first_sums, second_sums = (
+        (nothing, nothing, nothing, nothing, nothing),
+        (nothing, nothing, nothing, nothing, nothing),
+    )
     for first in range(0, num_points, POINTS):
         k = (first + tl.arange(0, POINTS)).to(tl.int64)
         real = k < num_points
