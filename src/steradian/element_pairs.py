@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from steradian.capture import capturing
 from steradian.radial import polynomial_envelope
 
 __all__ = ["AgnesiTransform", "NuclearRepulsion", "SoftTransform", "make_repulsion", "make_transform"]
@@ -112,9 +113,10 @@ class NuclearRepulsion(_PairModule):
     def forward(self, lengths: Tensor, species: Tensor, senders: Tensor, receivers: Tensor) -> Tensor:
         """``[N]`` [eV]: half of every pair's energy goes to each of its atoms. Arguments as for the transforms."""
         end = self.sum_of_radii(species, senders, receivers)
-        (near,) = (lengths < end).nonzero(as_tuple=True)  # few: the others are beyond the end
-        lengths, end = lengths.index_select(0, near), end.index_select(0, near)
-        senders, receivers = senders.index_select(0, near), receivers.index_select(0, near)
+        if lengths.device.type == "cpu" and not capturing():
+            (near,) = (lengths < end).nonzero(as_tuple=True)  # few: the others are beyond the end
+            lengths, end = lengths.index_select(0, near), end.index_select(0, near)
+            senders, receivers = senders.index_select(0, near), receivers.index_select(0, near)
         charges = self.numbers.index_select(0, species)
         sizes = charges.pow(self.exponent)
         screening_length = self.prefactor * BOHR / (sizes.index_select(0, senders) + sizes.index_select(0, receivers))

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ class Graph:
         weight: ``[S]`` weight of a system in the loss, or None for ones.
         dipoles: ``[N, 3]`` atomic dipoles, for models that embed them, or None.
         share: where the graph is one process's part of a system, the atoms it answers for; positions are centred.
+        pairs: pairs of opposite edges where they were looked for beforehand (:func:`steradian.pairs.with_pairs`). They
+            belong to these edges: to be dropped where senders and receivers are replaced.
+        real: ``[S]`` bool, False for systems that only fill up a bucket (:mod:`steradian.execution.padding`), or None.
+        periodic: whether any system is periodic, where it is known; saves a question to a GPU.
+        composition: ``(atomic number, atoms)`` of the elements present, where it is known; saves the same.
+        layout: atoms of every system, where they are known; for attention between all atoms of a system.
         config_type: one label per system, for tables of errors per configuration type.
     """
 
@@ -74,7 +80,22 @@ class Graph:
     weight: Tensor | None = None
     dipoles: Tensor | None = None
     share: Share | None = None
+    pairs: Pairs | None = None
+    real: Tensor | None = None
+    periodic: bool | None = None
+    composition: tuple[tuple[int, int], ...] | None = None
+    layout: tuple[int, ...] | None = None
     config_type: tuple[str, ...] = ()
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether any system is periodic; asks ``pbc`` where it is not known."""
+        return bool(self.pbc.any()) if self.periodic is None else self.periodic
+
+    @property
+    def pbc_if_periodic(self) -> Tensor | None:
+        """``pbc``, or None where it is known that no system is periodic."""
+        return None if self.periodic is False else self.pbc
 
     @property
     def num_atoms(self) -> int:
@@ -87,17 +108,21 @@ class Graph:
     @property
     def atoms_per_system(self) -> Tensor:
         """``[S]`` number of atoms of each system, int64."""
-        return torch.bincount(self.system, minlength=self.num_systems)
+        # not bincount, which waits for a GPU
+        return self.system.new_zeros(self.num_systems).index_add(0, self.system, torch.ones_like(self.system))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
         """Move to a device and cast the floating-point inputs; energies stay float64 (totals need the digits)."""
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 floating = value.is_floating_point() and field.name != "energy"
                 changes[field.name] = value.to(device=device, dtype=dtype if floating else None)
-        return replace(self, **changes)  # type: ignore[arg-type]
+        if self.pairs is not None:
+            first, of_edge = self.pairs.first.to(device=device), self.pairs.of_edge.to(device=device)
+            changes["pairs"] = replace(self.pairs, first=first, of_edge=of_edge)
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

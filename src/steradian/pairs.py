@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import capturing
 from steradian.graph import Graph
 
-__all__ = ["Pairs", "pairs_of"]
+__all__ = ["Pairs", "pairs_of", "with_pairs"]
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,30 @@ _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def pairs_of(graph: Graph) -> Pairs | None:
-    """The pairs of a graph on the CPU, kept as long as its list of senders lives; None where they would save little.
+    """The pairs of a graph: its own, or on the CPU found, and kept as long as its list of senders lives.
 
-    An edge whose opposite is not listed is a pair of its own.
+    None where they would save little. An edge whose opposite is not listed is a pair of its own.
     """
     senders, receivers, shifts = graph.senders, graph.receivers, graph.shifts
-    if senders.device.type != "cpu" or not len(senders) or torch.compiler.is_compiling():
+    if graph.pairs is not None and len(graph.pairs.of_edge) == len(senders):
+        return graph.pairs
+    if senders.device.type != "cpu" or not len(senders) or capturing() or torch.compiler.is_compiling():
         return None
     known = _KNOWN.get(senders)
     if known is None or known[0] is not receivers or known[1] is not shifts:
         known = (receivers, shifts, _find(senders.numpy(), receivers.numpy(), shifts.numpy(), graph.num_atoms))
         _KNOWN[senders] = known
     return known[2]
+
+
+def with_pairs(graph: Graph) -> Graph:
+    """The graph (on the CPU) with its pairs, which go with it to a GPU; without where some edge has no opposite."""
+    if graph.pairs is not None or graph.senders.device.type != "cpu" or not graph.num_edges:
+        return graph
+    found = pairs_of(graph)
+    if found is None or 2 * len(found.first) != graph.num_edges:
+        return graph
+    return replace(graph, pairs=found)
 
 
 def _find(senders: np.ndarray, receivers: np.ndarray, shifts: np.ndarray, num_atoms: int) -> Pairs | None:

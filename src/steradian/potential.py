@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import capturing
 from steradian.config import ModelConfig, PrecisionConfig
+from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
+from steradian.operators.efa_systems import keep_layout
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -107,17 +110,28 @@ class Potential(nn.Module):
         Raises:
             ValueError: an element the potential was not trained on.
         """
+        if capturing():  # whoever prepared the graph has checked its elements
+            return self.species_of_number.index_select(0, numbers)
         known = self._species_of.get(numbers)
         if known is not None and known.device == self.device:
             return known
         species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
         if bool((species < 0).any()):
-            unknown = sorted({int(number) for number in numbers[species < 0]})
+            self.check_elements(numbers)
+        self._species_of[numbers] = species
+        return species
+
+    def check_elements(self, numbers: Tensor) -> None:
+        """Refuse atomic numbers ``[N]`` that the potential was not trained on.
+
+        Raises:
+            ValueError: names them.
+        """
+        unknown = sorted(set(numbers.tolist()) - set(self.elements))
+        if unknown:
             raise ValueError(
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
-        self._species_of[numbers] = species
-        return species
 
     def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
@@ -128,6 +142,11 @@ class Potential(nn.Module):
             stress: give the stress (zero for systems without a cell).
         """
         species = self.species(graph.numbers)
+        if graph.composition is not None and capturing():
+            atoms_of = dict(graph.composition)
+            sort_by_element(species, [atoms_of.get(number, 0) for number in self.elements])
+        if graph.layout is not None and capturing():
+            keep_layout(graph.system, graph.layout)
         policy = self.policy
         with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)
@@ -202,7 +221,7 @@ class Potential(nn.Module):
             positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
             cell = cell + cell @ symmetric
         vectors = positions.index_select(0, graph.senders) - positions.index_select(0, graph.receivers)
-        if bool(graph.pbc.any()):
+        if graph.is_periodic:
             edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
             vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
         return positions, cell, vectors
@@ -220,7 +239,7 @@ class Potential(nn.Module):
 
 def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:
     """(1/V) dE/d(strain) ``[S, 3, 3]``; zero where there is no cell."""
-    volume = torch.linalg.det(cell).abs()
+    volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(1).abs()
     periodic = volume > 0
     safe = torch.where(periodic, volume, torch.ones_like(volume))
     return torch.where(periodic[:, None, None], strain_gradient / safe[:, None, None], 0.0)

@@ -214,6 +214,6 @@ def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
             module.low = format_of("attention" if operator else module.role)
             if module.takes_int8 and not operator:
                 module.int8 = policy.int8.get(module.role)
-        for role in ("accumulate", "tables", "harmonics"):
+        for role in ("accumulate", "tables", "harmonics", "paths"):
             if hasattr(module, f"{role}_dtype"):
                 setattr(module, f"{role}_dtype", format_of(role, layer if role in LAYER_ROLES else None))

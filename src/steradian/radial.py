@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.activations import silu
+from steradian.capture import constant
 from steradian.config import RadialConfig
 from steradian.kernels import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
@@ -79,8 +80,8 @@ class _Bernstein(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, num: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.num = num
-        binomials = [math.comb(num - 1, k) for k in range(num)]
-        return _powers(x, num) * _powers(1 - x, num).flip(-1) * torch.tensor(binomials, dtype=x.dtype, device=x.device)
+        binomials = constant(tuple(math.comb(num - 1, k) for k in range(num)), x.dtype, x.device)
+        return _powers(x, num) * _powers(1 - x, num).flip(-1) * binomials
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:

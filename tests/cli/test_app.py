@@ -97,6 +97,8 @@ def test_version():
         (("md", "plain.safetensors", "empty.xyz"), "ASE cannot read it"),
         (("md", "plain.safetensors", "gold.xyz"), "does not know Au"),
         (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "-1"), "timestep must be positive"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--device", "abacus"), "choose auto, cpu or cuda"),
+        (("md", "plain.safetensors", "gold.xyz", "--engine", "device", "--device", "cpu"), "does not know Au"),
         (("evaluate", "plain.safetensors", "none.xyz"), "none.xyz"),
         (("train",), "give a configuration file, or --data FILE"),
         (("train", "--data", "empty.xyz"), "empty"),
@@ -127,3 +129,21 @@ def test_attend_writes_pictures_and_numbers(folder):
         # equal shares average to one: the profile is a density over the sphere
         assert np.all(file["profile_0"] >= 0)
         assert file["alpha_0"].std() > 0
+
+
+def test_dynamics_on_the_device(folder):
+    """The engine of a GPU, on the CPU: the same files, and a run that goes on."""
+    command = ("md", "plain.safetensors", "formaldehyde.xyz", "--out", "run", "--engine", "device", "--device", "cpu")
+    for ensemble in ("nve", "bussi"):
+        answer = run(*command, "--steps", 20, "--ensemble", ensemble, "--overwrite", cwd=folder)
+        assert answer.returncode == 0, answer.stderr
+    assert "20 steps, mean temperature" in answer.stdout
+    names = {"trajectory.extxyz", "md.csv", "md.png", "restart.json", "settings.json"}
+    assert {entry.name for entry in (folder / "run").iterdir()} == names
+    answer = run(*command, "--steps", 40, "--ensemble", "bussi", "--resume", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    table = np.genfromtxt(folder / "run" / "md.csv", delimiter=",", names=True)
+    assert table["step"].tolist() == [0, 10, 20, 30, 40]
+    answer = run(*command[:-4], "--engine", "ase", "--steps", 50, "--ensemble", "bussi", "--resume", cwd=folder)
+    assert answer.returncode == 2
+    assert "another engine" in answer.stderr

@@ -16,6 +16,7 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.neighbors import make_graph
+from steradian.verlet import Capacity
 
 STATISTICS = DatasetStatistics(
     elements=(1, 6, 8),
@@ -78,6 +79,43 @@ def test_the_skin_changes_nothing_and_saves_lists(make):
         assert np.allclose(reused.get_forces(), fresh.get_forces(), atol=1e-11)
         assert abs(reused.get_potential_energy() - fresh.get_potential_energy()) < 1e-10
     assert reused.calc.num_lists < fresh.calc.num_lists / 2
+
+
+@pytest.mark.parametrize("make", [lambda: molecule("CH3CH2OH"), crystal], ids=["molecule", "crystal"])
+@pytest.mark.parametrize("skin", [0.0, 0.6])
+def test_lists_of_fixed_shape_give_the_same(make, skin):
+    """What runs on a GPU, on a CPU."""
+    generator = np.random.default_rng(4)
+    plain, padded = make(), make()
+    plain.calc = SteradianCalculator(potential(gate=True))
+    padded.calc = SteradianCalculator(potential(gate=True), skin=skin)
+    padded.calc.on_device = True
+    for move in range(12):
+        step = generator.normal(scale=0.03, size=plain.positions.shape)
+        if move == 5:
+            step[0] += 1.0  # a jump
+        plain.positions += step
+        padded.positions += step
+        if move == 8 and plain.pbc.any():  # more neighbours than there were places for
+            for atoms in (plain, padded):
+                atoms.set_cell(atoms.cell * 0.8, scale_atoms=True)
+        expected, found = plain.get_forces(), padded.get_forces()
+        assert np.allclose(found, expected, atol=1e-11)
+        assert np.abs(expected).max() > 1e-3
+        for name in ("energy", "energies", *(("stress",) if plain.pbc.any() else ())):
+            assert np.allclose(padded.calc.results[name], plain.calc.results[name], atol=1e-10)
+    assert (padded.calc.num_lists < 12) == bool(skin)
+
+
+def test_a_list_of_fixed_shape_that_is_too_short_is_made_again():
+    atoms = crystal()
+    atoms.calc = SteradianCalculator(potential(), skin=0.3)
+    atoms.calc.on_device = True
+    atoms.calc._capacity = Capacity(8, 64, 64)
+    expected = crystal()
+    expected.calc = SteradianCalculator(potential())
+    assert np.allclose(atoms.get_forces(), expected.get_forces(), atol=1e-11)
+    assert atoms.calc._rows[0].capacity.width > 8
 
 
 def test_the_skin_notices_jumps_and_new_cells():

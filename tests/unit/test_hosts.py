@@ -62,6 +62,19 @@ def layer_inputs(potential):
     return seen[0]
 
 
+@pytest.mark.parametrize("host", ["mace", "nequip"])
+def test_a_gate_acts_on_every_message_exactly_once(host):
+    """A gate of 0.3 is the same as radial weights times 0.3."""
+    gated = made(host, make_gate=lambda spec: Constant(0.3))
+    bare = made(host)
+    bare.load_state_dict(gated.state_dict())
+    assert not torch.allclose(bare(graph()).energy, gated(graph()).energy, atol=1e-6)
+    with torch.no_grad():
+        for layer in bare.host.layers:
+            layer.radial_network.weights[-1].mul_(0.3)
+    torch.testing.assert_close(bare(graph()).forces, gated(graph()).forces, rtol=1e-10, atol=1e-12)
+
+
 def test_nequip_gated_by_node_scales_the_features_before_the_convolution():
     """Algorithm 2 of the MARA paper: the gate of a sender multiplies its features once they are mixed."""
     config = ModelConfig(host=SMALL["nequip"], edge_gate=MARAConfig(where="node", gate="published", hidden_dim=8))

@@ -236,10 +236,14 @@ def _product_inputs(channels: int):
     return polynomial, features, harmonics, weights, senders, receivers, atoms
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("stack", [128 * 1024, 0])
 @pytest.mark.parametrize("channels", [16, 24])
-def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels):
+def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels, stack, shared, monkeypatch):
     """Same numbers as casting by hand; gradients and second derivatives in bfloat16 are the rounded ones."""
+    monkeypatch.setattr("steradian.kernels.apply.MOST_STACK", stack)
     polynomial, features, harmonics, weights, senders, receivers, atoms = _product_inputs(channels)
+    of_edge = torch.randint(len(weights), (len(weights),)) if shared else None
 
     def run(backend: str, by_hand: bool):
         leaves = [
@@ -249,8 +253,16 @@ def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels):
         ]
         given = [cast(value, torch.float32) if by_hand else value for value in leaves]
         with use_backend(backend):
-            out = kernels.evaluate(polynomial, given, gathers=[senders, None, None], scatter=receivers, num_rows=atoms)
-            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            out = kernels.evaluate(
+                polynomial,
+                given,
+                gathers=[senders, None, of_edge],
+                scatter=receivers,
+                num_rows=atoms,
+                dtype=None if by_hand else torch.bfloat16,
+            )
+            out = out.to(torch.bfloat16)
+            first = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=True)
             second = torch.autograd.grad(sum(value.float().square().sum() for value in first), leaves)
         return [out, *first, *second]
 
@@ -262,6 +274,42 @@ def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels):
     for ours, truth in zip(run("cpu", False)[:4], run("reference", True)[:4]):
         step = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
         assert float((ours.float() - truth.float()).abs().max() / truth.float().abs().max()) < step
+
+
+def test_weights_that_two_edges_share_are_read_as_they_are(monkeypatch):
+    """Widening them first would cost more than bfloat16 brings."""
+    from steradian.kernels import apply
+
+    polynomial, features, harmonics, weights, senders, receivers, atoms = _product_inputs(16)
+    seen = []
+    whole = apply.evaluate_cpu
+    monkeypatch.setattr(
+        apply, "evaluate_cpu", lambda table, given, *rest: seen.append(given) or whole(table, given, *rest)
+    )
+    of_edge = torch.arange(len(weights))
+    given = [features, harmonics, weights.bfloat16()]
+    with use_backend("cpu"):
+        kernels.evaluate(polynomial, given, gathers=[senders, None, of_edge], scatter=receivers, num_rows=atoms)
+    assert [value.dtype for value in seen[0]] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_scalars_are_mixed_in_the_format_of_the_weights():
+    from steradian.equivariant.irreps import natural_degrees
+    from steradian.equivariant.linear import PathLinear
+    from steradian.equivariant.tensor_product import channelwise_polynomial
+
+    degrees = natural_degrees(1)
+    table = channelwise_polynomial(degrees, 1, degrees)[1]
+    mixing = PathLinear(table, 16, degrees, divisor=3.0)
+    messages = torch.randn(5, table.dim, 16)
+    exact = mixing(messages)
+    mixing.low = torch.bfloat16
+    rounded = mixing(messages)
+    assert torch.equal(rounded[:, :1], exact[:, :1])
+    assert 1e-4 < float((rounded[:, 1:] - exact[:, 1:]).abs().max() / exact.abs().max()) < 1e-2
+    whole = PathLinear(table, 16, degrees)
+    whole.load_state_dict(mixing.state_dict())
+    torch.testing.assert_close(whole(messages) / 3.0, exact)
 
 
 def test_rounding_to_bfloat16_is_that_of_pytorch():

@@ -16,19 +16,30 @@ __all__ = ["md"]
 class Ensemble(enum.StrEnum):
     nve = "nve"
     langevin = "langevin"
+    bussi = "bussi"
+
+
+class Engine(enum.StrEnum):
+    auto = "auto"
+    ase = "ase"
+    device = "device"
 
 
 def md(
     model: Annotated[Path, typer.Argument(help="Model file or folder of a run.", show_default=False)],
     structure: Annotated[Path, typer.Argument(help="Start; any file that ASE reads.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the simulation.")] = Path("md"),
-    ensemble: Annotated[Ensemble, typer.Option(help="Velocity Verlet or a Langevin thermostat.")] = Ensemble.langevin,
+    ensemble: Annotated[Ensemble, typer.Option(help="Velocity Verlet or a thermostat.")] = Ensemble.langevin,
     temperature: Annotated[float, typer.Option(help="[K]")] = 300.0,
     steps: Annotated[int, typer.Option(min=1, help="Length of the whole run.")] = 10000,
     timestep: Annotated[float, typer.Option(help="[fs]")] = 0.5,
-    friction: Annotated[float, typer.Option(help="[1/ps]")] = 10.0,
+    friction: Annotated[float, typer.Option(help="[1/ps]; for bussi the inverse of its relaxation time.")] = 10.0,
     save_every: Annotated[int, typer.Option(help="Steps between saved frames.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the velocities and the thermostat.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="ASE's integrators, or positions that stay on the device; auto: device on a GPU.")
+    ] = Engine.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Precision = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -40,7 +51,7 @@ def md(
     import ase.io
 
     from steradian.evaluation.plots import save
-    from steradian.simulate.md import MDSettings, run_md
+    from steradian.simulate.md import MDSettings, choose_device, run_md
     from steradian.simulate.pictures import simulation_picture
 
     if not structure.is_file():
@@ -57,10 +68,11 @@ def md(
         seed=seed,
         save_every=save_every,
     )
+    place = choose_device(device)
     with Progress(steps) as progress:
         try:
             result = run_md(
-                model if precision is None else load(model, "cpu", precision),
+                model if precision is None else load(model, str(place), precision),
                 atoms,
                 out,
                 steps=steps,
@@ -68,11 +80,13 @@ def md(
                 resume=resume,
                 overwrite=overwrite,
                 report=progress.show,
+                engine=engine.value,
+                device=place,
             )
         except KeyboardInterrupt:
             typer.echo(f"interrupted; the same command with --resume goes on in {out}", err=True)
             raise
-    target = temperature if ensemble is Ensemble.langevin else None
+    target = None if ensemble is Ensemble.nve else temperature
     save(simulation_picture(out / "md.csv", len(atoms), target), out / "md.png")
     typer.echo(
         f"{result.steps} steps, mean temperature {result.temperature:.0f} K, drift of the total energy "

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import capturing
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
 from steradian.kernels.frozen import of_weight
 from steradian.precision import WithRole, cast
 
-__all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear"]
+__all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear", "sort_by_element"]
 
 
 class IrrepsLinear(WithRole):
@@ -50,11 +52,15 @@ class PathLinear(WithRole):
 
     Scaled by 1/sqrt(paths * C) of each irrep. Irreps of ``degrees_out`` that no path reaches are zero.
 
+    A format of its own (:mod:`steradian.precision`) is that of degree 1 and above. The product of the scalars, of which
+    energies are made, is a small part of the work and would be a large one of the error.
+
     Args:
         table: paths of the product.
         num_channels: C.
         degrees_out: irreps of the result.
         widths: channels of every output irrep, where they are not C; then only :meth:`blocks` can be used.
+        divisor: of the result, with no work of its own.
     """
 
     role = "paths"
@@ -65,9 +71,11 @@ class PathLinear(WithRole):
         num_channels: int,
         degrees_out: Degrees,
         widths: Mapping[tuple[int, int], int] | None = None,
+        divisor: float = 1.0,
     ) -> None:
         super().__init__()
         self.table, self.degrees_out, self.num_channels = table, degrees_out, num_channels
+        self.divisor = divisor
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(count * num_channels, num_channels if widths is None else widths[irrep]))
             for irrep, count in zip(table.degrees_out, table.counts)
@@ -75,31 +83,28 @@ class PathLinear(WithRole):
 
     def blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
         """``[N, 2 l + 1, width]`` of every irrep that a path reaches, from ``[N, D_paths, C]``."""
-        return {irrep: block.to(messages.dtype) for irrep, block in self._blocks(messages).items()}
-
-    def _blocks(self, messages: Tensor) -> dict[tuple[int, int], Tensor]:
-        """In the format of the role."""
         num_atoms = messages.shape[0]
         blocks: dict[tuple[int, int], Tensor] = {}
         sizes = [(2 * degree + 1) * count for (degree, _), count in zip(self.table.degrees_out, self.table.counts)]
-        parts = cast(messages, self.low).split(sizes, dim=1)
         for (degree, parity), count, weight, part in zip(
-            self.table.degrees_out, self.table.counts, self.weights, parts
+            self.table.degrees_out, self.table.counts, self.weights, messages.split(sizes, dim=1)
         ):
-            block = part.reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
-            matrix = of_weight(
-                weight, ("scaled", self.low), lambda value: cast(value * value.shape[0] ** -0.5, self.low)
-            )
-            blocks[degree, parity] = _mix(block, matrix)
+            low = self.low if degree else None
+            wide = weight.dtype
+            block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
+            scale = weight.shape[0] ** -0.5 / self.divisor
+            matrix = of_weight(weight, ("scaled", scale, low), partial(_scaled, scale=scale, low=low))
+            blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
     def forward(self, messages: Tensor) -> Tensor:
-        blocks = self._blocks(messages)
+        blocks = self.blocks(messages)
         out = []
         for degree, parity in self.degrees_out:
-            empty = messages.new_zeros((messages.shape[0], 2 * degree + 1, self.num_channels), dtype=self.low)
+            shape = (messages.shape[0], 2 * degree + 1, self.num_channels)
+            empty = messages.new_zeros(shape, dtype=self.weights[0].dtype)
             out.append(blocks.get((degree, parity), empty))
-        return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).to(messages.dtype)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 class ElementLinear(WithRole):
@@ -117,7 +122,10 @@ class ElementLinear(WithRole):
         """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
         scale = (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
         weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(value * scale, self.low))
-        order, back, counts = _by_element(species, weight.shape[0])
+        known = _by_element(species, weight.shape[0])
+        if known is None:
+            return _of_own_element(cast(features, self.low), self.degrees, weight, species).to(features.dtype)
+        order, back, counts = known
         if not len(order):
             return features.new_zeros((0, features.shape[1], weight.shape[-1]))
         parts = cast(features, self.low).index_select(0, order).split([count for _, count in counts])
@@ -156,8 +164,11 @@ class EmbeddedLinear(WithRole):
             species: ``[N]`` index into the table of elements.
             embedding: ``[Z, T]``.
         """
-        order, back, counts = _by_element(species, embedding.shape[0])
         parts = cast(features, self.low).split([2 * degree + 1 for degree, _ in self.degrees], dim=1)
+        known = _by_element(species, embedding.shape[0])
+        if known is None:
+            return self._of_own_element(parts, species, embedding, features.dtype)
+        order, back, counts = known
         present = [element for element, _ in counts]
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
@@ -172,12 +183,23 @@ class EmbeddedLinear(WithRole):
             out[irrep] = torch.cat(mixed).index_select(0, back) if mixed else empty
         return {irrep: block.to(features.dtype) for irrep, block in out.items()}
 
+    def _of_own_element(
+        self, parts: Sequence[Tensor], species: Tensor, embedding: Tensor, dtype: torch.dtype
+    ) -> dict[tuple[int, int], Tensor]:
+        out = {}
+        for irrep, weight in zip(self.kept, self.weights):
+            matrices = torch.stack(self._per_element(weight, embedding, list(range(embedding.shape[0]))))
+            block = parts[self.degrees.index(irrep)]
+            out[irrep] = _of_own_element(block, (irrep,), matrices.unsqueeze(1), species).to(dtype)
+        return out
+
     def _per_element(self, weight: Tensor, embedding: Tensor, present: list[int]) -> list[Tensor]:
         """``[C_in, width]`` of every element in a list; made once for frozen weights."""
 
         def made(value: Tensor) -> list[Tensor]:
             scale = (value.shape[0] * value.shape[1]) ** -0.5
-            mixed = torch.einsum("zt,ctd->zcd", embedding[present] * scale, value)
+            rows = embedding if len(present) == len(embedding) else embedding[present]
+            mixed = torch.einsum("zt,ctd->zcd", rows * scale, value)
             return list(cast(mixed, self.low).contiguous().unbind(0))
 
         if embedding.requires_grad:
@@ -186,19 +208,51 @@ class EmbeddedLinear(WithRole):
         return of_weight(weight, key, made)
 
 
+def _scaled(weight: Tensor, scale: float, low: torch.dtype | None) -> Tensor:
+    return cast(weight * scale, low)
+
+
 def _unit_variance(weight: Tensor) -> Tensor:
     return weight * weight.shape[1] ** -0.5
 
 
+def _of_own_element(features: Tensor, degrees: Degrees, weight: Tensor, species: Tensor) -> Tensor:
+    """``[N, D, C_out]`` with every element's own maps ``[Z, irreps, C_in, C_out]``, as a product with one-hot elements.
+
+    Shapes do not depend on the composition; the work grows with the number of elements.
+    """
+    mine = (species.unsqueeze(1) == torch.arange(weight.shape[0], device=species.device)).to(features.dtype)  # [N, Z]
+    out = []
+    for index, block in enumerate(features.split([2 * degree + 1 for degree, _ in degrees], dim=1)):
+        spread = block.unsqueeze(2) * mine[:, None, :, None]  # [N, d, Z, C_in], zero but for the own element
+        rows = spread.reshape(block.shape[0] * block.shape[1], -1)
+        mixed = rows @ weight[:, index].reshape(-1, weight.shape[3])
+        out.append(mixed.view(block.shape[0], block.shape[1], weight.shape[3]))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
 _ELEMENTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+ByElement = tuple[Tensor, Tensor, list[tuple[int, int]]]
 
-def _by_element(species: Tensor, num_elements: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Order of the atoms by element, its inverse, and ``(element, atoms)`` of the elements present."""
-    known = _ELEMENTS.get(species)
-    if known is None:
-        order = torch.argsort(species, stable=True)
-        counts = torch.bincount(species, minlength=num_elements).tolist()
-        known = (order, torch.argsort(order), [(element, count) for element, count in enumerate(counts) if count])
-        _ELEMENTS[species] = known
+
+def sort_by_element(species: Tensor, counts: Sequence[int]) -> None:
+    """Say how many atoms ``[N]`` each element has, so that maps per element need not ask a GPU for it.
+
+    Args:
+        species: ``[N]`` index into the table of elements; the order is kept as long as this tensor lives.
+        counts: ``[Z]``.
+    """
+    order = torch.argsort(species, stable=True)
+    present = [(element, count) for element, count in enumerate(counts) if count]
+    _ELEMENTS[species] = (order, torch.argsort(order), present)
+
+
+def _by_element(species: Tensor, num_elements: int) -> ByElement | None:
+    """Order of the atoms by element, its inverse, and ``(element, atoms)`` of the elements present; None: not known."""
+    if species not in _ELEMENTS:
+        if capturing():
+            return None
+        sort_by_element(species, torch.bincount(species, minlength=num_elements).tolist())
+    known: ByElement = _ELEMENTS[species]
     return known

@@ -163,7 +163,7 @@ class CoupledProduct(nn.Module):
 
     def of_pairs(self, pairs: Tensor) -> Tensor:
         """The same, linear in ``pairs [N, D1, D2, C]``, such as a sum of products over a grid."""
-        matrix = torch.as_tensor(_pair_matrix(self.paths), dtype=pairs.dtype, device=pairs.device)
+        matrix = _pair_tensor(self.paths, pairs.dtype, pairs.device)
         return self.weights(torch.matmul(matrix, pairs.flatten(1, 2)))
 
 
@@ -173,6 +173,11 @@ def _pair_matrix(paths: Paths) -> np.ndarray:
     matrix = np.zeros((paths.dim, dim(paths.first) * dim(paths.second)))
     np.add.at(matrix, (outputs, indices[:, 0] * dim(paths.second) + indices[:, 1]), coefficients)
     return matrix
+
+
+@cache
+def _pair_tensor(paths: Paths, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(_pair_matrix(paths), dtype=dtype, device=device)
 
 
 class SelfCoupling(nn.Module):
@@ -232,5 +237,6 @@ class MessagePassing(WithRole):
             gathers=[edges.senders, None, None],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
+            in_order=True,
         )
         return self.weights(products)

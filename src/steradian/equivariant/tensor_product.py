@@ -120,6 +120,8 @@ class ChannelwiseTensorProduct(WithRole):
     #: Formats of the sums and of the coefficients (see :mod:`steradian.precision`); None: that of the features.
     accumulate_dtype: torch.dtype | None = None
     tables_dtype: torch.dtype | None = None
+    #: Format of the result, that of the map of paths behind it; None: that of the features.
+    paths_dtype: torch.dtype | None = None
 
     def __init__(self, degrees_in: Degrees, l_max: int, degrees_allowed: Degrees) -> None:
         super().__init__()
@@ -130,7 +132,7 @@ class ChannelwiseTensorProduct(WithRole):
         return len(self.table.paths)
 
     def forward(self, features: Tensor, edges: Edges, weights: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Messages summed at the receivers ``[N, D_out, C]``, each times its gate ``[E]``.
+        """Messages summed at the receivers ``[N, D_out, C]``, each times its gate ``[E]``; in the format of paths.
 
         Args:
             features: ``[N, D, C]``.
@@ -144,14 +146,16 @@ class ChannelwiseTensorProduct(WithRole):
         given = [cast(features, self.low), harmonics, weights]
         if self.accumulate_dtype is not None:
             given = [narrowed(value, self.accumulate_dtype) for value in given]
-        messages = evaluate(
+        stored = self.paths_dtype if self.paths_dtype == torch.bfloat16 else features.dtype
+        return evaluate(
             self.polynomial.rounded(self.tables_dtype),
             given,
             gathers=[edges.senders, None, None if edges.pairs is None else edges.pairs.of_edge],
             scatter=edges.receivers,
             num_rows=edges.num_atoms,
+            dtype=stored,
+            in_order=True,
         )
-        return messages.to(features.dtype)
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -122,7 +122,7 @@ class ConvolutionHost(Host):
             system=graph.system,
             num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc,
+            pbc=graph.pbc_if_periodic,
             share=graph.share,
             pairs=pairs,
             radial_of_pairs=None if of_pairs is None else of_pairs.to(dtype),

@@ -68,12 +68,13 @@ class MACELayer(nn.Module):
     ) -> None:
         super().__init__()
         channels = dims.num_channels
-        self.avg_num_neighbors = avg_num_neighbors
         self.linear_up = IrrepsLinear(dims.degrees_in, channels, channels)
         self.product = ChannelwiseTensorProduct(dims.degrees_in, config.l_max, dims.degrees_message)
         self.radial_network = RadialNetwork(config.radial.num, config.radial_mlp, self.product.num_paths, channels)
-        self.linear_message = PathLinear(self.product.table, channels, dims.degrees_message)
-        self.density = nn.Parameter(torch.randn(config.radial.num, 1)) if dims.block.startswith("density") else None
+        dense = dims.block.startswith("density")
+        divisor = 1.0 if dense else avg_num_neighbors
+        self.linear_message = PathLinear(self.product.table, channels, dims.degrees_message, divisor=divisor)
+        self.density = nn.Parameter(torch.randn(config.radial.num, 1)) if dense else None
         self.residual = dims.residual
         skip_degrees = _shared(dims.degrees_in, dims.degrees_out) if dims.residual else dims.degrees_message
         self.skip = ElementLinear(skip_degrees, dims.num_elements, channels, channels)
@@ -92,7 +93,9 @@ class MACELayer(nn.Module):
         alpha = None if self.gate is None else self.gate(features, edges)
         weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
         messages = self.product(self.linear_up(features), edges, weights, alpha)  # [N, D_paths, C]
-        messages = self.linear_message(messages) / self._neighbors(edges)  # [N, D_message, C]
+        messages = self.linear_message(messages)  # [N, D_message, C]
+        if self.density is not None:
+            messages = messages / self._density_of(self.density, edges)
         if not self.residual:
             messages = self.skip(messages, species)
         update = self.linear_out(self.contraction(messages, species))  # [N, D_out, C]
@@ -102,11 +105,9 @@ class MACELayer(nn.Module):
             update = self.mixer(features, update, positions, edges)
         return update, alpha
 
-    def _neighbors(self, edges: Edges) -> Tensor | float:
-        """What messages are divided by: a number, or ``[N, 1, 1]`` of every atom."""
-        if self.density is None:
-            return self.avg_num_neighbors
-        per_edge = torch.tanh((edges.radial @ self.density * self.density.shape[0] ** -0.5).square())
+    def _density_of(self, density: Tensor, edges: Edges) -> Tensor:
+        """One plus the learned density of neighbours of every atom ``[N, 1, 1]``."""
+        per_edge = torch.tanh((edges.radial @ density * density.shape[0] ** -0.5).square())
         summed = per_edge.new_zeros((edges.num_atoms, 1)).index_add(0, edges.receivers, per_edge)
         return (summed + 1.0).unsqueeze(2)
 
@@ -139,8 +140,9 @@ class Readout(WithRole):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, scalars: Tensor) -> Tensor:
-        x = self.multiply(scalars, self.weights[0]) * self.weights[0].shape[0] ** -0.5
-        for weight in self.weights[1:]:
+        first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
+        x = self.multiply(scalars, first) * first.shape[0] ** -0.5
+        for weight in others:
             x = self.multiply(nn.functional.silu(x) * SILU_SECOND_MOMENT, weight) * weight.shape[0] ** -0.5
         return x.squeeze(-1).to(scalars.dtype)
 

@@ -176,7 +176,7 @@ class O3MPNN(Host):
             system=graph.system,
             num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc,
+            pbc=graph.pbc_if_periodic,
             share=graph.share,
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.activations import silu
+from steradian.capture import constant
 from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
@@ -384,7 +385,7 @@ class ViSNet(Host):
             system=graph.system,
             num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc,
+            pbc=graph.pbc_if_periodic,
             share=graph.share,
             pairs=pairs_of(graph),
         )
@@ -393,7 +394,8 @@ class ViSNet(Host):
         """The edges and, behind them, every atom as its own neighbour."""
         atoms = torch.arange(edges.num_atoms, device=edges.senders.device)
         per_degree = [(2 * degree + 1) ** -0.5 for degree in range(1, self.l_max + 1) for _ in range(2 * degree + 1)]
-        directions = edges.harmonics[:, 1:] * edges.harmonics.new_tensor(per_degree)
+        factors = constant(tuple(per_degree), edges.harmonics.dtype, edges.harmonics.device)
+        directions = edges.harmonics[:, 1:] * factors
         directions = torch.cat([directions, directions.new_zeros((edges.num_atoms, directions.shape[1]))])
         envelope = torch.cat([edges.envelope, edges.envelope.new_ones(edges.num_atoms)])
         scale = envelope.unsqueeze(1) if self.smooth else torch.ones_like(envelope).unsqueeze(1)
@@ -421,7 +423,7 @@ class ViSNet(Host):
         senders, receivers = rows.senders, rows.receivers
         if pairs is not None:
             envelope = envelope.index_select(0, pairs.first)
-            behind = torch.cat([pairs.first, torch.arange(edges.num_atoms) + rows.num_edges])
+            behind = torch.cat([pairs.first, torch.arange(edges.num_atoms, device=pairs.first.device) + rows.num_edges])
             senders, receivers = senders.index_select(0, behind), receivers.index_select(0, behind)
         weights = self.neighbor_filter(radial) * envelope.unsqueeze(1)
         neighbors = evaluate(

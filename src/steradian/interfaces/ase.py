@@ -18,6 +18,7 @@ from steradian.data.structures import Structure
 from steradian.graph import Graph
 from steradian.neighbors import make_graph
 from steradian.potential import Potential
+from steradian.verlet import Capacity, DeviceList, fresh_on_cpu
 
 __all__ = ["SteradianCalculator"]
 
@@ -28,6 +29,9 @@ class SteradianCalculator(Calculator):
     The stress is given for structures periodic in all directions. With ``skin > 0`` the list of neighbours is made once
     with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
     have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
+
+    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`): a call
+    sends positions up and brings everything down in one transfer.
 
     Args:
         potential: a :class:`~steradian.potential.Potential`, a model file or the folder of a run.
@@ -70,6 +74,9 @@ class SteradianCalculator(Calculator):
         self.skin = skin
         self.num_lists = 0
         self._listed: tuple[Graph, Atoms] | None = None
+        self.on_device = self.potential.device.type == "cuda"
+        self._rows: tuple[DeviceList, Atoms] | None = None
+        self._capacity: Capacity | None = None
         self._near: tuple[Graph, torch.Tensor, Graph] | None = None
 
     def calculate(
@@ -82,7 +89,10 @@ class SteradianCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         present: Atoms = self.atoms  # type: ignore[assignment]
         periodic = bool(present.pbc.all())
-        graph = self._graph(present).to(self.potential.device)
+        if self.on_device:
+            self.results = self._on_device(present, periodic)
+            return
+        graph = self._graph(present)
         prediction = self.potential(graph, forces=True, stress=periodic)
         energy = float(prediction.energy[0])
         self.results = {
@@ -94,6 +104,50 @@ class SteradianCalculator(Calculator):
         if periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
 
+    def _on_device(self, atoms: Atoms, periodic: bool) -> dict[str, Any]:
+        """All properties from a list that is kept on the device."""
+        count = len(atoms)
+        while True:
+            positions = torch.as_tensor(atoms.positions).to(self.potential.device, non_blocking=True)
+            if self._rows is None or not self._still_valid(atoms, self._rows[1]):
+                self._rows = (self._device_list(atoms), atoms.copy())
+                self._rows[0].build(positions)
+                self.num_lists += 1
+            rows = self._rows[0]
+            graph = rows.refresh(positions)
+            prediction = self.potential(fresh_on_cpu(graph), forces=True, stress=periodic)
+            parts = [rows.flags, prediction.energy[:1], prediction.atom_energies[:count], prediction.forces[:count]]
+            parts += [prediction.stress[:1]] if periodic else []
+            values = torch.cat([part.double().flatten() for part in parts]).cpu().numpy()
+            needs = rows.needs(values[:4].tolist())
+            if needs.fit(rows.capacity):
+                break
+            self._rows, self._capacity = None, needs.grown(rows.capacity)
+        energy, forces = float(values[4]), values[5 + count : 5 + 4 * count].reshape(count, 3)
+        results: dict[str, Any] = {"energy": energy, "free_energy": energy, "forces": forces.copy()}
+        results["energies"] = values[5 : 5 + count].copy()
+        if periodic:
+            results["stress"] = full_3x3_to_voigt_6_stress(values[5 + 4 * count :].reshape(3, 3))
+        return results
+
+    def _device_list(self, atoms: Atoms) -> DeviceList:
+        """The list in use where only positions have changed since it was made, else a new one."""
+        if self._rows is not None:
+            rows, listed = self._rows
+            if _same_system(atoms, listed):
+                rows.flags.zero_()
+                return rows
+            self._capacity = None
+        made = DeviceList(
+            [atoms], self.potential.cutoff, self.skin, device=self.potential.device, capacity=self._capacity
+        )
+        self.potential.species(made.graph.numbers)  # elements are checked once, here
+        return made
+
+    def forget_list(self) -> None:
+        """Make the list of neighbours anew at the next call."""
+        self._listed = self._rows = None
+
     def _graph(self, atoms: Atoms) -> Graph:
         if not self.skin:
             self.num_lists += 1
@@ -104,15 +158,7 @@ class SteradianCalculator(Calculator):
         return self._within_cutoff(self._listed[0], atoms)
 
     def _still_valid(self, atoms: Atoms, listed: Atoms) -> bool:
-        same = (
-            len(atoms) == len(listed)
-            and np.array_equal(atoms.numbers, listed.numbers)
-            and np.array_equal(atoms.pbc, listed.pbc)
-            and np.array_equal(np.asarray(atoms.cell), np.asarray(listed.cell))
-        )
-        if not same:
-            return False
-        moved = np.linalg.norm(atoms.positions - listed.positions, axis=1).max(initial=0.0)
+        moved = np.inf if not _same_system(atoms, listed) else _farthest(atoms, listed)
         return bool(moved < 0.5 * self.skin)
 
     def _within_cutoff(self, graph: Graph, atoms: Atoms) -> Graph:
@@ -129,6 +175,20 @@ class SteradianCalculator(Calculator):
             )
             self._near = (graph, near, kept)
         return replace(self._near[2], positions=positions)
+
+
+def _same_system(atoms: Atoms, listed: Atoms) -> bool:
+    """Whether nothing but positions (and momenta) differs."""
+    return (
+        len(atoms) == len(listed)
+        and np.array_equal(atoms.numbers, listed.numbers)
+        and np.array_equal(atoms.pbc, listed.pbc)
+        and np.array_equal(np.asarray(atoms.cell), np.asarray(listed.cell))
+    )
+
+
+def _farthest(atoms: Atoms, listed: Atoms) -> float:
+    return float(np.linalg.norm(atoms.positions - listed.positions, axis=1).max(initial=0.0))
 
 
 def _structure(atoms: Atoms) -> Structure:

@@ -26,6 +26,8 @@ __all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program"]
 WORTH_A_THREAD = 400_000
 #: Part of the separate work that a shared run may have at most.
 WORTH_SHARING = 0.7
+#: Bytes of the stack on which the machine code may sum, in float32, what it then stores in bfloat16.
+MOST_STACK = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Pass:
         program: with these outputs only.
         positions: of the outputs in the whole program.
         index: the row index that sorts the work, or None.
-        written: for each output whether every number of it is written (and not added to).
+        written: for each output whether every number of it is written; others are added to.
         sums_channels: whether an output has no channels, so that a row's channels belong to one thread.
         weight: multiply-adds per row and channel.
     """
@@ -115,10 +117,7 @@ def passes_of(program: Program) -> list[Pass]:
 
 def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) -> Pass:
     part = program.part(positions)
-    written = tuple(
-        slot.index is None and slot.operand.has_channels and None not in nodes
-        for slot, nodes in zip(part.outputs, part.nodes)
-    )
+    written = tuple(slot.operand.has_channels for slot in part.outputs)
     sums = any(not slot.operand.has_channels for slot in part.outputs)
     return Pass(part, positions, index, written, sums, part.num_terms)
 
@@ -145,7 +144,8 @@ def run_program(
             count = num_rows if slot.index is None else rows[slot.index].num_rows
             shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
             # sums are kept in the wide format, and rounded when they are complete
-            dtype = formats[position] if formats and written else like.dtype
+            rounds = written and (slot.index is None or 4 * slot.operand.dim * channels <= MOST_STACK)
+            dtype = formats[position] if formats and rounds else like.dtype
             outputs[position] = like.new_empty(shape, dtype=dtype) if written else like.new_zeros(shape)
         _run_pass(one, rows, num_rows, inputs, [outputs[position] for position in one.positions], channels)
     if formats is None:
@@ -242,6 +242,7 @@ def evaluate_cpu(
     scatter: Tensor | None,
     num_rows: int | None,
     locality: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`steradian.kernels.evaluate`."""
     if not any(operand.has_channels for operand in polynomial.inputs):
@@ -279,7 +280,8 @@ def evaluate_cpu(
     missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
-    (out,) = _Apply.apply(program, rows, work, None, *inputs)
+    formats = None if dtype is None or not polynomial.output.has_channels else (dtype,)
+    (out,) = _Apply.apply(program, rows, work, formats, *inputs)
     return out[..., :channels] if missing else out
 
 

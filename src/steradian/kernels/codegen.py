@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from steradian.kernels.lanes import FLAGS, lanes_of
 from steradian.kernels.native import FUNCTION
-from steradian.kernels.program import Program, Slot, Term
+from steradian.kernels.program import Program, Slot, Term, needed_in_order
 
 __all__ = ["module_of"]
 
@@ -54,7 +54,7 @@ class _Generator:
         self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
         self.lanes = lanes_of(itemsize)
         self.vector = ir.VectorType(self.real, self.lanes)
-        self.order = _needed_in_order(program)
+        self.order = needed_in_order(program)
         self.module = ir.Module(name="program")
         kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
         self.function = ir.Function(self.module, kind, name=FUNCTION)
@@ -74,9 +74,11 @@ class _Generator:
         self.output_bases = [self._load_index(outputs, I64(k)) for k in range(len(self.program.outputs))]
         self.scratch = b.alloca(self.real, max(self._count_products(), 1))
         self.scratch_used = 0
+        self.sums = self._room_for_sums(channels=self.stride // self.itemsize)
         in_order = b.icmp_signed("==", order, I64(0))
         final = b.sub(self._load_index(bounds, last), I64(1))
         segments = self._loop(first, last)
+        places = self._clear_sums(segments.index, block_first, block_last)
         start = self._load_index(bounds, segments.index)
         stop = self._load_index(bounds, b.add(segments.index, I64(1)))
         rows = self._loop(start, stop)
@@ -95,10 +97,60 @@ class _Generator:
             phi.add_incoming(index, before)
             phi.add_incoming(entry, listed)
         self.next_places = self._next_rows(next_row)
-        self._row(segments.index, row, block_first, block_last)
+        self._row(segments.index, row, places, block_first, block_last)
         rows.close()
+        self._round_sums(segments.index, places, block_first, block_last)
         segments.close()
         b.ret_void()
+
+    # ------------------------------------------------------------------------------------------------- sums of segments
+
+    def _room_for_sums(self, channels: int) -> dict[int, ir.Value]:
+        """Addresses on the stack where outputs of bfloat16 that are sums over rows are summed in float32."""
+        b = self.b
+        room = {}
+        for number, (slot, half) in enumerate(zip(self.program.outputs, self.half_outputs)):
+            if half and slot.index is not None:
+                place = b.alloca(self.real, slot.operand.dim * channels)
+                room[number] = b.ptrtoint(place, I64)
+        return room
+
+    def _clear_sums(self, segment: ir.Value, block_first: ir.Value, block_last: ir.Value) -> dict[int, ir.Value]:
+        """Put the sums of a segment to zero just before they are needed, so that they are in the cache; addresses of
+        their rows by number of the output."""
+        b = self.b
+        zero = ir.Constant(self.vector, [0.0] * self.lanes)
+        places = {}
+        for number, slot in enumerate(self.program.outputs):
+            if slot.index is None or not slot.operand.has_channels:
+                continue
+            size = self._row_size(slot, False)
+            place = self.sums.get(number)
+            if place is None:
+                place = b.add(self.output_bases[number], b.mul(segment, I64(size)))
+            places[number] = place
+            components, blocks = self._loop(I64(0), I64(slot.operand.dim)), self._loop(block_first, block_last)
+            at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
+            b.store(zero, self._pointer(b.add(place, at), self.vector)).align = self.itemsize
+            blocks.close()
+            components.close()
+        return places
+
+    def _round_sums(
+        self, segment: ir.Value, places: dict[int, ir.Value], block_first: ir.Value, block_last: ir.Value
+    ) -> None:
+        """Complete sums of outputs in bfloat16 from the stack to where they belong."""
+        b = self.b
+        for number in self.sums:
+            slot = self.program.outputs[number]
+            row = b.add(self.output_bases[number], b.mul(segment, I64(self._row_size(slot, True))))
+            components, blocks = self._loop(I64(0), I64(slot.operand.dim)), self._loop(block_first, block_last)
+            at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
+            value = b.load(self._pointer(b.add(places[number], at), self.vector))
+            value.align = self.itemsize
+            self._store_half(b.add(row, b.lshr(at, I64(1))), value)
+            blocks.close()
+            components.close()
 
     def _next_rows(self, row: ir.Value) -> dict[int, ir.Value]:
         """Where the next row of the work finds its own rows of inputs, by number of the input.
@@ -133,7 +185,14 @@ class _Generator:
 
         return _Loop(index, close)
 
-    def _row(self, segment: ir.Value, row: ir.Value, block_first: ir.Value, block_last: ir.Value) -> None:
+    def _row(
+        self,
+        segment: ir.Value,
+        row: ir.Value,
+        places: dict[int, ir.Value],
+        block_first: ir.Value,
+        block_last: ir.Value,
+    ) -> None:
         b, graph = self.b, self.graph
         self.input_rows = []
         inputs = zip(self.program.inputs, self.input_bases, self.index_bases, self.half_inputs)
@@ -141,9 +200,10 @@ class _Generator:
             at = row if slot.index is None else self._load_index(index, row)
             self.input_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))))
         output_rows = []
-        for slot, base, half in zip(self.program.outputs, self.output_bases, self.half_outputs):
+        for number, (slot, base, half) in enumerate(zip(self.program.outputs, self.output_bases, self.half_outputs)):
             at = row if slot.index is None else segment
-            output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))))
+            known = places.get(number)
+            output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))) if known is None else known)
         summed = self._summed_nodes()
         for node in self.order:
             if not graph.vector[node] and node not in summed:
@@ -156,10 +216,10 @@ class _Generator:
         for node in self.order:
             if node in summed and node not in dots:
                 self.values[node] = self._scalar(node)
-        for slot, places, address in zip(self.program.outputs, self.program.nodes, output_rows):
+        for slot, nodes, address in zip(self.program.outputs, self.program.nodes, output_rows):
             if slot.operand.has_channels:
                 continue
-            for component, target in enumerate(places):
+            for component, target in enumerate(nodes):
                 if target is not None:
                     pointer = self._pointer(b.add(address, I64(component * self.itemsize)), self.real)
                     b.store(b.fadd(b.load(pointer), self.values[target], flags=FLAGS), pointer)
@@ -183,7 +243,10 @@ class _Generator:
         b.position_at_end(body)
         offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
         self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
-        output_places = [b.add(base, offsets[half]) for base, half in zip(output_rows, self.half_outputs)]
+        output_places = [
+            b.add(base, offsets[half and number not in self.sums])
+            for number, (base, half) in enumerate(zip(output_rows, self.half_outputs))
+        ]
         self._prefetch(offsets)
         self.registers: dict[int, ir.Value] = {}
         self.kept = self._kept_inputs()
@@ -202,6 +265,10 @@ class _Generator:
                     self.values[node] = self._sum(node, None)
                 for output, component in outputs_of.get(node, ()):
                     self._store(output, component, output_places[output], self._vector(node))
+        for output, (slot, nodes) in enumerate(zip(self.program.outputs, self.program.nodes)):
+            for component, node in enumerate(nodes):
+                if node is None and slot.index is None and slot.operand.has_channels:
+                    self._store(output, component, output_places[output], zero)
         loop.close()
         return running
 
@@ -262,7 +329,8 @@ class _Generator:
             address = b.add(self.input_places[operand], I64(self.stride * component))
             value = b.load(self._pointer(address, self.vector))
             value.align = self.itemsize
-        if node in self.kept:
+        # a vector of bfloat16 costs two instructions to widen, one that has gone to the stack a read
+        if node in self.kept or self.half_inputs[operand]:
             self.registers[node] = value
         return value
 
@@ -287,7 +355,7 @@ class _Generator:
 
     def _store(self, output: int, component: int, place: ir.Value, value: ir.Value) -> None:
         b = self.b
-        if self.half_outputs[output]:
+        if self.half_outputs[output] and output not in self.sums:
             self._store_half(b.add(place, I64(self.stride // 2 * component)), value)
             return
         address = b.add(place, I64(self.stride * component))
@@ -402,24 +470,3 @@ class _Generator:
         kinds = [self.vector] * count if first is self.vector else [first, *[self.vector] * count]
         known = self.module.globals.get(full)
         return known or ir.Function(self.module, ir.FunctionType(first, kinds), name=full)
-
-
-def _needed_in_order(program: Program) -> list[int]:
-    """Nodes that the outputs need, each just before its first use: values live for a short time."""
-    graph, seen = program.graph, set()
-    order: list[int] = []
-    for nodes in program.nodes:
-        for target in nodes:
-            stack = [(target, False)] if target is not None else []
-            while stack:
-                node, ready = stack.pop()
-                if ready:
-                    order.append(node)
-                    continue
-                if node in seen:
-                    continue
-                seen.add(node)
-                stack.append((node, True))
-                for _, a, b in reversed(graph.terms[node]):
-                    stack += [(factor, False) for factor in (b, a) if factor >= 0 and factor not in seen]
-    return order

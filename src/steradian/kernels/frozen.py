@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import tracing
+
 __all__ = ["of_weight", "of_weights"]
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -19,7 +21,7 @@ def of_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Any]) -> Any:
     Scaling weights instead of features is cheap for large batches, but in a simulation of a small molecule it is a good
     part of a step.
     """
-    if weight.requires_grad:
+    if weight.requires_grad or tracing():
         return make(weight)
     state = (weight._version, weight.data_ptr(), weight.dtype)
     entries = _KNOWN.setdefault(weight, {})
@@ -31,7 +33,7 @@ def of_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Any]) -> Any:
 
 def of_weights(weights: Sequence[Tensor], key: Any, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, a function of several weights; kept while none of them takes a gradient or changes."""
-    if any(weight.requires_grad for weight in weights):
+    if tracing() or any(weight.requires_grad for weight in weights):
         return make()
     state = tuple((weight._version, weight.data_ptr(), weight.dtype) for weight in weights)
     entries = _KNOWN.setdefault(weights[0], {})

@@ -21,12 +21,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from steradian.kernels.heap import keep_freed_memory
-from steradian.kernels.program import Program
+from steradian.kernels.program import Program, needed_in_order
 
 __all__ = ["cache_folder", "compiled", "compiled_text"]
 
 #: Part of what identifies code in the cache: to be raised with every change of its makers.
-VERSION = 2
+VERSION = 4
 #: Name of the function in every module.
 FUNCTION = "run"
 #: Seconds of work after which the user is told.
@@ -116,9 +116,7 @@ def _object_code(name: str, description: str, make: Callable[[], str]) -> bytes:
 
 def _description(program: Program) -> str:
     """Everything the code depends on."""
-    from steradian.kernels.codegen import _needed_in_order
-
-    order = _needed_in_order(program)
+    order = needed_in_order(program)
     graph = program.graph
     slots = [
         (slot.operand.dim, slot.operand.has_channels, slot.index is None, slot.operand.read_once)

@@ -21,7 +21,7 @@ import numpy as np
 
 from steradian.kernels.polynomial import Operand, Polynomial
 
-__all__ = ["Graph", "Program", "Slot", "folded", "program_of"]
+__all__ = ["Graph", "Program", "Slot", "folded", "needed_in_order", "program_of"]
 
 Term = tuple[float, int, int]
 """Coefficient, node, node or -1."""
@@ -190,6 +190,27 @@ class Program:
         return Program(
             self.graph, self.inputs, outputs, tuple(self.nodes[position] for position in positions), self.locality
         )
+
+
+def needed_in_order(program: Program) -> list[int]:
+    """Nodes that the outputs need, each just before its first use: values live for a short time."""
+    graph, seen = program.graph, set()
+    order: list[int] = []
+    for nodes in program.nodes:
+        for target in nodes:
+            stack = [(target, False)] if target is not None else []
+            while stack:
+                node, ready = stack.pop()
+                if ready:
+                    order.append(node)
+                    continue
+                if node in seen:
+                    continue
+                seen.add(node)
+                stack.append((node, True))
+                for _, a, b in reversed(graph.terms[node]):
+                    stack += [(factor, False) for factor in (b, a) if factor >= 0 and factor not in seen]
+    return order
 
 
 def program_of(

@@ -11,6 +11,7 @@ so that it is also as fast as plain PyTorch allows:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -144,7 +145,7 @@ class _Monomials:
             prefixes = shorter
         self.first = prefixes[:, 0] if inputs else np.zeros(0, dtype=np.int64)
         self.steps = levels[::-1]
-        self._tables: dict[torch.device, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
+        self._tables: dict[torch.device, tuple[_Index, list[tuple[_Index, _Index]]]] = {}
 
     def __call__(self, rows: Sequence[Tensor]) -> Tensor | None:
         if not self.inputs:
@@ -152,8 +153,8 @@ class _Monomials:
         device = rows[0].device
         if device not in self._tables:
             self._tables[device] = (
-                torch.as_tensor(self.first, device=device),
-                [(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)) for a, b in self.steps],
+                _Index.of(self.first, device),
+                [(_Index.of(a, device), _Index.of(b, device)) for a, b in self.steps],
             )
         first, steps = self._tables[device]
         value = _pick(rows[self.inputs[0]], first)
@@ -162,7 +163,19 @@ class _Monomials:
         return value
 
 
-def _pick(value: Tensor, index: Tensor) -> Tensor:
-    if len(index) == value.shape[1] and bool((index == torch.arange(len(index), device=index.device)).all()):
+class _Index(NamedTuple):
+    """Components to pick, and whether they are the first ones in order (known beforehand: a GPU is not asked)."""
+
+    components: Tensor
+    in_order: bool
+
+    @classmethod
+    def of(cls, components: np.ndarray, device: torch.device) -> _Index:
+        in_order = np.array_equal(components, np.arange(len(components)))
+        return cls(torch.as_tensor(components, device=device), in_order)
+
+
+def _pick(value: Tensor, index: _Index) -> Tensor:
+    if index.in_order and len(index.components) == value.shape[1]:
         return value
-    return value.index_select(1, index)
+    return value.index_select(1, index.components)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steradian.capture import capturing
 from steradian.config import EFAConfig
 from steradian.config_efa import TensorIntegrationConfig
 from steradian.equivariant.dense import Dense, change_degrees, gated
@@ -333,7 +334,8 @@ class EuclideanFastAttention(WithRole):
         num_systems: int,
         share: Share | None,
     ) -> Tensor:
-        self.watch.look(positions, system, num_systems, self.largest_frequency)
+        if not capturing():
+            self.watch.look(positions, system, num_systems, self.largest_frequency)
         out: Tensor | None = None
         for band in self.bands:
             channels = slice(2 * band.pairs.start, 2 * band.pairs.stop)

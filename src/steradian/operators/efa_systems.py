@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["SystemBlock", "blocks_of_systems", "join_blocks"]
+__all__ = ["SystemBlock", "blocks_of_systems", "join_blocks", "keep_layout"]
 
 WORTH_PADDING = 1.2
 """Systems share a block while the padded block has at most this many times the atoms."""
@@ -56,6 +57,16 @@ def blocks_of_systems(system: Tensor, num_systems: int) -> tuple[list[SystemBloc
         counts = torch.bincount(system, minlength=num_systems).tolist()
         known = _KNOWN[system] = _arrange(counts, system.device)
     return known
+
+
+def keep_layout(system: Tensor, counts: tuple[int, ...]) -> None:
+    """Say how many atoms each system has, so that a GPU need not be asked; kept as long as ``system [N]`` lives."""
+    _KNOWN[system] = _arranged(counts, system.device)
+
+
+@cache
+def _arranged(counts: tuple[int, ...], device: torch.device) -> tuple[list[SystemBlock], Tensor | None]:
+    return _arrange(counts, device)
 
 
 def _arrange(counts: Sequence[int], device: torch.device) -> tuple[list[SystemBlock], Tensor | None]:

@@ -1,73 +1,38 @@
-"""Molecular dynamics with a trained potential, through ASE; a run that stops goes on as if it never had."""
+"""Molecular dynamics with a trained potential; a run that stops goes on as if it never had."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ase.io
 import numpy as np
+import torch
 from ase import Atoms, units
+from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
-from steradian.checkpoint import write_atomically
+from steradian.build import load_potential
+from steradian.data.structures import DataError
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.potential import Potential
 from steradian.simulate.analysis import energy_drift
+from steradian.simulate.device_md import DeviceMD, Snapshot
+from steradian.simulate.files import RunFiles
+from steradian.simulate.settings import MDSettings, SimulationError
+from steradian.verlet import Capacity
 
-__all__ = ["MDResult", "MDSettings", "SimulationError", "run_md"]
+__all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "choose_device", "run_md"]
 
-LOG_COLUMNS = ("step", "time_fs", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
+ENGINES = ("auto", "ase", "device")
 TOO_HOT = 20.0  # times the target temperature, plus OFFSET
 OFFSET = 5000.0  # [K]
 
-
-class SimulationError(ValueError):
-    """A simulation that cannot start or go on; one line that says why and what to do."""
-
-
-@dataclass(frozen=True)
-class MDSettings:
-    """What defines a run; stored with it, and compared when it is resumed.
-
-    Attributes:
-        ensemble: ``nve`` (velocity Verlet) or ``langevin``.
-        temperature: of the start, and of the thermostat [K].
-        timestep: [fs].
-        friction: of the thermostat [1/ps].
-        seed: of the velocities and of the thermostat.
-        save_every: steps between frames of the trajectory and lines of the log.
-        restart_every: steps between restart points.
-        skin: of the neighbour list [Å].
-    """
-
-    ensemble: Literal["nve", "langevin"] = "langevin"
-    temperature: float = 300.0
-    timestep: float = 0.5
-    friction: float = 10.0
-    seed: int = 0
-    save_every: int = 10
-    restart_every: int = 100
-    skin: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.ensemble not in ("nve", "langevin"):
-            raise SimulationError(f"ensemble must be nve or langevin, not '{self.ensemble}'")
-        for name in ("timestep", "save_every", "restart_every"):
-            if getattr(self, name) <= 0:
-                raise SimulationError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("temperature", "friction", "skin"):
-            if getattr(self, name) < 0:
-                raise SimulationError(f"{name} must not be negative, not {getattr(self, name)}")
+Report = Callable[[int, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +45,35 @@ class MDResult:
     temperature: float
 
 
+@dataclass
+class _Run:
+    """A run while it lasts."""
+
+    potential: Potential
+    atoms: Atoms
+    files: RunFiles
+    steps: int
+    settings: MDSettings
+    report: Report | None
+
+    def saves(self, step: int) -> bool:
+        return step % self.settings.save_every == 0
+
+    def restarts(self, step: int) -> bool:
+        return step % self.settings.restart_every == 0 or step == self.steps
+
+    def wanted(self, step: int) -> bool:
+        return self.saves(step) or self.restarts(step)
+
+    def check(self, step: int, temperature: float, energy: float) -> None:
+        limit = TOO_HOT * self.settings.temperature + OFFSET
+        if not math.isfinite(energy) or not np.isfinite(self.atoms.positions).all() or not temperature < limit:
+            raise SimulationError(
+                f"the simulation broke down at step {step} ({temperature:.0f} K, {energy:.3g} eV): use a "
+                "shorter time step, relax the structure first, or train on structures like these"
+            )
+
+
 def run_md(
     potential: Potential | Path | str,
     atoms: Atoms,
@@ -89,12 +83,14 @@ def run_md(
     settings: MDSettings | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    report: Callable[[int, float, float], None] | None = None,
+    report: Report | None = None,
+    engine: str = "auto",
+    device: torch.device | str = "auto",
 ) -> MDResult:
     """Simulate, and write ``trajectory.extxyz``, ``md.csv``, ``restart.json`` and ``settings.json`` into a folder.
 
     A run that was interrupted goes on from its last restart point; frames and lines after that point are made again, so
-    the whole is the same, bit for bit, as a run that was not interrupted.
+    the whole is the same, bit for bit, as a run that was not interrupted (on a GPU: where its sums are deterministic).
 
     Args:
         potential: a potential, a model file or the folder of a training run.
@@ -105,50 +101,111 @@ def run_md(
         resume: go on with the run in the folder.
         overwrite: replace it.
         report: called after every saved frame with step, temperature [K] and total energy [eV].
+        engine: ``ase`` (ASE's integrators), ``device`` (:class:`~steradian.simulate.device_md.DeviceMD`, positions stay
+            on the device) or ``auto``: that of the run to resume, else ``device`` on a GPU and ``ase`` on a CPU.
+        device: ``cpu``, ``cuda`` or ``auto``: where the potential is, or a GPU if there is one and a file is read.
 
     Raises:
-        SimulationError: the folder is in use, settings differ from those of the run to resume, or the atoms fly apart.
+        SimulationError: the folder is in use, settings differ from those of the run to resume, the atoms fly apart, or
+            there is no such device or engine.
         KeyboardInterrupt: passed on; what is written stays valid.
     """
     settings = settings or MDSettings()
-    files = _Files(Path(folder))
-    atoms = atoms.copy() if atoms.calc is None else _without_calculator(atoms)
-    atoms.calc = SteradianCalculator(potential, skin=settings.skin)
-    random = np.random.RandomState(settings.seed)
-    if resume:
-        start = files.restore(atoms, random, settings)
-    else:
-        files.begin(settings, overwrite)
-        start = 0
-        if not np.any(atoms.get_velocities()) and settings.temperature > 0:
-            MaxwellBoltzmannDistribution(atoms, temperature_K=settings.temperature, rng=random)
-            Stationary(atoms)
-            if not atoms.pbc.any() and len(atoms) > 2:
-                ZeroRotation(atoms)
-        files.save_frame(atoms, 0, settings)
-        files.save_restart(atoms, random, 0)
-    for step in range(start, steps):
-        # one step per integrator call: its own counters hold no state that a restart would lose
-        _integrator(atoms, random, settings).run(1)
-        done = step + 1
-        if done % settings.save_every == 0 or done == steps:
-            temperature = _check(atoms, done, settings)
-            if done % settings.save_every == 0:
-                files.save_frame(atoms, done, settings)
-            if report is not None:
-                report(done, temperature, atoms.get_total_energy())
-        if done % settings.restart_every == 0 or done == steps:
-            atoms.calc._listed = None  # a resumed run makes its list here too, so edges keep their order
-            files.save_restart(atoms, random, done)
+    files = RunFiles(Path(folder))
+    if not len(atoms):
+        raise SimulationError("no atoms to simulate")
+    place = choose_device(device, potential)
+    chosen = _engine(engine, place, files if resume else None)
+    if not isinstance(potential, Potential):
+        potential = load_potential(potential, device=place)
+    copy = atoms.copy()
+    copy.calc = None
+    run = _Run(potential.to(place), copy, files, steps, settings, report)
+    start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume, overwrite)
     log = files.read_log()
     drift = energy_drift(log["time_fs"], log["total_eV"], len(atoms))
     return MDResult(files.folder, max(start, steps), drift, float(log["temperature_K"].mean()))
 
 
-def _without_calculator(atoms: Atoms) -> Atoms:
-    copy = atoms.copy()
-    copy.calc = None
-    return copy
+def choose_device(device: torch.device | str, potential: Potential | Path | str = "") -> torch.device:
+    """The device meant by ``auto`` (where the potential is, else a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        SimulationError: there is no such device.
+    """
+    if str(device) == "auto":
+        if isinstance(potential, Potential):
+            return potential.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise SimulationError(f"device '{device}' is not known; choose auto, cpu or cuda") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise SimulationError("no GPU that PyTorch can use: choose --device cpu, or install a CUDA build of it")
+    return place
+
+
+def _engine(engine: str, device: torch.device, resumed: RunFiles | None) -> str:
+    if engine not in ENGINES:
+        raise SimulationError(f"engine must be auto, ase or device, not '{engine}'")
+    if engine != "auto":
+        return engine
+    stored = resumed.stored_engine() if resumed else None
+    return stored or ("device" if device.type == "cuda" else "ase")
+
+
+def _draw_velocities(atoms: Atoms, settings: MDSettings, random: np.random.RandomState) -> None:
+    if np.any(atoms.get_velocities()) or not settings.temperature > 0:
+        return
+    MaxwellBoltzmannDistribution(atoms, temperature_K=settings.temperature, rng=random)
+    Stationary(atoms)
+    if not atoms.pbc.any() and len(atoms) > 2:
+        ZeroRotation(atoms)
+
+
+def _run_ase(run: _Run, resume: bool, overwrite: bool) -> int:
+    """The run with ASE's integrators; returns the step at which it started."""
+    atoms, settings, files = run.atoms, run.settings, run.files
+    random = np.random.RandomState(settings.seed)
+    atoms.calc = SteradianCalculator(run.potential, device=run.potential.device, skin=settings.skin)
+    if resume:
+        state = files.restore(atoms, settings, "ase")
+        keys, position, has_gauss, gauss = state["random"]
+        random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+        start = int(state["step"])
+    else:
+        files.begin(settings, "ase", overwrite)
+        start = 0
+        _draw_velocities(atoms, settings, random)
+        _save_ase_frame(run, 0)
+        files.save_restart(atoms, 0, _random_state(random))
+    for step in range(start, run.steps):
+        # one step per integrator call: its own counters hold no state that a restart would lose
+        _integrator(atoms, random, settings).run(1)
+        done = step + 1
+        if run.saves(done) or done == run.steps:
+            temperature = float(atoms.get_temperature())
+            run.check(done, temperature, atoms.get_potential_energy())
+            if run.saves(done):
+                _save_ase_frame(run, done)
+            if run.report is not None:
+                run.report(done, temperature, atoms.get_total_energy())
+        if run.restarts(done):
+            atoms.calc.forget_list()  # a resumed run makes its list here too, so edges keep their order
+            files.save_restart(atoms, done, _random_state(random))
+    return start
+
+
+def _save_ase_frame(run: _Run, step: int) -> None:
+    atoms = run.atoms
+    energy, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
+    run.files.save_frame(atoms, step, run.settings, energy=energy, kinetic=kinetic, forces=atoms.get_forces())
+
+
+def _random_state(random: np.random.RandomState) -> dict[str, Any]:
+    _, keys, position, has_gauss, gauss = random.get_state(legacy=True)
+    return {"random": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)]}
 
 
 def _integrator(atoms: Atoms, random: np.random.RandomState, settings: MDSettings) -> Any:
@@ -156,97 +213,55 @@ def _integrator(atoms: Atoms, random: np.random.RandomState, settings: MDSetting
     if settings.ensemble == "nve":
         return VelocityVerlet(atoms, timestep)
     friction = settings.friction / (1000 * units.fs)
+    if settings.ensemble == "bussi":
+        return Bussi(atoms, timestep, temperature_K=settings.temperature, taut=1.0 / friction, rng=random)
     return Langevin(atoms, timestep, temperature_K=settings.temperature, friction=friction, rng=random, fixcm=False)
 
 
-def _check(atoms: Atoms, step: int, settings: MDSettings) -> float:
-    temperature = atoms.get_temperature()
-    energy = atoms.get_potential_energy()
-    limit = TOO_HOT * settings.temperature + OFFSET
-    if not math.isfinite(energy) or not np.isfinite(atoms.positions).all() or not temperature < limit:
-        raise SimulationError(
-            f"the simulation broke down at step {step} ({temperature:.0f} K, {energy:.3g} eV): use a "
-            "shorter time step, relax the structure first, or train on structures like these"
-        )
-    return float(temperature)
+def _run_on_device(run: _Run, resume: bool, overwrite: bool) -> int:
+    """The run with positions that stay on the device; returns the step at which it started."""
+    atoms, settings, files = run.atoms, run.settings, run.files
+    model, start = run.potential.for_inference(), 0
+    if resume:
+        state = files.restore(atoms, settings, "device")
+        atoms.set_velocities(state["velocities"])
+        capacity = Capacity(**state["capacity"]) if state["capacity"] else None
+        engine = DeviceMD(model, [atoms], settings, device=model.device, capacity=capacity)
+        start = int(state["step"])
+        engine.resume(start, np.array(state["velocities"]), np.array(state["forces"]), state["energy"])
+    else:
+        _draw_velocities(atoms, settings, np.random.RandomState(settings.seed))
+        engine = DeviceMD(model, [atoms], settings, device=model.device)
+        first = engine.start()
+        files.begin(settings, "device", overwrite)
+        _take(run, first, engine)
+    try:
+        for snapshot in engine.run(start, run.steps, run.wanted):
+            _take(run, snapshot, engine)
+    except DataError as error:
+        raise SimulationError(f"the simulation broke down: {error}") from None
+    return start
 
 
-class _Files:
-    """The folder of a run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.trajectory = folder / "trajectory.extxyz"
-        self.log = folder / "md.csv"
-        self.restart = folder / "restart.json"
-        self.settings = folder / "settings.json"
-
-    def begin(self, settings: MDSettings, overwrite: bool) -> None:
-        if self.settings.exists() and not overwrite:
-            raise SimulationError(f"{self.folder} holds a run already: add --resume to go on with it, or --overwrite")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in (self.trajectory, self.log, self.restart):
-            file.unlink(missing_ok=True)
-        write_atomically(self.settings, json.dumps(asdict(settings), indent=1).encode())
-        self.log.write_text(",".join(LOG_COLUMNS) + "\n")
-
-    def save_frame(self, atoms: Atoms, step: int, settings: MDSettings) -> None:
-        kinetic, potential = atoms.get_kinetic_energy(), atoms.get_potential_energy()
-        frame = atoms.copy()
-        frame.calc = None
-        frame.info = {"step": step, "time_fs": step * settings.timestep, "energy": potential}
-        frame.arrays["forces"] = atoms.get_forces()
-        text = io.StringIO()
-        ase.io.write(text, frame, format="extxyz")
-        row = (step, step * settings.timestep, potential, kinetic, potential + kinetic, atoms.get_temperature())
-        for path, content in (
-            (self.trajectory, text.getvalue()),
-            (self.log, ",".join(map(repr, map(float, row))) + "\n"),
-        ):
-            with open(path, "a", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-
-    def save_restart(self, atoms: Atoms, random: np.random.RandomState, step: int) -> None:
-        _, keys, position, has_gauss, gauss = random.get_state(legacy=True)
+def _take(run: _Run, snapshot: Snapshot, engine: DeviceMD) -> None:
+    """Check and write what came from the device."""
+    atoms, step = run.atoms, snapshot.step
+    atoms.set_positions(snapshot.positions)
+    atoms.set_velocities(snapshot.velocities)
+    energy, kinetic = float(snapshot.energy[0]), float(snapshot.kinetic[0])
+    temperature = float(atoms.get_temperature())
+    if step:
+        run.check(step, temperature, energy)
+    if run.saves(step):
+        run.files.save_frame(atoms, step, run.settings, energy=energy, kinetic=kinetic, forces=snapshot.forces)
+    if run.report is not None and step and (run.saves(step) or step == run.steps):
+        run.report(step, temperature, energy + kinetic)
+    if run.restarts(step):
+        capacity = engine.capacity
         state = {
-            "step": step,
-            "numbers": atoms.numbers.tolist(),
-            "positions": atoms.positions.tolist(),
-            "momenta": atoms.get_momenta().tolist(),
-            "cell": np.asarray(atoms.cell).tolist(),
-            "pbc": atoms.pbc.tolist(),
-            "random": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-            "trajectory_bytes": self.trajectory.stat().st_size,
-            "log_bytes": self.log.stat().st_size,
+            "velocities": snapshot.velocities.tolist(),
+            "forces": snapshot.forces.tolist(),
+            "energy": snapshot.energy.tolist(),
+            "capacity": asdict(capacity) if capacity else None,
         }
-        write_atomically(self.restart, json.dumps(state).encode())
-
-    def restore(self, atoms: Atoms, random: np.random.RandomState, settings: MDSettings) -> int:
-        """Put the atoms back to the restart point, cut what was written after it; returns its step."""
-        if not self.restart.exists() or not self.settings.exists():
-            raise SimulationError(f"{self.folder}: no run to resume there (it has no restart.json)")
-        stored = json.loads(self.settings.read_text())
-        changed = [name for name, value in asdict(settings).items() if stored.get(name) != value]
-        if changed:
-            raise SimulationError(
-                f"{self.folder} was run with another {', '.join(changed)}; resume with the same settings"
-            )
-        state = json.loads(self.restart.read_text())
-        if state["numbers"] != atoms.numbers.tolist():
-            raise SimulationError(f"{self.folder} was run with other atoms; give the structure it started from")
-        atoms.set_cell(state["cell"])
-        atoms.set_pbc(state["pbc"])
-        atoms.set_positions(state["positions"])
-        atoms.set_momenta(state["momenta"])
-        keys, position, has_gauss, gauss = state["random"]
-        random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-        for path, size in ((self.trajectory, state["trajectory_bytes"]), (self.log, state["log_bytes"])):
-            os.truncate(path, size)
-        return int(state["step"])
-
-    def read_log(self) -> dict[str, np.ndarray]:
-        with open(self.log, encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        return {name: np.array([float(row[name]) for row in rows]) for name in LOG_COLUMNS}
+        run.files.save_restart(atoms, step, state)

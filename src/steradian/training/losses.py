@@ -73,13 +73,20 @@ class Loss:
             raise MissingLabelError(f"{label}: the prediction has none; call the potential with {label}=True")
         error = predicted - reference.to(predicted.dtype)
         if label == "energy" and self.config.energy_per_atom:
-            error = error / graph.atoms_per_system.to(error.dtype)
+            error = error / graph.atoms_per_system.clamp(min=1).to(error.dtype)
+        counts = None
+        if graph.real is not None:  # systems that fill up a bucket do not count
+            counts = graph.real.index_select(0, graph.system) if label == "forces" else graph.real
+            error = torch.where(counts.reshape(-1, *[1] * (error.ndim - 1)), error, 0.0)
         cost = self._cost(error)
         if graph.weight is not None:
             weight = graph.weight.to(cost.dtype)
-            weight = weight[graph.system] if label == "forces" else weight
+            weight = weight.index_select(0, graph.system) if label == "forces" else weight
             cost = cost * weight.reshape(-1, *[1] * (cost.ndim - 1))
-        return self.weights[label] * cost.mean()
+        if counts is None:
+            return self.weights[label] * cost.mean()
+        numbers = counts.sum() * (cost.numel() // len(cost))
+        return self.weights[label] * (cost.sum() / numbers.to(cost.dtype))
 
     def _cost(self, error: Tensor) -> Tensor:
         if self.config.kind == "mse":

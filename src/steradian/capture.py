@@ -1,0 +1,61 @@
+"""Steps that are recorded or traced: inside, nothing may ask the device for a number.
+
+A recorded step (CUDA graph) is replayed on the same tensors with other contents, and a traced one becomes a graph of
+fixed shapes. So inside :func:`static_step` shapes depend on shapes alone, what is known about the *contents* of an
+index is not kept for the next call, and checks that would have to wait for a GPU are left to whoever prepared the
+graph. The state belongs to the process, not to a thread: autograd runs derivatives in threads of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["capturing", "constant", "static_step", "step_number", "tracing"]
+
+_depth = 0
+_traces = 0
+_steps = 0
+
+
+def capturing() -> bool:
+    """Whether a step of fixed shapes is being run, recorded or traced."""
+    return _depth > 0
+
+
+def tracing() -> bool:
+    """Whether it is being traced: tensors stand for inputs, so nothing that depends on their values may be kept."""
+    return _traces > 0
+
+
+def step_number() -> int:
+    """A number of its own for every step that is entered, 0 outside: what is kept under it is kept for one step."""
+    return _steps if _depth else 0
+
+
+@contextmanager
+def static_step(trace: bool = False) -> Iterator[None]:
+    """Inside the ``with`` block :func:`capturing` is true (and :func:`tracing`, where asked)."""
+    global _depth, _traces, _steps
+    _steps += not _depth
+    _depth, _traces = _depth + 1, _traces + trace
+    try:
+        yield
+    finally:
+        _depth, _traces = _depth - 1, _traces - trace
+
+
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of fixed numbers, made once per format and device: making one waits for a GPU."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, dtype, device)
+
+
+@cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

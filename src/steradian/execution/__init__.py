@@ -1,0 +1,1 @@
+"""Whole steps on a GPU: padded shapes, compiled graphs, recorded graphs."""

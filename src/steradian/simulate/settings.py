@@ -1,0 +1,51 @@
+"""Settings of a simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["ENSEMBLES", "MDSettings", "SimulationError"]
+
+ENSEMBLES = ("nve", "langevin", "bussi")
+
+
+class SimulationError(ValueError):
+    """A simulation that cannot start or go on; one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class MDSettings:
+    """What defines a run; stored with it, and compared when it is resumed.
+
+    Attributes:
+        ensemble: ``nve`` (velocity Verlet), ``langevin`` or ``bussi`` (velocities scaled at random, canonical).
+        temperature: of the start, and of the thermostat [K].
+        timestep: [fs].
+        friction: of the thermostat [1/ps]; for ``bussi`` the inverse of its relaxation time.
+        seed: of the velocities and of the thermostat.
+        save_every: steps between frames of the trajectory and lines of the log.
+        restart_every: steps between restart points.
+        skin: of the neighbour list [Å].
+    """
+
+    ensemble: Literal["nve", "langevin", "bussi"] = "langevin"
+    temperature: float = 300.0
+    timestep: float = 0.5
+    friction: float = 10.0
+    seed: int = 0
+    save_every: int = 10
+    restart_every: int = 100
+    skin: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.ensemble not in ENSEMBLES:
+            raise SimulationError(f"ensemble must be nve, langevin or bussi, not '{self.ensemble}'")
+        for name in ("timestep", "save_every", "restart_every"):
+            if getattr(self, name) <= 0:
+                raise SimulationError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("temperature", "friction", "skin"):
+            if getattr(self, name) < 0:
+                raise SimulationError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.ensemble == "bussi" and not self.friction:
+            raise SimulationError("bussi needs a positive friction, the inverse of its relaxation time")

@@ -1,0 +1,323 @@
+"""Steps that are recorded or compiled: buckets, buffers, checks and ways out, on a CPU with stand-ins for a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steradian.build import build_potential
+from steradian.config import MACEConfig, ModelConfig
+from steradian.execution.buffers import GraphBuffers, StepCache
+from steradian.execution.check import MismatchError, check_prediction, weights_state
+from steradian.execution.graphs import Repeater, record, tensors_in
+from steradian.execution.padding import Buckets, Sizes
+from steradian.execution.runner import Runner, prepared, resolve_mode
+from steradian.execution.trace import compile_step
+from steradian.graph import Graph
+from steradian.potential import Potential
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+import cases
+
+TINY = MACEConfig(
+    num_layers=1, num_channels=2, hidden_l=0, l_max=1, correlation=1, cutoff_A=cases.CUTOFF, radial_mlp=[2]
+)
+
+
+class Refuses(Repeater):
+    """A recorder that fails in the middle of a recording, as a GPU does when a step asks it for a number."""
+
+    def record(self, function: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+
+class Wrong(Repeater):
+    """A recorder whose replays give other numbers."""
+
+    def record(self, function: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
+        run = super().record(function, generators)
+
+        def replay() -> Any:
+            outputs = run()
+            for value in tensors_in(outputs):
+                value.mul_(1.01)
+            return outputs
+
+        return replay
+
+
+def graphs(count: int = 3) -> list[Graph]:
+    return [cases.batch(*(cases.ethanol(seed + 10 * place) for seed in range(place + 1))) for place in range(count)]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert torch.allclose(found.energy, expected.energy, rtol=0, atol=1e-9)
+    assert found.forces.shape == expected.forces.shape
+    assert torch.allclose(found.forces, expected.forces, rtol=0, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------------- recording
+
+
+def test_replays_follow_their_inputs_and_keep_their_outputs() -> None:
+    value = torch.zeros(3)
+    run = record(lambda: (value * 2, {"sum": value.sum()}), device="cpu", recorder=Repeater())
+    first, more = run()
+    value.fill_(2.0)
+    again, _ = run()
+    assert first is again
+    assert first.tolist() == [4.0] * 3
+    assert float(more["sum"]) == 6.0
+    assert not run.eager
+
+
+def test_state_and_random_numbers_are_put_back_after_the_warm_up() -> None:
+    position, generator = torch.zeros(2), torch.Generator().manual_seed(3)
+    expected = 1.0 + torch.randn(2, generator=torch.Generator().manual_seed(3))
+
+    def step() -> torch.Tensor:
+        position.add_(1.0 + torch.randn(2, generator=generator))
+        return position
+
+    run = record(step, device="cpu", state=[position], generators=[generator], recorder=Repeater())
+    assert position.tolist() == [0.0, 0.0]
+    assert torch.equal(run(), expected)
+
+
+def test_failed_recording_is_told_in_one_line_and_the_function_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    count = torch.zeros(())
+
+    def step() -> torch.Tensor:
+        return count.add_(1)
+
+    run = record(step, device="cpu", state=[count], recorder=Refuses(), what="the step of dynamics")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "the step of dynamics cannot be recorded" in lines[0]
+    assert "stream is capturing" in lines[0]
+    assert "eager" in lines[0]
+    assert run.eager
+    assert float(run()) == 1.0
+
+
+def test_without_a_gpu_a_step_is_called() -> None:
+    run = record(lambda: torch.ones(1), device="cpu")
+    assert run.eager
+    assert run.reason is None
+
+
+def test_cache_forgets_the_oldest_and_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
+    cache: StepCache[int] = StepCache(2, "training steps")
+    made: list[int] = []
+
+    def step(key: int) -> int:
+        return cache.get(key, lambda: made.append(key) or key)
+
+    for key in (1, 2, 1, 3, 1, 2):
+        assert step(key) == key
+    assert made == [1, 2, 3, 2]
+    for key in range(10, 20):
+        step(key)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "different sizes" in lines[0]
+    with pytest.raises(ValueError, match="at least one"):
+        StepCache(0, "none")
+
+
+def test_buffers_refuse_other_shapes() -> None:
+    one, two, _ = graphs()
+    buffers = GraphBuffers(one)
+    with pytest.raises(ValueError, match="does not fit"):
+        buffers.write(two)
+    with pytest.raises(ValueError, match="differs in"):
+        buffers.write(prepared(one, cases.potential()))
+
+
+# ------------------------------------------------------------------------------------------------------------ runner
+
+
+@pytest.mark.parametrize(
+    ("host", "operator"), [("mace", "none"), ("mace", "both"), ("nequip", "mara"), ("visnet", "none")]
+)
+def test_runner_gives_what_the_potential_gives(host: str, operator: str) -> None:
+    potential = cases.potential(host, operator)
+    runner = Runner(potential, "cuda_graph", recorder=Repeater())
+    for graph in [*graphs(), *graphs()]:
+        assert_same(runner(graph), potential(graph))
+    assert runner.reason is None
+    assert 0 < runner._steps.made <= 3
+
+
+def test_buckets_are_used_again_for_other_molecules() -> None:
+    potential = cases.potential()
+    runner = Runner(potential, recorder=Repeater(), stress=True)
+    found = [runner(cases.batch(cases.ethanol(seed), cases.crystal(seed))) for seed in range(6)]
+    assert runner._steps.made < 4
+    for seed, prediction in enumerate(found):  # an earlier result is not overwritten by a later one
+        expected = potential(cases.batch(cases.ethanol(seed), cases.crystal(seed)), stress=True)
+        assert_same(prediction, expected)
+        assert torch.allclose(prediction.stress, expected.stress, rtol=0, atol=1e-11)
+
+
+def test_runner_sees_new_weights_and_other_formats() -> None:
+    potential = cases.potential()
+    runner = Runner(potential, recorder=Repeater())
+    graph = graphs(1)[0]
+    runner(graph)
+    with torch.no_grad():
+        for weight in potential.parameters():
+            weight.mul_(1.1)
+    assert_same(runner(graph), potential(graph))
+    assert runner._steps.made == 1  # weights that are trained change in place
+    potential.for_inference()
+    assert_same(runner(graph), potential(graph))
+    with torch.no_grad():
+        potential.host.embedding.mul_(1.1)  # frozen weights may have been folded into constants
+    assert_same(runner(graph), potential(graph))
+    potential.to(torch.float32)
+    assert torch.allclose(runner(graph).forces, potential(graph).forces, atol=1e-4)
+
+
+def test_state_of_the_weights_tells_training_from_folding() -> None:
+    potential = cases.potential()
+    before = weights_state(potential)
+    with torch.no_grad():
+        potential.host.embedding.mul_(1.1)
+    assert weights_state(potential) == before
+    potential.host.embedding.requires_grad_(False)
+    frozen = weights_state(potential)
+    with torch.no_grad():
+        potential.host.embedding.mul_(1.1)
+    assert weights_state(potential) != frozen
+
+
+@pytest.mark.parametrize(("recorder", "words"), [(Refuses(), "cannot be recorded"), (Wrong(), "gives other results")])
+def test_runner_falls_back_with_one_line(recorder: Repeater, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    potential = cases.potential()
+    runner = Runner(potential, recorder=recorder)
+    for graph in graphs():
+        assert_same(runner(graph), potential(graph))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert runner.reason is not None
+
+
+def test_crystals_with_attention_between_all_atoms_are_called() -> None:
+    potential = cases.potential("mace", "efa")
+    runner = Runner(potential, recorder=Repeater(), stress=True)
+    graph = cases.graph(cases.crystal())
+    assert_same(runner(graph), potential(graph, stress=True))
+    assert runner._steps.made == 0
+
+
+def test_static_step_follows_its_tensors() -> None:
+    potential = cases.potential()
+    runner = Runner(potential, recorder=Repeater())
+    graph = prepared(graphs(1)[0], potential)
+    graph = runner.padded(graph)
+    step = runner.static(graph)
+    before = step().forces.clone()
+    graph.positions[:9] += 0.05 * torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert not torch.allclose(step().forces, before)
+    assert_same(step(), runner.function(graph)())
+
+
+def test_unknown_modes_and_elements_are_refused() -> None:
+    with pytest.raises(ValueError, match="choose auto, eager, compile, cuda_graph"):
+        resolve_mode("fast", torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs a GPU"):
+        Runner(cases.potential(), "cuda-graph")
+    assert resolve_mode("auto", torch.device("cpu")) == "eager"
+    assert resolve_mode("auto", torch.device("cuda")) == "cuda_graph"
+    graph = graphs(1)[0]
+    graph.numbers[0] = 7
+    with pytest.raises(ValueError, match="does not know N"):
+        Runner(cases.potential(), recorder=Repeater())(graph)
+
+
+def test_check_names_what_differs() -> None:
+    potential = cases.potential()
+    found, expected = (potential(graph) for graph in graphs(1) * 2)
+    check_prediction(found, expected, potential.policy)
+    expected.forces[0, 0] += 1e-5
+    with pytest.raises(MismatchError, match="forces differ by 1e-05"):
+        check_prediction(found, expected, potential.policy)
+
+
+# ----------------------------------------------------------------------------------------------------------- compile
+
+
+def tiny() -> Potential:
+    config = ModelConfig(host=TINY, precision="float64")
+    return build_potential(config, cases.STATISTICS, seed=1).eval()
+
+
+def test_compiled_step_follows_weights_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    potential = tiny()
+    runner = Runner(potential, "compile", backend="trace", buckets=Buckets(exact=(Sizes(22, 400, 3),)))
+    for seed in range(3):
+        graph = cases.batch(cases.ethanol(seed), cases.ethanol(seed + 1))
+        assert_same(runner(graph), potential(graph))
+        with torch.no_grad():
+            for weight in potential.parameters():
+                weight.mul_(1.05)
+    assert runner.reason is None
+    assert runner._steps.made == 1
+    assert (tmp_path / "inductor").is_dir()
+
+
+def test_compiler_that_fails_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    potential = tiny()
+    runner = Runner(potential, "compile", backend="no_such_compiler")
+    graph = graphs(1)[0]
+    for _ in range(2):
+        assert_same(runner(graph), potential(graph))
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "cannot be prepared" in line]
+    assert len(lines) == 1
+
+
+class Springs(torch.nn.Module):
+    """Energy of points on springs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiffness = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return (self.stiffness[:, None] * torch.sin(positions).square()).sum()
+
+
+@pytest.mark.slow
+def test_inductor_compiles_second_derivatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss on forces and its gradient, compiled for real; kept on disk."""
+    monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    module, inputs = Springs(), {"positions": torch.linspace(0.0, 2.0, 9).reshape(3, 3)}
+
+    def step(state: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights = {name: value.detach().requires_grad_() for name, value in state.items()}
+        positions = given["positions"].clone().requires_grad_()
+        energy = torch.func.functional_call(module, weights, (positions,))
+        (forces,) = torch.autograd.grad(energy, positions, create_graph=True)
+        (gradient,) = torch.autograd.grad(forces.square().sum(), weights["stiffness"])
+        return {"forces": forces, "gradient": gradient}
+
+    run = compile_step(step, module, inputs)
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            module.stiffness.mul_(factor)
+        expected = step(dict(module.named_parameters()), inputs)
+        found = run(inputs)
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=1e-5), name
+    assert any((tmp_path / "inductor").rglob("*.py"))
