@@ -15,7 +15,7 @@ from steradian.config import TrainingConfig
 from steradian.execution.dataset import DeviceData, room_for
 from steradian.execution.graphs import CudaRecorder, Recorder, say
 from steradian.execution.padding import Buckets, Sizes
-from steradian.execution.runner import Mode, resolve_mode
+from steradian.execution.runner import Mode, prepared, resolve_mode
 from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.kernels.choice import prepare_backend
@@ -107,7 +107,8 @@ def make_pipeline(
     device = potential.device
     mode = resolve_mode(config.execution, device) if recorder is None else "cuda_graph"
     first = data.train_sampler.batches(0)[0]
-    prepare_backend(potential.train(), batch_graphs([data.train[index] for index in first]), training=True)
+    example = prepared(batch_graphs([data.train[index] for index in first]), potential)
+    prepare_backend(potential.train(), example, training=True)
     if recorder is None and device.type == "cuda":
         recorder = CudaRecorder(device)  # one memory for all steps: they never run at the same time
     kept = _on_device(potential, data, device)
