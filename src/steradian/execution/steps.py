@@ -60,8 +60,9 @@ class GradientStep:
         """The step on a graph; with other weights than the potential's own where a state is given."""
         potential, names = self.potential, self.names
         with torch.enable_grad(), potential.policy.matrix_units():
+            named: dict[str, Tensor]
             if state is None:
-                named = dict(potential.named_parameters())
+                named = {**dict(potential.named_parameters())}
                 prediction = potential(graph, **self.options)
             else:
                 named = {name: state[name].detach().requires_grad_() for name in names}
