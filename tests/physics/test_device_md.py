@@ -366,7 +366,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(SimulationError, match="device 'abacus' is not known"):
         run_md(model, ethanol(), tmp_path / "a", steps=1, device="abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(SimulationError, match="there is no GPU"):
+        with pytest.raises(SimulationError, match="no GPU that PyTorch"):
             run_md(model, ethanol(), tmp_path / "a", steps=1, device="cuda")
     with pytest.raises(SimulationError, match="no atoms"):
         run_md(model, Atoms(), tmp_path / "a", steps=1, engine="device")

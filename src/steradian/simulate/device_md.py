@@ -28,7 +28,7 @@ from steradian.capture import static_step
 from steradian.execution.graphs import record
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
-from steradian import kernels
+from steradian.kernels import prepare_backend
 from steradian.operators.base import GlobalMixer
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
@@ -101,6 +101,7 @@ class DeviceMD:
         search: of neighbours, see :func:`~steradian.neighbors_device.make_search`.
         capacity: of lists of fixed shape, as a run that is resumed had it.
         mode: ``eager``, or ``compile``: the model's part of a step is compiled first (lists of fixed shape only).
+        list_every: steps between lists of fixed shape; None: as seldom as the motion allows.
 
     Raises:
         SimulationError: no systems, or one without atoms.
@@ -120,6 +121,7 @@ class DeviceMD:
         search: str = "auto",
         capacity: Capacity | None = None,
         mode: str = "eager",
+        list_every: int | None = None,
     ) -> None:
         if not systems or not all(len(atoms) for atoms in systems):
             raise SimulationError("no atoms to simulate")
@@ -135,8 +137,9 @@ class DeviceMD:
         masses = np.concatenate([atoms.get_masses() for atoms in systems])
         self.integrator = Integrator(settings, masses, [len(atoms) for atoms in systems], self.state)
         self.num_repeats = 0
+        self._adapts = list_every is None
         self._ready = False
-        self._every, self._since = 8, LONGEST_USE  # steps between lists, and since the last one
+        self._every, self._since = list_every or 8, LONGEST_USE  # steps between lists, and since the last one
         self._worst, self._tried = 0.0, 0
         self.list: DeviceList | HostList
         self._recorded: tuple[Callable[[], Any], Callable[[], Any]] | None = None
@@ -277,7 +280,7 @@ class DeviceMD:
         """Make lists as seldom as the way of the fastest atom allows, looked at over three of them."""
         assert isinstance(self.list, DeviceList)
         self._worst = max(self._worst, moved)
-        if self.list.num_lists < self._tried + 3:
+        if not self._adapts or self.list.num_lists < self._tried + 3:
             return
         allowed = 0.75 * 0.5 * self.list.skin / max(self._worst, 1e-6)
         self._every = int(min(max(1, self._every * min(allowed, 2.0)), LONGEST_USE))
@@ -306,8 +309,7 @@ class DeviceMD:
         field = self.field
         if isinstance(field, Potential):
             field.check_elements(torch.as_tensor(np.concatenate([atoms.numbers for atoms in self.systems])))
-            if hasattr(kernels, "prepare_backend"):
-                kernels.prepare_backend(field, graph)
+            prepare_backend(field, graph)
             if asks_for_the_lattice(field) and graph.is_periodic:
                 self.record = False
                 return lambda: field(fresh_on_cpu(graph), forces=True)
