@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorc
 
 from steradian.operators import efa_attention
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
+from steradian.operators.efa_gpu import TritonSums
 from steradian.operators.efa_kernel import PLAIN
-from steradian.operators.efa_triton import TritonSums
 from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +66,7 @@ def test_attention_with_two_derivatives(functions, monkeypatch):
     kwargs = {"functions": (random(1, 13), random(3, 13, seed=5))} if functions else {}
     found = []
     for way in (TritonSums(), PLAIN):
-        monkeypatch.setattr(efa_attention, "way_for", lambda tensor, way=way: way)
+        monkeypatch.setattr(efa_attention, "way_for", lambda *given, way=way: way)
         inputs = [random(14, 4, 4, seed=seed) for seed in range(2)] + [random(14, 2, 3, seed=2), random(14, 3, seed=3)]
         inputs = [tensor.requires_grad_(True) for tensor in (*inputs, torch.tensor([0.2, 0.7], device=DEVICE))]
         y = rotary_attention(*inputs, made, system, 2, **kwargs)

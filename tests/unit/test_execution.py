@@ -17,6 +17,7 @@ from steradian.execution.check import MismatchError, check_prediction, weights_s
 from steradian.execution.graphs import Repeater, record, tensors_in
 from steradian.execution.padding import Buckets, Sizes
 from steradian.execution.runner import Runner, prepared, resolve_mode
+from steradian.execution.trace import compile_step
 from steradian.graph import Graph
 from steradian.potential import Potential
 
@@ -263,7 +264,7 @@ def test_compiled_step_follows_weights_and_batches(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     potential = tiny()
-    runner = Runner(potential, "compile", backend="aot_eager", buckets=Buckets(exact=(Sizes(22, 400, 3),)))
+    runner = Runner(potential, "compile", backend="trace", buckets=Buckets(exact=(Sizes(22, 400, 3),)))
     for seed in range(3):
         graph = cases.batch(cases.ethanol(seed), cases.ethanol(seed + 1))
         assert_same(runner(graph), potential(graph))
@@ -285,14 +286,38 @@ def test_compiler_that_fails_is_told_in_one_line(capsys: pytest.CaptureFixture[s
     assert len(lines) == 1
 
 
+class Springs(torch.nn.Module):
+    """Energy of points on springs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiffness = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return (self.stiffness[:, None] * torch.sin(positions).square()).sum()
+
+
 @pytest.mark.slow
-def test_inductor_compiles_energies_and_forces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_compiles_second_derivatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss on forces and its gradient, compiled for real; kept on disk."""
     monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    potential = tiny()
-    runner = Runner(potential, "compile")
-    for seed in range(2):
-        graph = cases.graph(cases.ethanol(seed))
-        assert_same(runner(graph), potential(graph))
-    assert runner.reason is None
+    module, inputs = Springs(), {"positions": torch.linspace(0.0, 2.0, 9).reshape(3, 3)}
+
+    def step(state: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights = {name: value.detach().requires_grad_() for name, value in state.items()}
+        positions = given["positions"].clone().requires_grad_()
+        energy = torch.func.functional_call(module, weights, (positions,))
+        (forces,) = torch.autograd.grad(energy, positions, create_graph=True)
+        (gradient,) = torch.autograd.grad(forces.square().sum(), weights["stiffness"])
+        return {"forces": forces, "gradient": gradient}
+
+    run = compile_step(step, module, inputs)
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            module.stiffness.mul_(factor)
+        expected = step(dict(module.named_parameters()), inputs)
+        found = run(inputs)
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=1e-5), name
     assert any((tmp_path / "inductor").rglob("*.py"))

@@ -63,9 +63,18 @@ def test_the_cheapest_preset_is_the_fastest_within_the_tolerance():
     )
     assert PrecisionStudy(rows, math.nan, 1e-2, 1, "CPU").cheapest.name == "mixed"
     assert PrecisionStudy(rows, math.nan, 1e-4, 1, "CPU").cheapest.name == "float32"
+    pretended = PrecisionRow("preset", "tf32", "= float32", 0.0, 1e-6, 1e-6, seconds=0.5)
+    assert PrecisionStudy((*rows, pretended), math.nan, 1e-4, 1, "CPU").cheapest.name == "float32"
     none = PrecisionStudy(rows[1:], math.nan, 0.0, 1, "CPU")
     assert none.cheapest is None
     assert "no preset stays within" in none.summary()
+
+
+def test_presets_that_a_cpu_has_no_units_for_say_so():
+    chosen = StudySettings(roles=False, presets=("float32", "half", "tf32"), md_steps=0, repeats=1)
+    study = precision_study(potential("mace"), structures(1), chosen)
+    assert [row.format for row in study.rows] == ["", "emulated", "= float32"]
+    assert study.cheapest.name == "float32"
 
 
 def test_without_labels_there_is_no_own_error():

@@ -57,7 +57,7 @@ def compile_step(
         step: outputs from the module's state (:func:`named_state`) and the inputs; tensors in nests.
         module: whose state is an input.
         inputs: example; only tensors of the same shapes can be given later.
-        backend: of ``torch.compile``; ``aot_eager`` runs the traced operations one by one (for tests).
+        backend: ``inductor``; ``trace`` runs the traced operations one by one; else one of ``torch.compile``.
 
     Returns:
         A function of the inputs. It reads the module's present weights, as long as they are changed in place.
@@ -84,7 +84,7 @@ def compile_step(
     traced.graph.eliminate_dead_code()
     traced.recompile()
     nest = map_tensors(lambda value: value.detach().new_empty(0), shape[0])
-    compiled = torch.compile(traced, backend=backend, fullgraph=True, dynamic=False)
+    compiled = _compiled(traced, arguments, backend)
 
     def run(given: dict[str, Tensor]) -> Outputs:
         with torch.no_grad():
@@ -92,6 +92,18 @@ def compile_step(
         return _filled(nest, found)
 
     return run
+
+
+def _compiled(traced: Any, arguments: Sequence[Tensor], backend: str) -> Callable[..., Sequence[Tensor]]:
+    if backend == "trace":
+        return traced  # type: ignore[no-any-return]
+    if backend == "inductor":
+        # below torch.compile, which would look at every weight at every call to see whether it is still the same
+        from torch._inductor import compile as compile_graph
+
+        with torch.no_grad():
+            return compile_graph(traced, list(arguments))  # type: ignore[return-value]
+    return torch.compile(traced, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _filled(nest: Outputs, values: Sequence[Tensor]) -> Outputs:

@@ -140,8 +140,9 @@ class Readout(WithRole):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(a, b)) for a, b in itertools.pairwise(widths))
 
     def forward(self, scalars: Tensor) -> Tensor:
-        x = self.multiply(scalars, self.weights[0]) * self.weights[0].shape[0] ** -0.5
-        for weight in self.weights[1:]:
+        first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
+        x = self.multiply(scalars, first) * first.shape[0] ** -0.5
+        for weight in others:
             x = self.multiply(nn.functional.silu(x) * SILU_SECOND_MOMENT, weight) * weight.shape[0] ** -0.5
         return x.squeeze(-1).to(scalars.dtype)
 

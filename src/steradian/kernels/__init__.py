@@ -66,9 +66,9 @@ def evaluate(
     first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
     backend = backend_for(first)
     if backend in ("triton", "cuequivariance"):
-        found = _on_gpu(backend, polynomial, inputs, list(gathers), scatter, num_rows, in_order, wide)
+        found = _on_gpu(backend, polynomial, inputs, list(gathers), scatter, num_rows, in_order, wide, dtype or wide)
         if found is not None:
-            return found if dtype is None else found.to(dtype)
+            return found
         backend = "reference"
     readable = backend == "cpu" and wide == torch.float32
     inputs = [
@@ -94,21 +94,25 @@ def _on_gpu(
     num_rows: int | None,
     in_order: bool,
     wide: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """The value by a backend for GPUs, or None where it was found to be wrong."""
+    """The value by a backend for GPUs in ``dtype``, or None where it was found to be wrong."""
+    checked: Evaluate
+    final: Evaluate
     if backend == "triton":
         from steradian.kernels.triton_backend import evaluate_triton
 
         given = [value if value.dtype.itemsize == 2 else value.to(wide) for value in inputs]
-        function: Evaluate = partial(evaluate_triton, in_order=in_order, dtype=wide)
+        checked = partial(evaluate_triton, in_order=in_order, dtype=wide)
+        final = partial(evaluate_triton, in_order=in_order, dtype=dtype)
     else:
         from steradian.kernels.cuequivariance import evaluate_cuequivariance
 
         given = [value.to(wide) for value in inputs]
-        function = evaluate_cuequivariance
-    if not passes(backend, polynomial, given, gathers, scatter, function):
+        checked = final = evaluate_cuequivariance
+    if not passes(backend, polynomial, given, gathers, scatter, checked):
         return None
-    return function(polynomial, given, gathers, scatter, num_rows)
+    return final(polynomial, given, gathers, scatter, num_rows).to(dtype)
 
 
 def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:

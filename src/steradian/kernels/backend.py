@@ -24,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "GPU_BACKENDS",
     "backend_for",
+    "backend_on",
     "chosen_backend",
     "measured_backend",
     "set_backend",
@@ -111,17 +112,21 @@ def _key(device: torch.device) -> str:
 def backend_for(*tensors: Tensor) -> str:
     """The backend that evaluates these tensors (all of one dtype and device): ``reference``, ``cpu``, ``triton`` or
     ``cuequivariance``."""
+    return backend_on(tensors[0].device, tensors[0].dtype)
+
+
+def backend_on(device: torch.device, dtype: torch.dtype) -> str:
+    """As :func:`backend_for`, for tensors of a format on a device."""
     choice = chosen_backend()
     if choice == "reference":
         return "reference"
-    first = tensors[0]
-    if first.dtype not in (torch.float32, torch.float64) or torch._C._functorch.maybe_current_level() is not None:
+    if dtype not in (torch.float32, torch.float64) or torch._C._functorch.maybe_current_level() is not None:
         return "reference"
-    if first.device.type == "cuda":
-        return _on_gpu(choice, first.device)
+    if device.type == "cuda":
+        return _on_gpu(choice, device)
     if choice == "triton" and interprets():
         return "triton"
-    if first.device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return "reference"
     return "cpu" if compiler_works() else "reference"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steradian.kernels.backend import (
     GPU_BACKENDS,
-    backend_for,
+    backend_on,
     chosen_backend,
     measured_backend,
     set_measured_backend,
@@ -84,11 +84,10 @@ def prepare_backend(potential: Potential, graph: Graph, training: bool = False) 
         The backend that polynomials now have on that device.
     """
     device = potential.device
-    like = torch.empty(0, dtype=potential.dtype, device=device)
     if device.type == "cuda" and chosen_backend() in ("auto", "cuda") and measured_backend(device) is None:
         choice = choose_backend(potential, graph.to(device), training)
         set_measured_backend(device, choice.name)
-    return backend_for(like)
+    return backend_on(device, potential.dtype)
 
 
 def available_backends() -> list[str]:

@@ -4,9 +4,10 @@ A sum over the rows of the work that share a target runs through them one target
 in order of their target and where each target begins. Both are made by operations of fixed shape on the device, and
 kept as long as the index lives and does not change.
 
-A CUDA graph replays what was recorded while the contents of its buffers change. So nothing kept is used while a graph
-is recorded, except for indices that :func:`keep_rows` was called for: their sorted form lies in buffers of its own,
-which :func:`update_rows` fills again, outside the graph, whenever the index has new contents.
+A CUDA graph replays what was recorded while the contents of its buffers change. So a recorded step
+(:mod:`steradian.capture`) sorts every index anew, once, in the graph; except for indices that :func:`keep_rows` was
+called for: their sorted form lies in buffers of its own, which :func:`update_rows` fills again, outside the graph,
+whenever the index has new contents.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from steradian.capture import capturing, step_number
 
 __all__ = ["SortedRows", "keep_rows", "sorted_rows", "update_rows"]
 
@@ -37,7 +40,7 @@ class SortedRows:
 class _Entry:
     num_rows: int
     ascending: bool
-    state: tuple[int, int] | None  # None: kept by the caller's promise
+    state: tuple[int, ...] | None  # None: kept up to date by the caller
     rows: SortedRows
 
 
@@ -57,12 +60,11 @@ def sorted_rows(index: Tensor, num_rows: int, ascending: bool = False) -> Sorted
     """
     known = _KNOWN.get(index)
     if known is not None and known.num_rows == num_rows:
-        usable = known.ascending == ascending and known.state == _state(index) and not _capturing(index)
-        if known.state is None or usable:
+        kept = known.state is None
+        if kept or (known.ascending == ascending and known.state == _state(index)):
             return known.rows
     rows = _sort(index, num_rows, ascending)
-    if not _capturing(index):
-        _KNOWN[index] = _Entry(num_rows, ascending, _state(index), rows)
+    _KNOWN[index] = _Entry(num_rows, ascending, _state(index), rows)
     return rows
 
 
@@ -94,16 +96,14 @@ def _sort(index: Tensor, num_rows: int, ascending: bool) -> SortedRows:
     index = index.detach()
     targets = torch.arange(num_rows + 1, dtype=index.dtype, device=index.device)
     if ascending:
-        if not _capturing(index):
+        if not capturing():
             torch._assert_async((index[1:] >= index[:-1]).all(), "row index said to ascend does not")
         return SortedRows(None, torch.searchsorted(index.contiguous(), targets))
     in_order, order = torch.sort(index, stable=True)
     return SortedRows(order, torch.searchsorted(in_order, targets))
 
 
-def _state(index: Tensor) -> tuple[int, int]:
-    return (-1 if index.is_inference() else index._version, index.data_ptr())
-
-
-def _capturing(index: Tensor) -> bool:
-    return index.is_cuda and torch.cuda.is_current_stream_capturing()
+def _state(index: Tensor) -> tuple[int, ...]:
+    """Where a sorted form is valid: contents change unseen from one step of a recorded graph to the next."""
+    recording = index.is_cuda and torch.cuda.is_current_stream_capturing()
+    return -1 if index.is_inference() else index._version, index.data_ptr(), step_number(), recording

@@ -7,6 +7,7 @@ with the reference in float64. A backend that fails is not used for this polynom
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from steradian.capture import capturing
 from steradian.kernels.polynomial import Polynomial
 from steradian.kernels.reference import evaluate_reference
 
@@ -64,7 +66,7 @@ def passes(
 
 def _is_static(value: Tensor) -> bool:
     """Whether a step is traced or recorded."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if capturing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return value.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -121,4 +123,5 @@ def _error(polynomial: Polynomial, inputs: Sequence[Tensor], pattern: Sequence[b
         # gradients of inputs of 16 bits are rounded to these, which is no error of the backend
         pairs += [(a, b) for a, b in zip(ours, theirs) if a.dtype.itemsize >= 4]
     compared = ((a.detach().double(), b.detach()) for a, b in pairs)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in compared)
+    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in compared]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf

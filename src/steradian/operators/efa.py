@@ -30,6 +30,7 @@ from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
 from steradian.operators.efa_limits import RESOLVED, SizeWatch, graded_points, resolved_phase
 from steradian.operators.efa_periodic import reciprocal_attention
+from steradian.precision import WithRole
 from steradian.sharing import Share
 from steradian.sphere.grids import lebedev
 
@@ -135,7 +136,7 @@ def _harmonics(directions: Tensor, degree_scaling: list[float] | None) -> tuple[
     return values[~odd], values[odd]
 
 
-class EuclideanFastAttention(nn.Module):
+class EuclideanFastAttention(WithRole):
     """Every atom attends to all atoms of its system: ``[N, D, C] -> [N, D', C_v]``.
 
     Queries, keys and values are linear maps of the features. Rotating them by their positions along the directions of a
@@ -161,6 +162,8 @@ class EuclideanFastAttention(nn.Module):
     Raises:
         ValueError: options that do not fit the features; the message names them.
     """
+
+    role = "attention"
 
     def __init__(
         self,
@@ -348,6 +351,7 @@ class EuclideanFastAttention(nn.Module):
                 size=self.size,
                 functions=band.functions,
                 share=share,
+                low=self.low,
             )
             out = part if out is None else out + part
         assert out is not None
@@ -384,6 +388,7 @@ class EuclideanFastAttention(nn.Module):
                     size=self.size,
                     degree_scaling=scaling,
                     share=share,
+                    low=self.low,
                 )
                 parts.append(out)
             elif stop > start:

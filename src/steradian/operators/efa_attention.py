@@ -102,6 +102,7 @@ def rotary_attention(
     size: int | None = None,
     functions: tuple[Tensor, Tensor] | None = None,
     share: Share | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """Attention of every atom to all atoms of its system (itself included), averaged over directions.
 
@@ -120,6 +121,7 @@ def rotary_attention(
         functions: average the product with functions of the direction in place of the attention alone: their values
             ``[A, m]`` for those that are even in u, ``[O, m]`` for those that are odd.
         share: sum keys and values over processes; keys of atoms that do not count are zero, positions are centred.
+        low: format that factors of the sums are rounded to on a GPU, if not theirs; sums are float32.
 
     Returns:
         ``[N, D_v, F_v]``, or ``[N, A + O, D_v, F_v]`` with functions.
@@ -133,7 +135,7 @@ def rotary_attention(
             f"queries {list(queries.shape)}, keys {list(keys.shape)} and {frequencies.shape[-1]} frequencies do not fit"
         )
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
-    waves = _waves_of_rule(rule, frequencies, functions, share)
+    waves = _waves_of_rule(rule, frequencies, functions, share, low)
     if share is None:
         positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
@@ -179,6 +181,7 @@ class Waves:
         even, odd: ``[L, m, n]`` (or ``[L, m, 1]``) weights for L results, even or odd in the wave vector.
         symmetric: the opposite of every vector belongs to the sum, is not listed, and is counted in the weights.
         share: sum over processes too.
+        low: format that factors are rounded to on a GPU, if not theirs.
     """
 
     vectors: Tensor
@@ -187,15 +190,20 @@ class Waves:
     odd: Tensor | None
     symmetric: bool
     share: Share | None = None
+    low: torch.dtype | None = None
 
 
 def _waves_of_rule(
-    rule: DirectionRule, frequencies: Tensor, functions: tuple[Tensor, Tensor] | None, share: Share | None
+    rule: DirectionRule,
+    frequencies: Tensor,
+    functions: tuple[Tensor, Tensor] | None,
+    share: Share | None,
+    low: torch.dtype | None,
 ) -> Waves:
     if functions is None:
-        return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric, share)
+        return Waves(rule.directions, frequencies, rule.weights[None, :, None], None, rule.symmetric, share, low)
     even, odd = ((values * rule.weights).unsqueeze(-1) for values in functions)
-    return Waves(rule.directions, frequencies, even, odd, rule.symmetric, share)
+    return Waves(rule.directions, frequencies, even, odd, rule.symmetric, share, low)
 
 
 def attend_one_system(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, waves: Waves) -> Tensor:
@@ -216,7 +224,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
             return _attend_pairs(queries, crossed, keys, values, positions, waves)
     if len(waves.frequencies) == 1:  # one phase for all pairs
         queries, keys, crossed = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (queries, keys, crossed))
-    way, out = way_for(queries), None
+    way, out = way_for(keys, values.shape[1], waves.low), None
     for chunk in _chunks(num_points, keys, values):
         turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
         sums = moments(turning, keys, values, way=way)

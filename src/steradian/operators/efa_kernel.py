@@ -16,11 +16,12 @@ front: ``t [B, m, 2, n, N]``, ``x [B, n, a, N]``, ``y [B, e, N]``, ``S [B, m 2 n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from steradian.operators.efa_gpu import triton_sums
 
 __all__ = ["PLAIN", "Sums", "apply_moments", "moments", "plane_waves", "way_for"]
 
@@ -63,11 +64,15 @@ def moments(waves: Tensor, keys: Tensor, values: Tensor, way: Sums | None = None
 
     Another way to compute may want its own shapes.
     """
+    if getattr(way, "own_derivatives", False) and way is not None:
+        return way.moments(values, [(waves, keys)])
     return _Moments.apply(way or PLAIN, values, waves, keys)
 
 
 def apply_moments(sums: Tensor, *pairs: Tensor, way: Sums | None = None) -> Tensor:
     """``y_i = sum t_i q_i S``, ``[B, e, N]``, summed over the given waves and queries ``t1, q1, t2, q2, ...``."""
+    if getattr(way, "own_derivatives", False) and way is not None:
+        return way.apply(sums, _pairs(pairs))
     return _Apply.apply(way or PLAIN, sums, *pairs)
 
 
@@ -156,19 +161,15 @@ class PlainSums:
 PLAIN = PlainSums()
 
 
-@cache
-def _triton_sums() -> Sums:
-    try:
-        from steradian.operators.efa_triton import TritonSums
-    except ImportError:
-        return PLAIN
-    return TritonSums()
+def way_for(keys: Tensor, num_values: int, low: torch.dtype | None = None) -> Sums:
+    """How sums of keys ``[B, n, a, N]`` with so many values are formed: by Triton on a GPU in up to 32 bits where it is
+    installed and agrees with the plain way, else plainly.
 
-
-def way_for(tensor: Tensor) -> Sums:
-    """How sums of such a tensor are formed: by Triton on a GPU in up to 32 bits where it is installed, else plainly."""
-    short = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return _triton_sums() if tensor.is_cuda and short and not torch.compiler.is_compiling() else PLAIN
+    Args:
+        keys, num_values: as above.
+        low: format that factors are rounded to on a GPU, if not theirs.
+    """
+    return triton_sums(keys, num_values, low) or PLAIN
 
 
 class _Moments(torch.autograd.Function):

@@ -85,6 +85,7 @@ def reciprocal_attention(
     size: int | None = None,
     degree_scaling: list[float] | None = None,
     share: Share | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """Attention of every atom of a crystal to all atoms and their images.
 
@@ -99,6 +100,7 @@ def reciprocal_attention(
         degree_scaling: integrate the product with the harmonics of the wave vector up to ``len - 1``, whose squares sum
             to the squared factor of their degree.
         share: sum keys and values over processes.
+        low: as in :func:`steradian.operators.efa_attention.rotary_attention`.
 
     Returns:
         ``[N, D_v, F_v]``, or with harmonics ``[N, A, D_v, F_v]``, those of even degree first.
@@ -127,7 +129,7 @@ def reciprocal_attention(
         functions = functions * torch.tensor(factors, dtype=cell.dtype, device=cell.device).unsqueeze(-1)
         is_odd = torch.tensor([degree % 2 == 1 for degree in range(highest + 1) for _ in range(2 * degree + 1)])
         even, odd = (functions[chosen].unsqueeze(-1) * density for chosen in (~is_odd, is_odd))
-    waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share)
+    waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share, low=low)
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     out = attend_one_system(queries * scale, keys, values, inside, waves)
     return out.squeeze(1) if degree_scaling is None else out

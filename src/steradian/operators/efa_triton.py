@@ -1,164 +1,135 @@
-"""The sums of Euclidean fast attention on a GPU, by Triton.
+"""The sums of Euclidean fast attention on a GPU: kernels in Triton, launched by :mod:`steradian.operators.efa_gpu`.
 
-The same three sums, in the same layout, as :class:`steradian.operators.efa_kernel.PlainSums`, and so the same
-derivatives of any order. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values
-and their sums is stored. Products are accumulated in float32, without rounding factors to fewer digits. Unmeasured:
-these kernels have been compared with the plain ones under the interpreter of Triton only.
+The same three sums, in the same layout, as :class:`steradian.operators.efa_kernel.PlainSums`: waves t ``[B, W, N]``
+(W = points x 2 x pairs), features x ``[B, F, N]`` (F = pairs x width), values y ``[B, e, N]``, sums S ``[B, W width, e]``.
+The product ``z = t x`` is formed in registers; nothing larger than waves, features, values and their sums is stored.
+
+Factors are rounded to FORMAT right before they are multiplied, sums are float32 (or the format itself if that is
+longer). Matrix units add with truncation, so what they add up is taken over into another sum now and then. All sums have
+a fixed order: there are no atomic operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["TritonSums"]
-
-BLOCK = 64
-"""Rows, atoms and values of a tile (values: fewer where there are fewer)."""
+__all__ = ["apply_kernel", "contract_kernel", "moments_kernel"]
 
 
 @triton.jit
-def _product(t, x, row, atom, rows, atoms, width, features):
-    """z of a tile: row j is row j // width of the waves times row j % features of the features."""
-    inside = (row < rows)[:, None] & (atom < atoms)[None, :]
-    wave = tl.load(t + (row // width)[:, None] * atoms + atom[None, :], mask=inside, other=0.0)
-    feature = tl.load(x + (row % features)[:, None] * atoms + atom[None, :], mask=inside, other=0.0)
-    return wave.to(tl.float32), feature.to(tl.float32), inside
+def _load(values, row, atom, atoms, known, WIDE: tl.constexpr):
+    """``values[row, atom]`` of ``[rows, atoms]``, zero where not known."""
+    return tl.load(values + row * atoms + atom, mask=known, other=0.0).to(WIDE)
 
 
 @triton.jit
-def _moments(
-    t, x, y, s, waves, rows, atoms, values, width, features,
-    ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr,
+def moments_kernel(
+    t, x, y, s, waves, features, values, atoms, width,
+    ADD: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``S[j, e] += sum_i z[j, i] y[e, i]``"""
+    """``S[j, e] = sum_i z[j, i] y[e, i]``, or added to what is there."""
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     value = tl.program_id(1).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    total = tl.zeros((ROWS, VALUES), dtype=tl.float32)
-    for start in range(0, atoms, ATOMS):
-        atom = start + tl.arange(0, ATOMS)
-        wave, feature, _ = _product(
-            t + batch * waves * atoms, x + batch * features * atoms, row, atom, rows, atoms, width, features
-        )
-        known = (value < values)[None, :] & (atom < atoms)[:, None]
-        right = tl.load(y + (batch * values + value)[None, :] * atoms + atom[:, None], mask=known, other=0.0)
-        total = tl.dot(wave * feature, right.to(tl.float32), total, input_precision="ieee")
-    place = s + (batch * rows + row)[:, None] * values + value[None, :]
-    mask = (row < rows)[:, None] & (value < values)[None, :]
-    tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
+    wave, feature = (batch * waves + row // width)[:, None], (batch * features + row % features)[:, None]
+    known_row, known_value = (row < waves * width)[:, None], (value < values)[None, :]
+    total = tl.zeros((ROWS, VALUES), dtype=WIDE)
+    for start in range(0, atoms, ATOMS * RUN):
+        part = tl.zeros((ROWS, VALUES), dtype=WIDE)
+        for first in range(start, tl.minimum(start + ATOMS * RUN, atoms), ATOMS):
+            atom = first + tl.arange(0, ATOMS)
+            known = known_row & (atom < atoms)[None, :]
+            z = _load(t, wave, atom[None, :], atoms, known, WIDE) * _load(x, feature, atom[None, :], atoms, known, WIDE)
+            known = known_value & (atom < atoms)[:, None]
+            right = _load(y, (batch * values + value)[None, :], atom[:, None], atoms, known, WIDE)
+            part = tl.dot(z.to(FORMAT), right.to(FORMAT), part, input_precision=PRECISION, out_dtype=WIDE)
+        total += part
+    place = s + (batch * waves * width + row)[:, None] * values + value[None, :]
+    if ADD:
+        total += tl.load(place, mask=known_row & known_value, other=0.0)
+    tl.store(place, total, mask=known_row & known_value)
 
 
 @triton.jit
-def _apply(
-    t, x, y, s, waves, rows, atoms, values, width, features,
-    ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr,
+def apply_kernel(
+    t, x, s, y, waves, features, values, atoms, width, batches, rows_of_part,
+    ADD: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y[e, i] += sum_j S[j, e] z[j, i]``"""
-    batch = tl.program_id(2).to(tl.int64)
+    """``y[e, i] = sum_j S[j, e] z[j, i]``, or added to what is there; ``y [parts, B, e, N]`` for parts of the rows."""
+    batch, part_ = (tl.program_id(2) % batches).to(tl.int64), (tl.program_id(2) // batches).to(tl.int64)
     atom = tl.program_id(0).to(tl.int64) * ATOMS + tl.arange(0, ATOMS)
     value = tl.program_id(1).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    total = tl.zeros((VALUES, ATOMS), dtype=tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        wave, feature, _ = _product(
-            t + batch * waves * atoms, x + batch * features * atoms, row, atom, rows, atoms, width, features
-        )
-        known = (value < values)[:, None] & (row < rows)[None, :]
-        left = tl.load(s + (batch * rows + row)[None, :] * values + value[:, None], mask=known, other=0.0)
-        total = tl.dot(left.to(tl.float32), wave * feature, total, input_precision="ieee")
-    place = y + (batch * values + value)[:, None] * atoms + atom[None, :]
-    mask = (value < values)[:, None] & (atom < atoms)[None, :]
-    tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
+    known_atom, known_value = (atom < atoms)[None, :], (value < values)[:, None]
+    begin = part_ * rows_of_part
+    end = tl.minimum(begin + rows_of_part, waves.to(tl.int64) * width)
+    total = tl.zeros((VALUES, ATOMS), dtype=WIDE)
+    for start in range(begin, end, ROWS * RUN):
+        part = tl.zeros((VALUES, ATOMS), dtype=WIDE)
+        for first in range(start, tl.minimum(start + ROWS * RUN, end), ROWS):
+            row = first + tl.arange(0, ROWS)
+            known = (row < end)[:, None] & known_atom
+            wave, feature = (batch * waves + row // width)[:, None], (batch * features + row % features)[:, None]
+            z = _load(t, wave, atom[None, :], atoms, known, WIDE) * _load(x, feature, atom[None, :], atoms, known, WIDE)
+            known = known_value & (row < end)[None, :]
+            left = _load(s, (batch * waves * width + row)[None, :], value[:, None], values, known, WIDE)
+            part = tl.dot(left.to(FORMAT), z.to(FORMAT), part, input_precision=PRECISION, out_dtype=WIDE)
+        total += part
+    place = y + ((part_ * batches + batch) * values + value)[:, None] * atoms + atom[None, :]
+    if ADD:
+        total += tl.load(place, mask=known_value & known_atom, other=0.0)
+    tl.store(place, total, mask=known_value & known_atom)
 
 
 @triton.jit
-def _contract(
-    t, x, y, s, by_t, by_x, waves, rows, atoms, values, width, features,
-    ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr, WAVES: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """``U = S y``, then its products with x added to dT/dt and with t added to dT/dx."""
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    atom = tl.program_id(1).to(tl.int64) * ATOMS + tl.arange(0, ATOMS)
-    total = tl.zeros((ROWS, ATOMS), dtype=tl.float32)
+def _contracted(s, y, row, batch, atom, values, atoms, known_row, ROWS, ATOMS, VALUES, WIDE, FORMAT, PRECISION):
+    """``U = S y`` of some rows and atoms."""
+    total = tl.zeros((ROWS, ATOMS), dtype=WIDE)
     for start in range(0, values, VALUES):
         value = start + tl.arange(0, VALUES)
-        left_known = (row < rows)[:, None] & (value < values)[None, :]
-        left = tl.load(s + (batch * rows + row)[:, None] * values + value[None, :], mask=left_known, other=0.0)
-        right_known = (value < values)[:, None] & (atom < atoms)[None, :]
-        right = tl.load(y + (batch * values + value)[:, None] * atoms + atom[None, :], mask=right_known, other=0.0)
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
-    wave, feature, inside = _product(
-        t + batch * waves * atoms, x + batch * features * atoms, row, atom, rows, atoms, width, features
-    )
-    if WAVES:
-        place = by_t + (batch * waves + row // width)[:, None] * atoms + atom[None, :]
-        tl.atomic_add(place, total * feature, mask=inside)
-    if FEATURES:
-        place = by_x + (batch * features + row % features)[:, None] * atoms + atom[None, :]
-        tl.atomic_add(place, total * wave, mask=inside)
+        left = _load(s, row[:, None], value[None, :], values, known_row[:, None] & (value < values)[None, :], WIDE)
+        known = (value < values)[:, None] & (atom < atoms)[None, :]
+        right = _load(y, (batch * values + value)[:, None], atom[None, :], atoms, known, WIDE)
+        total = tl.dot(left.to(FORMAT), right.to(FORMAT), total, input_precision=PRECISION, out_dtype=WIDE)
+    return total
 
 
-class TritonSums:
-    """Sums in the layout of the plain ones: t ``[B, m, 2, n, N]``, x ``[B, n, a, N]``, y ``[B, e, N]``,
-    S ``[B, m 2 n a, e]``; float32, or fewer digits (results are rounded to those in the end)."""
-
-    def moments(self, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``S = sum_i t_i x_i y_i``."""
-        shape = _Shape(values, pairs[0])
-        sums = values.new_zeros((values.shape[0], shape.rows, shape.values), dtype=torch.float32)
-        for pair in pairs:
-            grid = (triton.cdiv(shape.rows, BLOCK), triton.cdiv(shape.values, shape.block), values.shape[0])
-            _moments[grid](*_contiguous(*pair, values), sums, *shape.sizes, **shape.blocks)
-        return sums.to(values.dtype)
-
-    def apply(self, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``y_i = sum t_i x_i S``."""
-        batch, num_atoms = sums.shape[0], pairs[0][0].shape[-1]
-        values = sums.new_zeros((batch, sums.shape[2], num_atoms), dtype=torch.float32)
-        shape = _Shape(values, pairs[0])
-        for pair in pairs:
-            grid = (triton.cdiv(num_atoms, BLOCK), triton.cdiv(shape.values, shape.block), batch)
-            waves, features, given = _contiguous(*pair, sums)
-            _apply[grid](waves, features, values, given, *shape.sizes, **shape.blocks)
-        return values.to(sums.dtype)
-
-    def contract(
-        self, values: Tensor, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """dT/dt and dT/dx of every pair in turn, where wanted."""
-        shape, outputs = _Shape(values, pairs[0]), []
-        for number, pair in enumerate(pairs):
-            asked = wanted[2 * number : 2 * number + 2]
-            found = [
-                torch.zeros(x.shape if ask else (1,), dtype=torch.float32, device=x.device)
-                for x, ask in zip(pair, asked)
-            ]
-            grid = (triton.cdiv(shape.rows, BLOCK), triton.cdiv(shape.atoms, BLOCK), values.shape[0])
-            given = _contiguous(*pair, values, sums)
-            _contract[grid](*given, *found, *shape.sizes, **shape.blocks, WAVES=asked[0], FEATURES=asked[1])
-            outputs += [x.to(values.dtype) if ask else None for x, ask in zip(found, asked)]
-        return outputs
-
-
-class _Shape:
-    """Sizes that all kernels take."""
-
-    def __init__(self, values: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-        waves, features = pair
-        _, num_points, parts, num_pairs, self.atoms = waves.shape
-        width, num_waves = features.shape[2], num_points * parts * num_pairs
-        self.values, self.rows = values.shape[1], num_waves * width
-        self.block = min(BLOCK, max(16, triton.next_power_of_2(self.values)))  # products need sixteen
-        self.sizes = num_waves, self.rows, self.atoms, self.values, width, num_pairs * width
-        self.blocks: dict[str, Any] = {"ROWS": BLOCK, "ATOMS": BLOCK, "VALUES": self.block}
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+@triton.jit
+def contract_kernel(
+    t, x, y, s, by_t, by_x, waves, features, values, atoms, width, pairs, batches, points_of_part,
+    BY_WAVES: tl.constexpr, BY_FEATURES: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, ATOMS: tl.constexpr,
+    VALUES: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``U = S y``, then the sums of its products with x over the width, ``by_t [chunks, B, W, N]``, and with t over the
+    points, ``by_x [parts, B, F, N]``. A program has some pairs and a chunk of the width, and loops over a part of the
+    points (cosines and sines apart)."""
+    batch, part = (tl.program_id(2) % batches).to(tl.int64), (tl.program_id(2) // batches).to(tl.int64)
+    chunks = tl.cdiv(width, WIDTH)
+    chunk, block = (tl.program_id(1) % chunks).to(tl.int64), (tl.program_id(1) // chunks).to(tl.int64)
+    atom = tl.program_id(0).to(tl.int64) * ATOMS + tl.arange(0, ATOMS)
+    local = tl.arange(0, PAIRS * WIDTH)
+    pair, own = block * PAIRS + local // WIDTH, chunk * WIDTH + local % WIDTH
+    known_row = (pair < pairs) & (own < width)
+    known = known_row[:, None] & (atom < atoms)[None, :]
+    feature = pair * width + own
+    right = _load(x, (batch * features + feature)[:, None], atom[None, :], atoms, known, WIDE)
+    by_feature = tl.zeros((PAIRS * WIDTH, ATOMS), dtype=WIDE)
+    block_pair = block * PAIRS + tl.arange(0, PAIRS)
+    known_wave = (block_pair < pairs)[:, None] & (atom < atoms)[None, :]
+    for point in range(part * points_of_part, tl.minimum((part + 1) * points_of_part, waves // pairs)):
+        row = batch * waves * width + point * features + feature
+        contracted = _contracted(
+            s, y, row, batch, atom, values, atoms, known_row, PAIRS * WIDTH, ATOMS, VALUES, WIDE, FORMAT, PRECISION
+        )
+        if BY_FEATURES:
+            wave = _load(t, (batch * waves + point * pairs + pair)[:, None], atom[None, :], atoms, known, WIDE)
+            by_feature += contracted * wave
+        if BY_WAVES:
+            by_wave = tl.sum(tl.reshape(contracted * right, (PAIRS, WIDTH, ATOMS)), 1)
+            place = ((chunk * batches + batch) * waves + point * pairs + block_pair)[:, None] * atoms + atom[None, :]
+            tl.store(by_t + place, by_wave, mask=known_wave)
+    if BY_FEATURES:
+        place = ((part * batches + batch) * features + feature)[:, None] * atoms + atom[None, :]
+        tl.store(by_x + place, by_feature, mask=known)
