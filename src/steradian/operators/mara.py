@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import MARAConfig
+from steradian.graph import Edges
 from steradian.kernels import backend_for
 from steradian.kernels.frozen import of_weights
 from steradian.operators import mara_gpu
@@ -268,7 +269,8 @@ class MARA(WithRole, EdgeGate):
         squared = self.field == "squared"
         if mara_gpu.is_served(edges.vectors, nodes, self.grid.num_points, squared):
             flat = self._flat_tables()
-            return mara_gpu.pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, squared)
+            in_order = isinstance(edges, Edges)  # by definition
+            return mara_gpu.pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, squared, in_order)
         nodes = nodes.to(edges.vectors.dtype)
         if backend_for(edges.vectors, nodes) == "cpu":
             from steradian.operators.mara_cpu import pool_on_sphere
