@@ -54,7 +54,9 @@ def potential(host="mace", slot="bare", precision="float64"):
 
 
 def molecules(temperature=300.0):
-    atoms = molecule("CH3CH2OH") + Atoms("H2O", molecule("H2O").positions + [4.0, 0.5, 0.0])
+    water = molecule("H2O")
+    water.translate([4.0, 0.5, 0.0])
+    atoms = molecule("CH3CH2OH") + water
     random = np.random.default_rng(1)
     atoms.set_velocities(
         np.sqrt(units.kB * temperature / atoms.get_masses())[:, None] * random.normal(size=(len(atoms), 3))
