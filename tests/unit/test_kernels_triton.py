@@ -172,6 +172,13 @@ def test_any_tile(tile, monkeypatch):
     assert_equals_reference(product(3))
 
 
+def test_sums_taken_together(monkeypatch):
+    """As compiled code does; slow in the interpreter, so on few rows."""
+    monkeypatch.setattr(triton_run, "together", lambda: True)
+    table, inputs, gathers, scatter, num_rows = product(2, edges=3, atoms=2)
+    assert_equals_reference((table, inputs, gathers, scatter, num_rows))
+
+
 def test_large_programs_are_divided(monkeypatch):
     monkeypatch.setattr(triton_parts, "MOST_TERMS", 30)
     monkeypatch.setattr(triton_parts, "MOST_SUMS", 3)

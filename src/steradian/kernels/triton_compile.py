@@ -71,6 +71,7 @@ def compile_part(
     kernel = kernel_of(part)
     constants: dict[str, Any] = {"C": channels, "ROWS": tile.rows, "BLOCK": tile.block}
     constants["REAL"] = tl.float64 if real == torch.float64 else tl.float32
+    constants["TOGETHER"] = True
     if part.index is not None:
         constants |= {"ORDERED": ordered, "PARTS": tile.parts}
     signature = {}

@@ -199,8 +199,8 @@ def _launch(
     arguments += [places[part.positions[place]] for place in layout.written]
     with _on(inputs[0].device):
         kernel_of(part)[grid](
-            *arguments, targets, C=channels, ROWS=tile.rows, BLOCK=tile.block, REAL=_REAL[real], **constants,
-            num_warps=tile.warps, **_options(),
+            *arguments, targets, C=channels, ROWS=tile.rows, BLOCK=tile.block, REAL=_REAL[real], TOGETHER=together(),
+            **constants, num_warps=tile.warps, **_options(),
         )  # fmt: skip
 
 
@@ -210,6 +210,13 @@ def _options() -> dict[str, Any]:
     from triton import knobs
 
     return {} if knobs.runtime.interpret else {"enable_fp_fusion": True}
+
+
+def together() -> bool:
+    """Whether sums are taken together; the interpreter is slow at that."""
+    from triton import knobs
+
+    return not knobs.runtime.interpret
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

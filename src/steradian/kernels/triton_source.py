@@ -29,6 +29,8 @@ FUNCTION = "kernel"
 READ_AHEAD = 64
 #: Terms of one statement.
 TERMS_PER_LINE = 8
+#: Sums over the rows, or channels, of an instance that are taken in one reduction.
+SUMS_TOGETHER = 16
 
 HEAD = '''"""Made by steradian from a polynomial; safe to delete."""
 
@@ -36,7 +38,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
 '''
 
 
@@ -45,7 +46,8 @@ def source_of(program: Program, index: int | None) -> str:
 
     Its arguments are pointers to the inputs, to every row index that gathers one of them, (with segments) to the order
     of the rows and the bounds of the segments, to the outputs that are written; the number of rows (of segments); then
-    the constants C, ROWS, BLOCK, REAL and, with segments, ORDERED (rows are not in order of their segment) and PARTS.
+    the constants C, ROWS, BLOCK, REAL, TOGETHER (sums over a tile are taken together) and, with segments, ORDERED
+    (rows are not in order of their segment) and PARTS.
 
     Args:
         program: outputs that are None everywhere are not written.
@@ -71,6 +73,13 @@ class Layout:
     written: list[int]
 
 
+def _adder(size: int) -> str:
+    """What a reduction of several tiles does to each."""
+    left, right = ([f"{side}{k}" for k in range(size)] for side in "ab")
+    sums = ", ".join(f"{a} + {b}" for a, b in zip(left, right))
+    return f"@triton.jit\ndef add{size}({', '.join(left + right)}):\n    return {sums}\n\n\n"
+
+
 def layout_of(program: Program) -> Layout:
     nodes = needed_in_order(program)
     read = sorted({source[0] for node in nodes if (source := program.graph.source[node]) is not None})
@@ -93,6 +102,7 @@ class _Writer:
         self.indent = 1
         self.scaled: dict[tuple[float, int], str] = {}
         self.loaded: set[int] = set()
+        self.sizes: set[int] = set()  # of sums taken together
 
     # ------------------------------------------------------------------------------------------------------- structure
 
@@ -101,12 +111,18 @@ class _Writer:
             self._plain()
         else:
             self._segments()
-        return HEAD + f"def {FUNCTION}(\n    {', '.join(self._arguments())},\n):\n" + "\n".join(self.lines) + "\n"
+        helpers = "".join(_adder(size) for size in sorted(self.sizes))
+        return (
+            HEAD
+            + f"{helpers}@triton.jit\ndef {FUNCTION}(\n    {', '.join(self._arguments())},\n):\n"
+            + "\n".join(self.lines)
+            + "\n"
+        )
 
     def _arguments(self) -> list[str]:
         layout = self.layout
         names = [*(f"i{k}" for k in layout.read), *(f"g{k}" for k in layout.gathered)]
-        constants = ["C", "ROWS", "BLOCK", "REAL"]
+        constants = ["C", "ROWS", "BLOCK", "REAL", "TOGETHER"]
         if self.index is not None:
             names += ["order", "bounds"]
             constants += ["ORDERED", "PARTS"]
@@ -135,14 +151,16 @@ class _Writer:
             self._channels("block" if sums_channels else "tl.program_id(1)")
             self._vectors(set(dots))
             self.indent = 1
-        for node in dots:
-            self._line(f"v{node} = tl.sum(v{node}, axis=1, keep_dims=True)")
+        self._reduce([f"v{node}" for node in dots], 1)
         self._scalars(node for node in self.layout.nodes if node in self.summed and node not in dots)
+        self._line("lane = tl.zeros((ROWS, BLOCK), tl.int32)")
+        self._line("once = known & (tl.arange(0, BLOCK) == 0)[None, :]")
         for place in self.layout.written:
             if not self.program.outputs[place].operand.has_channels:
                 for component, target in enumerate(self.program.nodes[place]):
                     if target is not None:
-                        self._line(f"tl.store(q{place} + {component}, {self._value(target)}, mask=known)")
+                        value = f"tl.broadcast_to({self._value(target)}, (ROWS, BLOCK))"
+                        self._line(f"tl.store(q{place} + {component} + lane, {value}, mask=once)")
 
     def _segments(self) -> None:
         self._line("segment = tl.program_id(0).to(tl.int64)")
@@ -171,13 +189,30 @@ class _Writer:
         self._channels("tl.program_id(1)")
         self._vectors(set(), {node: f"t{place}_{component}" for place, component, node in targets})
         self.indent = 1
-        self._line("target = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)")
+        # stored by the first row of the tile: a tile of its own shape would have to be exchanged between warps
+        self._line("target = tl.broadcast_to((tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :], (ROWS, BLOCK))")
+        self._line("once = (tl.arange(0, ROWS)[:, None] == 0) & (target < C)")
         for place in self.layout.written:
             size = self._size(self.program.outputs[place])
             self._line(f"q{place} = o{place} + (part.to(tl.int64) * num_rows + segment) * ({size}) + target")
+        self._reduce([f"t{place}_{component}" for place, component, _ in targets], 0)
         for place, component, _ in targets:
-            total = f"tl.sum(t{place}_{component}, axis=0)"
-            self._line(f"tl.store(q{place} + {component} * C, {total}, mask=target < C)")
+            total = f"tl.broadcast_to(t{place}_{component}, (ROWS, BLOCK))"
+            self._line(f"tl.store(q{place} + {component} * C, {total}, mask=once)")
+
+    def _reduce(self, names: list[str], axis: int) -> None:
+        """Sums of tiles over an axis; compiled code takes them together, with one exchange between warps."""
+        if not names:
+            return
+        self._line("if TOGETHER:")
+        for start in range(0, len(names), SUMS_TOGETHER):
+            some = names[start : start + SUMS_TOGETHER]
+            self.sizes.add(len(some))
+            given = f"({', '.join(some)})" if len(some) > 1 else some[0]
+            self._line(f"    {', '.join(some)} = tl.reduce({given}, {axis}, add{len(some)}, keep_dims=True)")
+        self._line("else:")
+        for name in names:
+            self._line(f"    {name} = tl.sum({name}, axis={axis}, keep_dims=True)")
 
     def _rows(self) -> None:
         """Addresses of the rows of the inputs; nothing is read for rows that are not there."""
