@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels of MARA and EFA: registers, spills and shared memory. Needs no GPU.
 
-    python benchmarks/gpu_compile_operators.py [--target sm_90 gfx942] [--quick] [--out results/gpu_compile_operators.json]
+    python benchmarks/gpu_compile_operators.py [--target sm_90 gfx942] [--quick] [--out FILE.json]
 
 Every launch of a step of training is recorded as the operators make it, with the formats and sizes that matter, and
 compiled for the target. Facts about code, not about speed.
@@ -50,7 +50,8 @@ class Recorder:
     def __call__(self, *given: Any, **named: Any) -> None:
         options = {key: named.pop(key) for key in OPTIONS if key in named}
         values = dict(zip(self.function.arg_names, given)) | named
-        constants = {name: value for name, value in values.items() if name.isupper()}
+        # parameters, and numbers that are 1: Triton's launcher makes code of its own for these
+        constants = {name: value for name, value in values.items() if name.isupper() or _is_one(value)}
         signature = {name: "constexpr" if name in constants else _type(value) for name, value in values.items()}
         # what Triton's launcher tells the compiler: addresses and numbers that are multiples of 16
         multiples = [
@@ -67,6 +68,10 @@ class Recorder:
                 "attributes": {(self.function.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples},
             }
         )
+
+
+def _is_one(value: Any) -> bool:
+    return type(value) is int and value == 1
 
 
 def _type(value: Any) -> str:
@@ -135,6 +140,8 @@ def cases(quick: bool) -> dict[str, list[dict[str, Any]]]:
     found["EFA, float32 by TF32 thrice, one pair of width 18, 5 values"] = recorded(
         efa_step, "tf32x3", 1, 18, 5, single
     )
+    found["EFA, float32 by TF32 thrice, width 1, one value"] = recorded(efa_step, "tf32x3", 1, 1, 1, single)
+    found["MARA, one edge"] = recorded(mara_step, 1, 32, single, single, False)
     found["EFA, float32 by TF32 thrice, width 128"] = recorded(efa_step, "tf32x3", 1, 128, 64, single)
     return found
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_settings import Results, parser, times_ms
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 

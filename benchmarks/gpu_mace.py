@@ -5,9 +5,9 @@
 
 128 channels, L = 1, l_max = 3, correlation 3, two residual layers, float32, cutoff 5 Å; one periodic box of water (and
 a little formaldehyde) of 135 or 3000 atoms, or with ``--batch 5`` five of them. Every side runs in an interpreter of
-its own (``sides_gpu.py``), with the same weights (the peer's), and must agree with mace-torch on energies and forces before
-it is timed; sides are timed in turn in the same run. steradian is listed with each backend of polynomials (reference,
-Triton, cuEquivariance) and each way of running (called, recorded as a CUDA graph, compiled and recorded).
+its own (``sides_gpu.py``), with the same weights (the peer's), and must agree with mace-torch on energies and forces
+before it is timed; sides are timed in turn in the same run. steradian is listed with each backend of polynomials
+(reference, Triton, cuEquivariance) and each way of running (called, recorded as a CUDA graph, compiled).
 
 Bar: 1.5 times faster than mace-torch + cuEquivariance, for the best of ours.
 """

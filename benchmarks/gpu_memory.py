@@ -4,9 +4,9 @@
     python benchmarks/gpu_memory.py --device cpu --smoke
 
 Periodic boxes of water at 0.1 atoms per Å^3, cutoff 5 Å, float32, energy + forces with frozen weights, and a training
-step (energy + forces + gradients of all weights). The number of atoms doubles until the GPU is full; then the interval
-is halved until it is within 5 %. Every size runs in a process of its own, so that one that fails leaves nothing behind.
-Memory per atom is the difference of the peaks of the two largest sizes that fit over their difference in atoms.
+step (energy + forces + gradients of all weights). Two sizes say how memory grows; from the size that they predict
+steps of 5 to 7 % lead to the largest that fits. Every size runs in a process of its own, so that one that fails leaves
+nothing behind. Memory per atom is the difference of the peaks of the largest and the smallest size over that in atoms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from gpu_settings import Results, build, graph_of, model_config, parser, synchronise, system
 
 TASKS = ("forces", "training")
-CLOSE = 1.05
 
 
 def one(kind: str, size: int, task: str, gate: bool, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -64,29 +63,44 @@ def attempt(kind: str, size: int, task: str, gate: bool, arguments: argparse.Nam
 
 
 def largest(kind: str, task: str, gate: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Doubling, then halving."""
-    fits: dict[int, dict[str, Any]] = {}
-    size, limit = (17, 40) if arguments.smoke else (3000, arguments.limit)
-    too_large, why = None, ""
-    while True:
+    """Two sizes say how memory grows; the size they predict is tried, then smaller ones, or larger ones till one fails.
+
+    Raises:
+        RuntimeError: not even the first size fits.
+    """
+    fits: list[dict[str, Any]] = []
+    for size in (9, 17) if arguments.smoke else (3000, 6000):
         found = attempt(kind, size, task, gate, arguments)
         if isinstance(found, str):
-            too_large, why = size, found
-        else:
-            fits[size] = found
-        best = max(fits, default=0)
-        if not best and size < 100:
-            raise RuntimeError(why)
-        if too_large is None and 2 * size > limit or too_large is not None and too_large <= CLOSE * best:
-            break
-        size = 2 * size if too_large is None else (best + too_large) // 2 if best else size // 4
-    row: dict[str, Any] = {"largest_atoms": best, "s": fits[best]["s"], "peak_GiB": fits[best]["peak_bytes"] / 2**30}
-    row |= {"ended_by": why or "the limit given", "memory_was_full": "out of memory" in why.lower()}
-    if len(fits) > 1:
-        a, b = sorted(fits)[-2:]
-        row["bytes_per_atom"] = round((fits[b]["peak_bytes"] - fits[a]["peak_bytes"]) / (b - a), 1)
-    row["bytes_per_edge"] = round(fits[best]["peak_bytes"] / fits[best]["edges"], 1)
-    return row | {"tried": list(fits.values())}
+            raise RuntimeError(found)
+        fits.append(found)
+    slope = (fits[1]["peak_bytes"] - fits[0]["peak_bytes"]) / (fits[1]["atoms"] - fits[0]["atoms"])
+    why = "the limit given"
+    if slope > 0:
+        room = torch.cuda.get_device_properties(torch.device(arguments.device)).total_memory
+        size = min(int(0.95 * room / slope), arguments.limit)
+        while size > 6000:
+            found = attempt(kind, size, task, gate, arguments)
+            if isinstance(found, str):
+                why = f"{size} atoms: {found}"
+                if fits[-1]["atoms"] > 6000:
+                    break
+                size = int(0.93 * size)
+                continue
+            fits.append(found)
+            if size == arguments.limit:
+                break
+            size = min(int(1.05 * size), arguments.limit)
+    best, small = fits[-1], fits[0]
+    return {
+        "largest_atoms": best["atoms"],
+        "s": best["s"],
+        "peak_GiB": round(best["peak_bytes"] / 2**30, 3),
+        "bytes_per_atom": round((best["peak_bytes"] - small["peak_bytes"]) / (best["atoms"] - small["atoms"]), 1),
+        "bytes_per_edge": round(best["peak_bytes"] / best["edges"], 1),
+        "ended_by": why,
+        "tried": fits,
+    }
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from ase import Atoms
 from ase.build import molecule
 from settings import RESULTS, machine
 
-#: Å^3 per molecule: water, 0.1 atoms per Å^3, near that of a protein
-VOLUME = 30.0
+#: Å^3 per atom: water; a protein is near it
+VOLUME = 10.0
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -153,7 +153,7 @@ def system(count: int, periodic: bool = False, seed: int = 0) -> Atoms:
     places = np.array(list(np.ndindex(side, side, side)), dtype=float) - (side - 1) / 2
     if not periodic:
         places = places[np.argsort(np.linalg.norm(places, axis=1), kind="stable")]
-    edge = (VOLUME * (total if periodic else side**3)) ** (1 / 3)  # all of it in the box, or the lattice of water
+    edge = (VOLUME * (count if periodic else 3 * side**3)) ** (1 / 3)  # all of it in the box, or the lattice of water
     kinds = [molecule("H2CO")] * others + [molecule("H2O")] * waters
     positions, numbers = [], []
     for place, kind in zip(places, kinds):

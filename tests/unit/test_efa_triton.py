@@ -18,7 +18,7 @@ from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConf
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
 from steradian.kernels import use_backend
-from steradian.operators import efa_attention, efa_gpu, efa_kernel, triton_gate
+from steradian.operators import efa_attention, efa_gpu, efa_kernel
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
 from steradian.operators.efa_gpu import TritonSums
 from steradian.operators.efa_kernel import PLAIN
@@ -226,7 +226,6 @@ def test_the_attention_role_reaches_the_sums(monkeypatch):
 
 def test_energy_and_forces_can_be_traced(monkeypatch):
     monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
-    monkeypatch.setattr(triton_gate, "_plain_is_asked", lambda: False)
     grid = lebedev(14)
     rule = DirectionRule.from_grid(grid.points, grid.weights).to(random(1))
     given = [random(7, 1, 4), random(7, 1, 4, seed=1), random(7, 1, 3, seed=2)]

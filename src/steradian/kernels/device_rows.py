@@ -64,7 +64,8 @@ def sorted_rows(index: Tensor, num_rows: int, ascending: bool = False) -> Sorted
         if kept or (known.ascending == ascending and known.state == _state(index)):
             return known.rows
     rows = _sort(index, num_rows, ascending)
-    _KNOWN[index] = _Entry(num_rows, ascending, _state(index), rows)
+    if step_number() or not _recording(index):  # a recording that nobody announced cannot be told from the next one
+        _KNOWN[index] = _Entry(num_rows, ascending, _state(index), rows)
     return rows
 
 
@@ -105,5 +106,9 @@ def _sort(index: Tensor, num_rows: int, ascending: bool) -> SortedRows:
 
 def _state(index: Tensor) -> tuple[int, ...]:
     """Where a sorted form is valid: contents change unseen from one step of a recorded graph to the next."""
-    recording = index.is_cuda and torch.cuda.is_current_stream_capturing()
-    return -1 if index.is_inference() else index._version, index.data_ptr(), step_number(), recording
+    version = -1 if index.is_inference() else index._version
+    return version, index.data_ptr(), step_number(), _recording(index)
+
+
+def _recording(index: Tensor) -> bool:
+    return index.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -26,7 +26,7 @@ ALIGNED = 16
 PROGRAMS = 512
 """Long loops are cut into parts until there are about so many programs (an H200 has 132 multiprocessors)."""
 FLOAT32_PRODUCTS = "tf32x3"
-"""How products of float32 are formed on NVIDIA's matrix units: as three of TF32 (22 bits), or ``ieee``, without them."""
+"""How products of float32 are formed on NVIDIA's GPUs: by matrix units, as three of TF32 (22 bits), or ``ieee``."""
 LARGEST_OFFSET = 1 << 31
 """Tensors of a system with fewer numbers are addressed with 32 bits, which leaves more registers."""
 FORMATS = ("ieee", "tf32x3", "tf32", "bfloat16", "float16")
@@ -70,7 +70,7 @@ def _flat(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
-def _spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Any]:
+def _spread(found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Any]:
     remaining = iter(found)
     return [next(remaining) if asked else None for asked in wanted]
 
@@ -185,7 +185,7 @@ def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _contract_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     values, sums, *flat = ctx.saved_tensors
-    cotangents = _spread(gradients or [None] * sum(ctx.wanted), ctx.wanted)
+    cotangents = _spread(gradients, ctx.wanted)
     needs = ctx.needs_input_grad
     # T with one factor replaced by its cotangent, for every output
     new: list[Tensor] = []

@@ -1,12 +1,13 @@
 """The sums of Euclidean fast attention on a GPU: kernels in Triton, launched by :mod:`steradian.operators.efa_gpu`.
 
 The same three sums, in the same layout, as :class:`steradian.operators.efa_kernel.PlainSums`: waves t ``[B, W, N]``
-(W = points x 2 x pairs), features x ``[B, F, N]`` (F = pairs x width), values y ``[B, e, N]``, sums S ``[B, W width, e]``.
-The product ``z = t x`` is formed in registers; nothing larger than waves, features, values and their sums is stored.
+(W = points x 2 x pairs), features x ``[B, F, N]`` (F = pairs x width), values y ``[B, e, N]``, sums S
+``[B, W width, e]``. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values and
+their sums is stored.
 
-Factors are rounded to FORMAT right before they are multiplied (by units for UNITS, the same), sums are float32 (or the format itself if that is
-longer). Matrix units add with truncation, so what they add up is taken over into another sum now and then. All sums have
-a fixed order: there are no atomic operations.
+Factors are rounded to FORMAT right before they are multiplied, in units for UNITS (the same, except in Triton's
+interpreter). Sums are WIDE: float32, or float64. Matrix units truncate when they add, so what they add up is taken over
+into another sum now and then. All sums have a fixed order: there are no atomic operations.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def moments_kernel(
             z = _product(t, x, row, atom, features, width, atoms, known_row & (atom < atoms)[None, :], WIDE)
             known = known_value & (atom < atoms)[:, None]
             right = _load(y, value[None, :], atom[:, None], atoms, known, WIDE)
-            part = tl.dot(z.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE)
+            part = tl.dot(
+                z.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE
+            )
         total += part
     place = s + (row[:, None] * values + value[None, :])
     if ADD:
@@ -81,7 +84,9 @@ def apply_kernel(
             row = (first + tl.arange(0, ROWS)).to(INDEX)
             z = _product(t, x, row, atom, features, width, atoms, (row < end)[:, None] & known_atom, WIDE)
             left = _load(s, row[None, :], value[:, None], values, known_value & (row < end)[None, :], WIDE)
-            part = tl.dot(left.to(FORMAT).to(UNITS), z.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE)
+            part = tl.dot(
+                left.to(FORMAT).to(UNITS), z.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE
+            )
         total += part
     place = y + (value[:, None] * atoms + atom[None, :])
     if ADD:
@@ -101,7 +106,9 @@ def _contracted(
         left = _load(s, row[:, None], value[None, :], values, known_row[:, None] & (value < values)[None, :], WIDE)
         known = (value < values)[:, None] & (atom < atoms)[None, :]
         right = _load(y, value[:, None], atom[None, :], atoms, known, WIDE)
-        total = tl.dot(left.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), total, input_precision=PRECISION, out_dtype=WIDE)
+        total = tl.dot(
+            left.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), total, input_precision=PRECISION, out_dtype=WIDE
+        )
     return total
 
 
@@ -109,7 +116,8 @@ def _contracted(
 def contract_kernel(
     t, x, y, s, by_t, by_x, waves, features, values, atoms, width, pairs, batches, points_of_part,
     BY_WAVES: tl.constexpr, BY_FEATURES: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, ATOMS: tl.constexpr,
-    VALUES: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``U = S y``, then the sums of its products with x over the width, ``by_t [chunks, B, W, N]``, and with t over the
     points, ``by_x [parts, B, F, N]``. A program has some pairs and a chunk of the width, and loops over a part of the
