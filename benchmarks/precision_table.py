@@ -29,6 +29,14 @@ MODELS: dict[str, dict[str, Any]] = {
 SETS = {"3bpa": (6, 3, 200), "water": (2, 1, 40)}
 
 
+def model_section(label: str, name: str) -> dict[str, Any]:
+    """Water is periodic, which Euclidean attention must be told."""
+    section = MODELS[label]
+    if name == "water" and "global_mixer" in section:
+        section = {**section, "global_mixer": {**section["global_mixer"], "periodic": True}}
+    return section
+
+
 def structures(name: str, data: Path, test: bool) -> list[Any]:
     from steradian.config import KeysConfig, UnitsConfig
     from steradian.data.read import read_structures
@@ -51,7 +59,7 @@ def train(label: str, name: str, arguments: argparse.Namespace) -> Path:
     content = {
         "name": run,
         "output": str(folder.parent),
-        "model": MODELS[label],
+        "model": model_section(label, name),
         "data": {
             "train": str(file),
             "split": {"train": SETS[name][2], "validation": 5},
@@ -67,12 +75,12 @@ def train(label: str, name: str, arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def random_potential(label: str, frames: list[Any]) -> Any:
+def random_potential(label: str, name: str, frames: list[Any]) -> Any:
     from steradian.build import build_potential
     from steradian.config import ModelConfig
     from steradian.data.statistics import compute_statistics
 
-    config = ModelConfig.model_validate(MODELS[label])
+    config = ModelConfig.model_validate(model_section(label, name))
     if config.host.kind == "o3mpnn":  # as published it starts from zero
         config.host.zero_init = False
     statistics, _ = compute_statistics(frames[:20], config.host.cutoff_A)
@@ -89,7 +97,7 @@ def measure(label: str, name: str, arguments: argparse.Namespace) -> dict[str, A
     elif arguments.epochs:
         potential, epochs = load_potential(train(label, name, arguments)), arguments.epochs
     else:
-        potential, epochs = random_potential(label, structures(name, arguments.data, False)), 0
+        potential, epochs = random_potential(label, name, structures(name, arguments.data, False)), 0
     settings = StudySettings(max_structures=count, batch=batch, md_steps=arguments.md_steps, repeats=5)
     study = precision_study(potential, structures(name, arguments.data, True), settings)
     print(f"{label}, {name} ({epochs} epochs)\n{study.table().text()}\n{study.summary()}\n", flush=True)

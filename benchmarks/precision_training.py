@@ -1,11 +1,13 @@
-"""Training in `mixed` (and with every product in bfloat16) against `float32`, from the same seed and the same batches.
+"""Training in `mixed`, with every product in bfloat16, and with weights of bfloat16, against `float32`.
 
     python benchmarks/precision_training.py train --runs runs/precision [--data ../shared/data] [--sets ethanol 3bpa]
     python benchmarks/precision_training.py report --runs runs/precision
 
 ``train`` trains one model after the other and goes on with what it finds in the folder, so it can be interrupted and
 started again. Small MACE models (32 channels, L = 1), a cosine schedule of fixed length: ethanol of rMD17 (950 + 50
-frames) and 3BPA at 300 K (475 + 25). ``report`` evaluates the best model of every run on the test frames, in the
+frames) and 3BPA at 300 K (475 + 25), the same seed and the same batches. ``bfloat16_weights`` computes in float32 but
+has no master weights: they are rounded to bfloat16 after every step, as they are where the weights themselves have half
+precision. ``report`` evaluates the best model of every run on the test frames, in the
 precision it was trained in and in float32, and writes ``benchmarks/results/precision_training.json`` and ``.png``.
 """
 
@@ -18,13 +20,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from settings import RESULTS, ROOT, machine, write
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WIDE = ("radial", "messages", "paths", "contraction", "node", "readout")
 PRECISIONS: dict[str, Any] = {
     "float32": "float32",
     "mixed": "mixed",
     "all_bfloat16": {"preset": "float32", "roles": dict.fromkeys(WIDE, "bfloat16")},
+    "bfloat16_weights": "float32",
 }
 EPOCHS = {"ethanol": 60, "3bpa": 40}
 TEST_FRAMES = 500
@@ -61,6 +66,14 @@ def configuration(name: str, precision: str, data: Path, runs: Path, seed: int) 
     }
 
 
+def round_weights(optimizer: Any, *_: object) -> None:
+    """After a step of the optimiser: the weights have the digits of bfloat16."""
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(parameter.bfloat16())
+
+
 def train(arguments: argparse.Namespace) -> None:
     from steradian.config import load_config, parse_config
     from steradian.training.fit import fit
@@ -71,7 +84,12 @@ def train(arguments: argparse.Namespace) -> None:
             folder = Path(content["output"]) / content["name"]
             started = (folder / "last.ckpt").exists()
             config = load_config(folder / "config.yaml") if started else parse_config(content)
+            hook = None
+            if precision == "bfloat16_weights":
+                hook = register_optimizer_step_post_hook(round_weights)
             result = fit(config, resume=folder if started else None, overwrite=folder.exists() and not started)
+            if hook is not None:
+                hook.remove()
             print(content["name"], result.reason, result.epochs, "epochs", flush=True)
             if result.reason == "interrupted":
                 sys.exit(130)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steradian.data.read import read_structures
     from steradian.data.structures import Structure
     from steradian.evaluation.errors import evaluate
+    from steradian.execution.runner import Runner
     from steradian.graph import Edges, Graph, Prediction, batch_graphs
     from steradian.interfaces.ase import SteradianCalculator
     from steradian.neighbors import make_graph
@@ -32,6 +33,7 @@ _HOME = {
     "read_structures": "steradian.data.read",
     "Structure": "steradian.data.structures",
     "evaluate": "steradian.evaluation.errors",
+    "Runner": "steradian.execution.runner",
     "Edges": "steradian.graph",
     "Graph": "steradian.graph",
     "Prediction": "steradian.graph",
@@ -51,6 +53,7 @@ __all__ = [
     "Potential",
     "Prediction",
     "RunConfig",
+    "Runner",
     "SEAttention",
     "SteradianCalculator",
     "Structure",

@@ -201,6 +201,7 @@ class BatchConfig(Section):
     graphs: int | None = Field(5, ge=1)
     max_atoms: int | None = Field(None, ge=1)
     max_edges: int | None = Field(None, ge=1)
+    balanced: bool = Field(False, description="batches of nearly equal numbers of atoms and edges")
 
     @model_validator(mode="after")
     def _check_one(self) -> BatchConfig:
@@ -273,6 +274,10 @@ class TrainingConfig(Section):
     seed: int = 0
     loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    execution: Literal["auto", "eager", "compile", "cuda_graph"] = Field(
+        "auto", description="steps are called, compiled or recorded; auto: recorded on a GPU, called on a CPU"
+    )
 
 
 class RunConfig(Section):

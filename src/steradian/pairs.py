@@ -36,11 +36,16 @@ def pairs_of(graph: Graph) -> Pairs | None:
 
     None where they would save little. An edge whose opposite is not listed is a pair of its own.
     """
-    senders, receivers, shifts = graph.senders, graph.receivers, graph.shifts
+    senders = graph.senders
     if graph.pairs is not None and len(graph.pairs.of_edge) == len(senders):
         return graph.pairs
     if senders.device.type != "cpu" or not len(senders) or capturing() or torch.compiler.is_compiling():
         return None
+    return _kept(graph)
+
+
+def _kept(graph: Graph) -> Pairs | None:
+    senders, receivers, shifts = graph.senders, graph.receivers, graph.shifts
     known = _KNOWN.get(senders)
     if known is None or known[0] is not receivers or known[1] is not shifts:
         known = (receivers, shifts, _find(senders.numpy(), receivers.numpy(), shifts.numpy(), graph.num_atoms))
@@ -52,7 +57,7 @@ def with_pairs(graph: Graph) -> Graph:
     """The graph (on the CPU) with its pairs, which go with it to a GPU; without where some edge has no opposite."""
     if graph.pairs is not None or graph.senders.device.type != "cpu" or not graph.num_edges:
         return graph
-    found = pairs_of(graph)
+    found = _kept(graph)  # another thread may be running a step meanwhile
     if found is None or 2 * len(found.first) != graph.num_edges:
         return graph
     return replace(graph, pairs=found)

@@ -32,6 +32,9 @@ BUDGETS = [
     BatchConfig(graphs=None, max_atoms=16),
     BatchConfig(graphs=None, max_edges=60),
     BatchConfig(graphs=3, max_atoms=14, max_edges=60),
+    BatchConfig(graphs=4, balanced=True),
+    BatchConfig(graphs=None, max_atoms=16, balanced=True),
+    BatchConfig(graphs=5, max_atoms=20, max_edges=80, balanced=True),
 ]
 
 
@@ -44,8 +47,30 @@ def test_every_frame_once_and_within_budget(data, config, shuffle):
         assert config.graphs is None or len(batch) <= config.graphs
         assert config.max_atoms is None or data.num_atoms[batch].sum() <= config.max_atoms
         assert config.max_edges is None or data.num_edges[batch].sum() <= config.max_edges
-    if not shuffle:
+    if not shuffle and not config.balanced:
         assert list(chain.from_iterable(batches)) == list(range(len(data)))
+
+
+def test_balanced_batches_are_of_one_size():
+    frames = dataset(count=300, seed=4)
+
+    def spread(balanced):
+        sampler = BatchSampler(frames, BatchConfig(graphs=10, balanced=balanced), seed=1)
+        first, second = sampler.batches(0), sampler.batches(1)
+        assert len(first) <= 31
+        assert first != second
+        edges = np.array([frames.num_edges[batch].sum() for batch in first])
+        return (edges.max() - edges.min()) / edges.mean()
+
+    assert spread(True) < 0.1 < 0.5 < spread(False)
+
+
+def test_balanced_batches_are_as_few_as_the_budget_allows():
+    frames = dataset(count=200, seed=5)
+    total = frames.num_atoms.sum()
+    batches = BatchSampler(frames, BatchConfig(graphs=None, max_atoms=40, balanced=True)).batches(0)
+    packed = BatchSampler(frames, BatchConfig(graphs=None, max_atoms=40)).batches(0)
+    assert len(batches) <= min(len(packed), -(-total // 40) + 1)
 
 
 def test_order_depends_on_seed_and_epoch_only(data):

@@ -11,10 +11,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from steradian.operators import efa_attention
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from steradian.build import build_potential
+from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConfig
+from steradian.data.statistics import DatasetStatistics
+from steradian.graph import Graph
+from steradian.kernels import use_backend
+from steradian.operators import efa_attention, efa_gpu, efa_kernel
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
 from steradian.operators.efa_gpu import TritonSums
 from steradian.operators.efa_kernel import PLAIN
+from steradian.operators.triton_gate import on_every_device
 from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,9 +86,162 @@ def test_attention_with_two_derivatives(functions, monkeypatch):
         assert float((ours - theirs).detach().abs().max()) <= 1e-5 * float(theirs.detach().abs().max())
 
 
-def test_fewer_digits():
-    waves, features, _, sums = (x.bfloat16() for x in problem(*SHAPES[0]))
-    ours = TritonSums().apply(sums, [(waves, features)])
-    exact = PLAIN.apply(sums.float(), [(waves.float(), features.float())])
-    assert ours.dtype == torch.bfloat16
-    assert float((ours.float() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("products", list(FORMATS))
+@pytest.mark.parametrize("short_inputs", [False, True])
+def test_factors_in_fewer_digits_and_sums_in_float32(products, short_inputs):
+    """As the plain form of rounded factors in float64: z and y, S and z, S and y."""
+    short = FORMATS[products]
+    way, shape = TritonSums(products), SHAPES[1]
+    waves, features, values, sums = (x.to(short if short_inputs else x.dtype) for x in problem(*shape))
+
+    def rounded(tensor):
+        return tensor.float().to(short).double()
+
+    z = (waves.float().unsqueeze(4) * features.float()[:, None, None]).flatten(1, 4)
+    y, s = rounded(values), rounded(sums)
+    contracted = (s @ y).view(shape[0], shape[1], 2, features.shape[1], -1, shape[5])
+    pairs = [(waves, features)]
+    ours = [way.moments(values, pairs), way.apply(sums, pairs), *way.contract(values, sums, pairs, [True, True])]
+    theirs = [
+        rounded(z) @ y.transpose(1, 2),
+        s.transpose(1, 2) @ rounded(z),
+        (contracted * features.double()[:, None, None]).sum(4),
+        (contracted * waves.double().unsqueeze(4)).sum((1, 2)),
+    ]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one.double(), other)
+
+
+@pytest.mark.parametrize("products", ["tf32x3", "tf32", "bfloat16"])
+def test_gradients_have_the_formats_of_their_inputs(products):
+    waves, features, values, _ = problem(*SHAPES[2])
+    inputs = [tensor.requires_grad_() for tensor in (waves.half(), features.bfloat16(), values)]
+    sums = TritonSums(products).moments(inputs[2], [tuple(inputs[:2])])
+    first = torch.autograd.grad(sums.square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(x.float().square().sum() for x in first), inputs)
+    for found in (first, second):
+        assert [x.dtype for x in found] == [x.dtype for x in inputs]
+        assert all(bool(x.isfinite().all()) and bool(x.any()) for x in found)
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="products must be one of ieee, tf32x3, tf32, bfloat16, float16, not 'int4'"):
+        TritonSums("int4")
+
+
+def test_sums_do_not_depend_on_parts_of_loops_or_on_offsets(monkeypatch):
+    waves, features, values, sums = problem(2, 4, 2, 2, 80, 70, 17)  # a width of more than a block
+    pairs = [(waves, features)]
+
+    def everything():
+        way = TritonSums()
+        return [way.moments(values, pairs), way.apply(sums, pairs), *way.contract(values, sums, pairs, [True, True])]
+
+    monkeypatch.setattr(efa_gpu, "PROGRAMS", 1)
+    whole = everything()
+    monkeypatch.setattr(efa_gpu, "LARGEST_OFFSET", 1)
+    assert all(torch.equal(one, other) for one, other in zip(whole, everything()))
+    monkeypatch.setattr(efa_gpu, "PROGRAMS", 64)
+    for one, other, exact in zip(everything(), whole, plain(values, sums, pairs), strict=True):
+        assert_close(one, other)
+        assert_close(one, exact)
+
+
+def plain(values, sums, pairs):
+    contracted = PLAIN.contract(values, sums, pairs, [True] * 2 * len(pairs))
+    return [PLAIN.moments(values, pairs), PLAIN.apply(sums, pairs), *contracted]
+
+
+# ----------------------------------------------------------------------------------------------------------- in models
+
+
+def clusters(dtype=torch.float32, sizes=(3, 4)):
+    generator = torch.Generator().manual_seed(3)
+    positions = 1.5 * torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
+    system = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    near = (system[:, None] == system) & ~torch.eye(sum(sizes), dtype=torch.bool)
+    receivers, senders = near.nonzero(as_tuple=True)
+    return Graph(
+        positions=positions, numbers=torch.tensor([8, 1] * 4)[: sum(sizes)], senders=senders, receivers=receivers,
+        shifts=torch.zeros(len(senders), 3), system=system, cell=torch.zeros(len(sizes), 3, 3),
+        pbc=torch.zeros(len(sizes), 3, dtype=torch.bool), num_systems=len(sizes),
+    ).to(DEVICE, dtype)  # fmt: skip
+
+
+def potential(precision="float32"):
+    host = O3MPNNConfig(num_channels=8, num_layers=1, cutoff_A=4.0, zero_init=False)
+    mixer = EFAConfig(num_points=14, max_frequency=1.5, num_features_qk=4, num_features_v=4)
+    statistics = DatasetStatistics((1, 8), {1: -13.6, 8: -2000.0}, avg_num_neighbors=3.0, force_rms=1.3)
+    config = ModelConfig(host=host, precision=precision, global_mixer=mixer)
+    return build_potential(config, statistics, seed=0).to(DEVICE)
+
+
+def training_gradient(model, graph):
+    predicted = model(graph, forces=True)
+    loss = (predicted.energy - predicted.energy.detach()).sum() + predicted.forces.square().sum()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [predicted.energy.detach(), predicted.forces.detach(), *(value for value in found if value is not None)]
+
+
+def test_a_network_trains_the_same_with_and_without(monkeypatch):
+    monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
+    model, graph = potential().train(), clusters()
+    found = []
+    for allowed in (True, False):
+        calls = count_calls(monkeypatch, "triton_sums")
+        with on_every_device() if allowed else use_backend("reference"):
+            monkeypatch.setattr(efa_attention, "_has_machine_code", lambda *given: False)
+            found.append(training_gradient(model, graph))
+        assert any(calls) == allowed
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * max(float(theirs.abs().max()), 1e-2)
+
+
+def count_calls(monkeypatch, name):
+    served, real = [], getattr(efa_gpu, name)
+
+    def asked(*given):
+        way = real(*given)
+        served.append(way is not None)
+        return way
+
+    monkeypatch.setattr(efa_kernel, name, asked)
+    return served
+
+
+def test_the_attention_role_reaches_the_sums(monkeypatch):
+    monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
+    monkeypatch.setattr(efa_attention, "_has_machine_code", lambda *given: False)
+    asked = []
+    monkeypatch.setattr(efa_kernel, "triton_sums", lambda keys, width, low: asked.append(low))
+    model = potential(PrecisionConfig(preset="float32", roles={"attention": "bfloat16"})).eval()
+    model(clusters())
+    assert asked
+    assert set(asked) == {torch.bfloat16}
+
+
+def test_energy_and_forces_can_be_traced(monkeypatch):
+    monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
+    grid = lebedev(14)
+    rule = DirectionRule.from_grid(grid.points, grid.weights).to(random(1))
+    given = [random(7, 1, 4), random(7, 1, 4, seed=1), random(7, 1, 3, seed=2)]
+    system, frequencies = torch.tensor([0, 0, 0, 1, 1, 1, 1], device=DEVICE), torch.tensor([0.2, 0.7], device=DEVICE)
+
+    def step(positions):
+        positions = positions.detach().requires_grad_()
+        y = rotary_attention(*given, positions, frequencies, rule, system, 2)
+        return y, torch.autograd.grad(y.square().sum(), positions)[0]
+
+    with use_backend("reference"), on_every_device():
+        positions = random(7, 3, seed=3)
+        step(positions)
+        traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(positions)
+        assert {"efa_moments", "efa_apply", "efa_contract"} <= {
+            str(n.target).split(".")[1] for n in traced.graph.nodes if "steradian" in str(n.target)
+        }
+        for one, other in zip(traced(1.1 * positions), step(1.1 * positions), strict=True):
+            assert torch.equal(one, other)

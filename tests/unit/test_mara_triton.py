@@ -211,7 +211,6 @@ def _counted(function, calls):
 
 
 def test_energy_and_forces_can_be_traced(monkeypatch):
-    monkeypatch.setattr(triton_gate, "_plain_is_asked", lambda: False)
     mara = random_mara(5, GRIDS[6], 8)
     features, positions = system(3)
     edges = edges_of(positions)

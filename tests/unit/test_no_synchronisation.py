@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steradian.capture import static_step
 from steradian.config import LossConfig
+from steradian.execution.dataset import DeviceData
 from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.graph import Graph
 from steradian.kernels import use_backend
+from steradian.neighbors import make_graph
 from steradian.pairs import with_pairs
 from steradian.training.losses import Loss
 
@@ -136,6 +138,19 @@ def test_composition_saves_the_product_with_all_elements() -> None:
     with watched():
         found = potential(replace(graph, composition=counts))
     assert torch.allclose(found.forces, expected.forces, rtol=1e-10, atol=1e-12)
+
+
+def test_gathering_a_batch_from_the_device() -> None:
+    graphs = [
+        make_graph(structure, cases.CUTOFF) for structure in (cases.ethanol(0), cases.crystal(), cases.ethanol(1))
+    ]
+    data = DeviceData(graphs, "cpu", number=6, cutoff=cases.CUTOFF)
+    sizes = Buckets().choose(data.sizes([2, 0]))
+    frames, layout = data.indices([2, 0], sizes), data.layout([2, 0], sizes)
+    with watched():
+        graph = data.batch(frames, sizes, layout)
+    assert graph.pairs is not None
+    assert int(graph.real.sum()) == 2
 
 
 def test_the_watch_itself_can_fail() -> None:

@@ -40,6 +40,13 @@ def test_figures_of_roles_and_presets():
     assert all(row.seconds > 0 and row.memory > 0 and math.isfinite(row.drift) for row in (float32, mixed))
     assert mixed.memory < float32.memory
     radial = rows["role", "radial", "bfloat16"]
+    assert all(row.seconds > 0 and row.memory > 0 and row.rotation >= 0 for row in study.rows)
+    assert math.isnan(radial.drift)
+    # radial weights depend on nothing but distances, so rounding them breaks no symmetry
+    turned = rows["preset", "float64", ""].rotation
+    assert radial.rotation < 10 * turned
+    assert rows["role", "messages", "bfloat16"].rotation > 1e3 * turned
+    assert radial.memory < rows["preset", "float64", ""].memory
     assert rows["role", "radial", "float32"].forces_mae < 1e-2 * radial.forces_mae
     # the preset's two roles together: more than either, less than their sum times two
     paths = rows["role", "paths", "bfloat16"]
@@ -68,6 +75,12 @@ def test_the_cheapest_preset_is_the_fastest_within_the_tolerance():
     none = PrecisionStudy(rows[1:], math.nan, 0.0, 1, "CPU")
     assert none.cheapest is None
     assert "no preset stays within" in none.summary()
+
+
+def test_roles_have_a_drift_where_it_is_asked_for():
+    chosen = StudySettings(presets=(), role_md_steps=2, repeats=1, max_structures=1)
+    study = precision_study(potential("mace"), structures(1), chosen)
+    assert all(math.isfinite(row.drift) for row in study.rows)
 
 
 def test_presets_that_a_cpu_has_no_units_for_say_so():

@@ -27,6 +27,7 @@ def precision(
     roles: Annotated[bool, typer.Option(help="Measure single roles too.")] = True,
     preset: Annotated[list[str] | None, typer.Option(help="Only these presets.", show_default="all")] = None,
     md_steps: Annotated[int, typer.Option(min=0, help="NVE steps of 0.5 fs for the drift; 0: none.")] = 400,
+    role_md_steps: Annotated[int, typer.Option(min=0, help="The same for every role.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Structures predicted at once.")] = 5,
     units: Units = "eV,Angstrom",
     device: Device = "cpu",
@@ -54,6 +55,7 @@ def precision(
         roles=roles,
         presets=tuple(preset) if preset else PRESETS,
         md_steps=md_steps,
+        role_md_steps=role_md_steps,
         force_tolerance=None if force_tolerance is None else force_tolerance / 1000,
         seed=seed,
     )

@@ -84,7 +84,7 @@ def resolve(
     if name is not None or config is None:
         overrides.append(f"name={quoted(name or data.stem)}")  # type: ignore[union-attr]
     overrides += settings
-    return parse_config({}, overrides, source=str(data)) if config is None else load_config(config, overrides)
+    return parse_config({}, overrides, source="command line") if config is None else load_config(config, overrides)
 
 
 def quoted(value: object) -> str:

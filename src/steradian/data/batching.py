@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..neighbors import make_graph
 from .structures import DataError, Structure
 
 __all__ = ["BatchSampler", "GraphDataset", "collate"]
+
+BALANCED_BATCHES = 64
+"""Batches that are balanced against each other: more would be more even, and less random."""
 
 collate: Callable[[Sequence[Graph]], Graph] = batch_graphs
 
@@ -85,7 +89,8 @@ class BatchSampler(Sampler[list[int]]):
 
     Args:
         dataset: gives the number of frames and, for budgets, their atoms and edges.
-        config: ``graphs`` frames per batch, ``max_atoms`` and ``max_edges`` per batch; what is set holds together.
+        config: ``graphs`` frames per batch, ``max_atoms`` and ``max_edges`` per batch; what is set holds together. With
+            ``balanced`` all batches have nearly the same numbers of these.
         shuffle: a new order every epoch (training), or the order of the files (evaluation).
         seed: of the order.
         rank, num_replicas: this process and the number of processes.
@@ -130,6 +135,9 @@ class BatchSampler(Sampler[list[int]]):
             if limit is not None and sizes.max() > limit:
                 frame = int(np.argmax(sizes))
                 raise DataError(f"frame {frame} has {sizes[frame]} {name}: raise data.batch.max_{name} (now {limit})")
+        self._loads = np.zeros((0, 2))
+        if config.balanced:
+            self._loads = np.stack([dataset.num_atoms, dataset.num_edges], axis=1).astype(np.float64)
         self.epoch = 0
         self._start = 0  # where the next pass starts
         self._handed_out = 0
@@ -152,6 +160,8 @@ class BatchSampler(Sampler[list[int]]):
 
     def _packed(self, order: np.ndarray) -> list[list[int]]:
         """Cut the order into batches, each as long as the budgets allow."""
+        if self.config.balanced:
+            return self._balanced(order)
         batches: list[list[int]] = []
         used = [0] * len(self._budgets)
         for index in order.tolist():
@@ -162,6 +172,38 @@ class BatchSampler(Sampler[list[int]]):
             batches[-1].append(index)
             used = wanted
         return batches
+
+    def _balanced(self, order: np.ndarray) -> list[list[int]]:
+        """Batches of nearly equal numbers of atoms and edges, within the budgets.
+
+        In every stretch of the order the largest frames are placed first, each where it leaves the least full batch
+        (Graham 1969, longest processing time). Frames of one size stay in the order, so batches are as random as the
+        sizes allow.
+        """
+        parts = np.stack([values / limit for limit, values in self._budgets], axis=1)  # [frames, budgets]
+        needed = math.ceil(parts.sum(axis=0).max() - 1e-9)
+        stretches = np.array_split(order, max(1, math.ceil(needed / BALANCED_BATCHES)))
+        return [batch for stretch in stretches for batch in self._spread(stretch, parts)]
+
+    def _spread(self, stretch: np.ndarray, parts: np.ndarray) -> list[list[int]]:
+        """Frames ``[n]`` on as few batches as hold them; ``[frames, budgets]`` are parts of a batch."""
+        loads = self._loads / self._loads[stretch].sum(axis=0).clip(min=1)  # [frames, 2]
+        by_size = stretch[np.argsort(-loads[stretch].max(axis=1), kind="stable")]
+        count = max(1, math.ceil(parts[stretch].sum(axis=0).max() - 1e-9))
+        while True:
+            used, load = np.zeros((count, parts.shape[1])), np.zeros((count, 2))
+            batches: list[list[int]] = [[] for _ in range(count)]
+            for frame in by_size.tolist():
+                fits = (used + parts[frame]).max(axis=1) <= 1 + 1e-9
+                if not fits.any():
+                    break
+                place = int(np.argmin(np.where(fits, (load + loads[frame]).max(axis=1), np.inf)))
+                used[place] += parts[frame]
+                load[place] += loads[frame]
+                batches[place].append(frame)
+            else:
+                return [batch for batch in batches if batch]
+            count += max(1, count // 50)
 
     def _shared(self, batches: list[list[int]]) -> list[list[int]]:
         """Make the number of batches a multiple of the number of ranks; see the class."""
@@ -232,4 +274,5 @@ class BatchSampler(Sampler[list[int]]):
             "shuffle": self.shuffle,
             "num_replicas": self.num_replicas,
             **{name: getattr(self.config, name) for name in ("graphs", "max_atoms", "max_edges")},
+            **({"balanced": True} if self.config.balanced else {}),
         }

@@ -254,7 +254,7 @@ class ErrorAccumulator:
     """
 
     def __init__(self) -> None:
-        self._chunks: list[dict[str, NDArray[Any]]] = []
+        self._chunks: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return sum(len(chunk["atom_counts"]) for chunk in self._chunks)
@@ -292,6 +292,44 @@ class ErrorAccumulator:
                 chunk[f"{stem}_reference"] = reference
         self._chunks.append(chunk)
 
+    def add(
+        self,
+        prediction: Prediction,
+        labels: Mapping[str, Any],
+        atom_counts: NDArray[np.int64],
+        config_type: Sequence[str] = (),
+    ) -> None:
+        """Add the errors of a padded batch on any device, which is not waited for: they are read when asked for.
+
+        Args:
+            prediction: ghosts may stand behind the real atoms and systems.
+            labels: tensors ``energy``, ``forces``, ``stress`` where they are known, and ``numbers``.
+            atom_counts: ``[S]`` atoms of every real system, on the host.
+            config_type: one label per system.
+        """
+        num_systems, num_atoms = len(atom_counts), int(atom_counts.sum())
+        chunk: dict[str, Any] = {
+            "config_type": np.array(config_type or [""] * num_systems, dtype=np.str_),
+            "atom_counts": atom_counts,
+            "numbers": labels["numbers"][:num_atoms].clone(),
+        }
+        for name, stem, shape in (
+            ("energy", "energy", (num_systems,)),
+            ("forces", "force", (num_atoms, 3)),
+            ("stress", "stress", (num_systems, 3, 3)),
+        ):
+            label, predicted = labels.get(name), getattr(prediction, name)
+            known = label is not None and predicted is not None
+            chunk[f"has_{name}"] = np.full(num_systems, known)
+            reference: Any = np.zeros(shape)
+            chunk[f"{stem}_error"] = reference
+            if label is not None and predicted is not None:
+                reference = label[: shape[0]].detach().double().clone()
+                chunk[f"{stem}_error"] = predicted[: shape[0]].detach().double() - reference
+            if name != "stress":
+                chunk[f"{stem}_reference"] = reference
+        self._chunks.append(chunk)
+
     def merge(self, other: ErrorAccumulator) -> None:
         """Take over everything that another accumulator has collected."""
         self._chunks.extend(other._chunks)
@@ -315,6 +353,7 @@ class ErrorAccumulator:
         """
         if not self._chunks:
             raise ValueError("no structures have been evaluated: the set is empty")
+        self._chunks = [{name: _on_host(value) for name, value in chunk.items()} for chunk in self._chunks]
         return ErrorArrays(
             **{name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in self._chunks[0]}
         )
@@ -367,6 +406,11 @@ def interval(draws: Sequence[float], tail: float = 0.025) -> tuple[float, float]
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _on_host(values: Any) -> NDArray[Any]:
+    found: NDArray[Any] = values.cpu().numpy() if hasattr(values, "cpu") else values
+    return found
 
 
 def _float64(values: Any) -> Array:

@@ -46,6 +46,7 @@ class StudySettings:
         roles: measure single roles.
         presets: names of the presets to measure.
         md_steps: of the NVE run of every preset; 0 for none. timestep [fs], temperature [K].
+        role_md_steps: of every role.
         repeats: of the timing.
         force_tolerance: [eV/Å] mean absolute difference to float64; None: 0.1 meV/Å and 5 % of the model's own error.
         seed: of rotations and velocities.
@@ -56,6 +57,7 @@ class StudySettings:
     roles: bool = True
     presets: tuple[str, ...] = PRESETS
     md_steps: int = 400
+    role_md_steps: int = 0
     timestep: float = 0.5
     temperature: float = 300.0
     repeats: int = 5
@@ -141,7 +143,8 @@ class PrecisionStudy:
                 rows.append((f"  {row.name}", row.format, *map(format_number, figures)))
         own = f"; the model's own force error is {format_number(MEV * self.own_error)} meV/Å"
         note = (
-            "Differences to the same model in float64. A role is measured with everything else in float64. Times are "
+            "Differences to the same model in float64. A role is measured with everything else in float64, so compare "
+            "its time and memory with those of that preset. Times are "
             f"medians, taken in turn, of one batch on {self.device}{'' if math.isnan(self.own_error) else own}."
         )
         title = f"Precision by role and preset, {self.num_structures} structures"
@@ -234,19 +237,24 @@ def precision_study(
         tolerance = 1e-4 + (0.05 * own if math.isfinite(own) else 0.0)
     roles = _role_cases() if settings.roles else []
     count = len(roles) + len(settings.presets)
+    exact = _in(potential, "float64")
     rows: list[PrecisionRow] = []
     for role, name in roles:
         if report is not None:
             report(len(rows), count, f"{role} in {name}")
         model = _in(potential, PrecisionConfig(preset="float64", roles={role: name}))  # type: ignore[dict-item]
-        rows.append(PrecisionRow("role", role, name, *_errors(_predict(model, batches), truth)))
+        row = PrecisionRow("role", role, name, *_errors(_predict(model, batches), truth))
+        seconds = _seconds({"float64": exact, "role": model}, batches[0], settings.repeats)
+        row = replace(row, seconds=seconds["role"])
+        rows.append(_with_consequences(row, model, chosen, batches, settings, settings.role_md_steps))
     models = {preset: _in(potential, preset) for preset in settings.presets}
     seconds = _seconds(models, batches[0], settings.repeats)
     for preset, model in models.items():
         if report is not None:
             report(len(rows), count, preset)
-        row = _measure_preset(model, preset, chosen, batches, truth, settings)
-        rows.append(replace(row, seconds=seconds[preset]))
+        note = ON_CPU.get(preset, "") if model.device.type == "cpu" else ""
+        row = PrecisionRow("preset", preset, note, *_errors(_predict(model, batches), truth), seconds=seconds[preset])
+        rows.append(_with_consequences(row, model, chosen, batches, settings, settings.md_steps))
     return PrecisionStudy(tuple(rows), own, tolerance, len(chosen), _device(potential))
 
 
@@ -298,24 +306,22 @@ def _own_error(forces: Tensor, batches: list[Graph]) -> float:
     return float((forces - torch.cat(labels).double().cpu()).abs().mean())
 
 
-def _measure_preset(
+def _with_consequences(
+    row: PrecisionRow,
     model: Potential,
-    preset: str,
     structures: list[Structure],
     batches: list[Graph],
-    truth: tuple[Tensor, Tensor],
     settings: StudySettings,
+    md_steps: int,
 ) -> PrecisionRow:
-    errors = _errors(_predict(model, batches), truth)
+    """With rotation, memory and (``md_steps`` > 0) drift."""
     audit = rotation_audit(model, structures, num_rotations=4, reflections=False, max_structures=3, seed=settings.seed)
+    drift = _drift(model, structures[0], settings, md_steps) if md_steps else math.nan
     memory = _kept_memory(model, batches[0])
-    drift = _drift(model, structures[0], settings) if settings.md_steps else math.nan
-    note = ON_CPU.get(preset, "") if model.device.type == "cpu" else ""
-    rotation = audit.figures[-1].force_mean
-    return PrecisionRow("preset", preset, note, *errors, rotation=rotation, drift=drift, memory=memory)
+    return replace(row, rotation=audit.figures[-1].force_mean, drift=drift, memory=memory)
 
 
-def _drift(model: Potential, structure: Structure, settings: StudySettings) -> float:
+def _drift(model: Potential, structure: Structure, settings: StudySettings, md_steps: int) -> float:
     """Slope of the total energy of an NVE run [eV per atom and ps]."""
     from ase import Atoms, units
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
@@ -331,7 +337,7 @@ def _drift(model: Potential, structure: Structure, settings: StudySettings) -> f
     Stationary(atoms)
     dynamics = VelocityVerlet(atoms, settings.timestep * units.fs)
     times, energies = [], []
-    for step in range(settings.md_steps):
+    for step in range(md_steps):
         dynamics.run(1)
         times.append((step + 1) * settings.timestep)
         energies.append(atoms.get_total_energy())

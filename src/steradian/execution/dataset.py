@@ -7,7 +7,9 @@ step and a training step copies a few indices to the device and nothing else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +95,13 @@ class DeviceData:
             flat = flat.to(torch.int32)  # indices within a frame
         self._tensors[name] = flat.to(self.device)
 
+    def to(self, device: torch.device | str) -> DeviceData:
+        """The same data on another device."""
+        moved = copy.copy(self)
+        moved.device = torch.device(device)
+        moved._tensors = {name: value.to(moved.device) for name, value in self._tensors.items()}
+        return moved
+
     @property
     def num_bytes(self) -> int:
         """Memory that the data take."""
@@ -130,7 +139,7 @@ class DeviceData:
         ghosts, missing = sizes.atoms - atom.total, (sizes.edges - edge.total).clamp(min=1)
         ghost = torch.div(edge.own * ghosts, missing, rounding_mode="floor")
         begin = atom.starts.index_select(0, edge.system)
-        per_system = {name: flat[name].index_select(0, frames) for name in PER_SYSTEM if name in flat}
+        per_system: dict[str, Any] = {name: flat[name].index_select(0, frames) for name in PER_SYSTEM if name in flat}
         return Graph(
             positions=atom.take("positions", apart),
             numbers=atom.take("numbers", self.number),

@@ -16,6 +16,7 @@ from steradian.execution.dataset import DeviceData
 from steradian.execution.graphs import CudaRecorder, Recorded, Recorder, first_line, map_tensors, record, say
 from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.execution.runner import Mode, kernels_of, prepared
+from steradian.execution.trace import compile_step, named_state
 from steradian.graph import Graph, Prediction
 from steradian.operators.base import GlobalMixer
 from steradian.potential import Potential
@@ -57,18 +58,18 @@ class GradientStep:
         return [name for name, weight in self.potential.named_parameters() if weight.requires_grad]
 
     def __call__(self, graph: Graph, scale: Tensor, state: dict[str, Tensor] | None = None) -> LossAndGradients:
-        """The step on a graph; with other weights than the potential's own where a state is given."""
-        potential, names = self.potential, self.names
+        """The step on a graph; with other weights than the potential's own where a state is given.
+
+        Gradients are taken by tensors made here that share the memory of the weights: autograd binds a weight to the
+        stream where it was used first, and a recording must not touch other streams.
+        """
+        potential = self.potential
+        state = named_state(potential) if state is None else state
         with torch.enable_grad(), potential.policy.matrix_units():
-            if state is None:
-                named = dict(potential.named_parameters())
-                prediction = potential(graph, **self.options)
-            else:
-                named = {name: state[name].detach().requires_grad_() for name in names}
-                prediction = torch.func.functional_call(potential, {**state, **named}, (graph,), self.options)
+            weights = {name: state[name].detach().requires_grad_() for name in self.names}
+            prediction = torch.func.functional_call(potential, {**state, **weights}, (graph,), self.options)
             loss = self.loss(prediction, graph)
-            weights = [named[name] for name in names]
-            found = torch.autograd.grad(loss * scale.to(loss.dtype), weights, allow_unused=True)
+            found = torch.autograd.grad(loss * scale.to(loss.dtype), list(weights.values()), allow_unused=True)
         return LossAndGradients(loss.detach(), tuple(found))
 
     def check(self, found: LossAndGradients, expected: LossAndGradients) -> None:
@@ -248,8 +249,6 @@ class BatchSteps:
         return _Prepared(write, run)
 
     def _compiled(self, example: Graph, graph: Callable[[], Graph]) -> Callable[[], Any]:
-        from steradian.execution.trace import compile_step
-
         if self.step.draws:
             raise MismatchError("dropout draws other numbers in every call, so a compiled step cannot be checked")
 

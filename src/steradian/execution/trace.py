@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.capture import static_step
 from steradian.execution.graphs import map_tensors, tensors_in
@@ -65,6 +64,8 @@ def compile_step(
     Raises:
         Exception: whatever tracing raises, and on its first call compiling; the caller falls back.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes seconds to import
+
     keep_compiled_code()
     names, state = list(inputs), named_state(module)
     shape: list[Outputs] = []

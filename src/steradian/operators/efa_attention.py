@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steradian.kernels.backend import backend_for
-from steradian.operators.efa_kernel import apply_moments, moments, plane_waves, way_for
+from steradian.operators.efa_gpu import ALIGNED
+from steradian.operators.efa_kernel import PLAIN, apply_moments, moments, plane_waves, way_for
 from steradian.operators.efa_pairs import attend_pairs, pairs_are_cheaper
 from steradian.operators.efa_systems import blocks_of_systems, join_blocks
 from steradian.sharing import Share
@@ -225,6 +227,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
     if len(waves.frequencies) == 1:  # one phase for all pairs
         queries, keys, crossed = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (queries, keys, crossed))
     way, out = way_for(keys, values.shape[1], waves.low), None
+    num_atoms = positions.shape[-1]
+    if way is not PLAIN and num_atoms % ALIGNED:
+        padding = 0, -num_atoms % ALIGNED
+        queries, crossed, keys, values, positions = (
+            pad(tensor, padding) for tensor in (queries, crossed, keys, values, positions)
+        )
     for chunk in _chunks(num_points, keys, values):
         turning = plane_waves(torch.matmul(waves.vectors[chunk], positions), waves.frequencies)
         sums = moments(turning, keys, values, way=way)
@@ -243,7 +251,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, wa
         part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         out = part if out is None else out + part
     assert out is not None
-    return out
+    return out[..., :num_atoms]
 
 
 def _attend_pairs(

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from steradian.operators.triton_gate import largest_error, may_serve, register_check, triton_serves
 
-__all__ = ["FLOAT32_PRODUCTS", "TritonSums", "triton_sums"]
+__all__ = ["ALIGNED", "FLOAT32_PRODUCTS", "TritonSums", "triton_sums"]
 
 BLOCK = 64
 """Rows, atoms and values of a tile (values: fewer where there are fewer)."""
 RUN = 8
 """Tiles that matrix units add up by themselves."""
+ALIGNED = 16
+"""Atoms are padded to a multiple of this, so that rows can be read in vectors."""
 PROGRAMS = 512
 """Long loops are cut into parts until there are about so many programs (an H200 has 132 multiprocessors)."""
 FLOAT32_PRODUCTS = "tf32x3"
-"""How products of float32 are formed on NVIDIA's matrix units: as three of TF32 (22 bits), or ``ieee``, without them."""
+"""How products of float32 are formed on NVIDIA's GPUs: by matrix units, as three of TF32 (22 bits), or ``ieee``."""
+LARGEST_OFFSET = 1 << 31
+"""Tensors of a system with fewer numbers are addressed with 32 bits, which leaves more registers."""
 FORMATS = ("ieee", "tf32x3", "tf32", "bfloat16", "float16")
 
 
@@ -66,7 +70,7 @@ def _flat(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
-def _spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Any]:
+def _spread(found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Any]:
     remaining = iter(found)
     return [next(remaining) if asked else None for asked in wanted]
 
@@ -84,7 +88,7 @@ def _moments(values: Tensor, flat: list[Tensor], products: str) -> Tensor:
     for number, (waves, features) in enumerate(_pairs(flat)):
         moments_kernel[grid](
             waves.contiguous(), features.contiguous(), values.contiguous(), sums, *shape.sizes,
-            ADD=number > 0, ROWS=BLOCK, ATOMS=BLOCK, VALUES=shape.value_block, RUN=RUN, **shape.meaning,
+            ADD=number > 0, ROWS=BLOCK, ATOMS=BLOCK // 2, VALUES=shape.value_block, RUN=2 * RUN, **shape.meaning,
         )  # fmt: skip
     return sums
 
@@ -181,7 +185,7 @@ def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _contract_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     values, sums, *flat = ctx.saved_tensors
-    cotangents = _spread(gradients or [None] * sum(ctx.wanted), ctx.wanted)
+    cotangents = _spread(gradients, ctx.wanted)
     needs = ctx.needs_input_grad
     # T with one factor replaced by its cotangent, for every output
     new: list[Tensor] = []
@@ -248,13 +252,21 @@ class _Shape:
     @property
     def meaning(self) -> dict[str, Any]:
         """Formats of sums and of factors, and how these are multiplied."""
+        import triton
         import triton.language as tl
 
         short = {"bfloat16": tl.bfloat16, "float16": tl.float16}
         wide = tl.float64 if self.wide == torch.float64 else tl.float32
         precision = self.products if self.products in ("tf32x3", "tf32") and wide == tl.float32 else "ieee"
-        launch = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-        return {"WIDE": wide, "FORMAT": short.get(self.products, wide), "PRECISION": precision} | launch
+        launch = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+        waves, features, values, atoms, _ = self.sizes
+        largest = max(waves * atoms, features * atoms, values * atoms, self.rows * values)
+        index = tl.int32 if largest < LARGEST_OFFSET else tl.int64
+        short_format = short.get(self.products, wide)
+        # the interpreter cannot multiply bfloat16; products of two such numbers are exact in float32
+        units = wide if triton.knobs.runtime.interpret else short_format
+        formats = {"WIDE": wide, "FORMAT": short_format, "UNITS": units, "PRECISION": precision}
+        return {"INDEX": index} | formats | launch
 
     def parts(self, length: int, blocks: int, step: int) -> tuple[int, int]:
         """Length of a part of a loop, in steps, and number of parts that give enough programs."""

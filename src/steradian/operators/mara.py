@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import MARAConfig
+from steradian.graph import Edges
 from steradian.kernels import backend_for
 from steradian.kernels.frozen import of_weights
 from steradian.operators import mara_gpu
@@ -268,7 +269,8 @@ class MARA(WithRole, EdgeGate):
         squared = self.field == "squared"
         if mara_gpu.is_served(edges.vectors, nodes, self.grid.num_points, squared):
             flat = self._flat_tables()
-            return mara_gpu.pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, squared)
+            in_order = isinstance(edges, Edges)  # by definition
+            return mara_gpu.pool_on_sphere(edges.vectors, nodes, flat, edges.receivers, self.points, squared, in_order)
         nodes = nodes.to(edges.vectors.dtype)
         if backend_for(edges.vectors, nodes) == "cpu":
             from steradian.operators.mara_cpu import pool_on_sphere
@@ -339,6 +341,10 @@ class MARA(WithRole, EdgeGate):
     def _per_head(self, table: Tensor) -> Tensor:
         """``[..., d]`` as ``[..., H, d / H]``."""
         return table.unflatten(-1, (self.num_heads, -1))
+
+    def _mixed(self, features: Tensor, weight: Tensor) -> Tensor:
+        """``features @ weight``, multiplied in the format of the role."""
+        return (cast(features, self.low) @ cast(weight, self.low)).to(features.dtype)
 
     def _head_mean(self, table: Tensor) -> Tensor:
         """Mean over the channels of each head: ``[..., d] -> [..., H]``."""

@@ -8,12 +8,12 @@ the device, no shape depends on data, and sums have a fixed order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.kernels.device_rows import SortedRows, sorted_rows
 from steradian.operators.triton_gate import largest_error, may_serve, register_check, triton_serves
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
@@ -30,52 +30,14 @@ MANY_EDGES = 1 << 14
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-class Centres(NamedTuple):
-    """How edges belong to centres.
-
-    Attributes:
-        receivers: ``[E]``.
-        starts: ``[N + 1]`` where the edges of each centre begin, if they are in order.
-        in_order: ``[]`` whether they are.
-    """
-
-    receivers: Tensor
-    starts: Tensor
-    in_order: Tensor
-
-
-_CENTRES: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def centres_of(receivers: Tensor, num_nodes: int) -> Centres:
-    """Kept as long as the index lives unchanged; made anew in a CUDA graph or a trace, which owns what is made."""
-    if _is_recorded(receivers):
-        return _make_centres(receivers, num_nodes)
-    state = (num_nodes, receivers._version)
-    known = _CENTRES.get(receivers)
-    if known is None or known[0] != state:
-        made = _make_centres(receivers.detach(), num_nodes)
-        known = _CENTRES[receivers] = state, made[1:]
-    return Centres(receivers, *known[1])
-
-
-def _make_centres(receivers: Tensor, num_nodes: int) -> Centres:
-    bounds = torch.arange(num_nodes + 1, device=receivers.device, dtype=receivers.dtype)
-    in_order = (receivers[1:] >= receivers[:-1]).all()
-    return Centres(receivers, torch.searchsorted(receivers.contiguous(), bounds), in_order)
-
-
-def _is_recorded(tensor: Tensor) -> bool:
-    """Whether operations on the tensor are traced or captured, not simply done."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_inference():
-        return True
-    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        return True
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def pool_on_sphere(
-    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool
+    vectors: Tensor,
+    nodes: Tensor,
+    tables: Tensor,
+    receivers: Tensor,
+    grid: Tensor,
+    squared: bool,
+    ascending: bool = False,
 ) -> Tensor:
     """Pooled attention of every edge and head, ``[E, H]``, with derivatives of any order.
 
@@ -83,18 +45,17 @@ def pool_on_sphere(
         vectors: ``[E, 3]`` from receiver to sender [Å]; float32 or float64, and so is the arithmetic.
         nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights); in
             this or a shorter format.
-        tables: ``[H, 2 + 4 K + K^2]``, see
-            :func:`steradian.operators.mara_kernel.flat_tables`.
-        receivers: ``[E]`` centre of each edge; fastest in ascending order.
+        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara_kernel.flat_tables`.
+        receivers: ``[E]`` centre of each edge.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
+        ascending: the caller's promise that receivers are in order; see :mod:`steradian.kernels.device_rows`.
     """
     tables = tables.to(vectors.dtype)
-    centres = centres_of(receivers, nodes.shape[0])
     differentiated = torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))
     if not differentiated:
         return _value(vectors, nodes, tables, receivers, grid, squared)
-    pooled, _, _, _ = _pooled(vectors, nodes, tables, *centres, grid, squared)
+    pooled, _, _, _ = _pooled(vectors, nodes, tables, receivers, grid, squared, ascending)
     if tables.requires_grad:
         pooled = pooled + _by_tables(tables, vectors, nodes, receivers, grid, squared)
     return pooled
@@ -135,8 +96,8 @@ def _(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: T
 
 @torch.library.custom_op("steradian::mara_pooled", mutates_args=())
 def _pooled(
-    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor, in_order: Tensor, grid: Tensor,
-    squared: bool,
+    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    squared: bool, ascending: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """pooled ``[E, H]``; its derivatives by vectors ``[H, E, 3]``, by s ``[H, E]`` and by q ``[H, K, E]``."""
     run = _Run(vectors, nodes, tables, receivers, grid, squared)
@@ -147,8 +108,8 @@ def _pooled(
 
 @_pooled.register_fake
 def _(
-    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor, in_order: Tensor, grid: Tensor,
-    squared: bool,
+    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    squared: bool, ascending: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     num_edges, num_heads = vectors.shape[0], nodes.shape[1]
     return (
@@ -160,7 +121,7 @@ def _(
 
 
 def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.squared = inputs
+    *tensors, ctx.squared, ctx.ascending = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
@@ -168,9 +129,9 @@ def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _pooled_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if gradient is None:
-        return (None,) * 8
-    by_vectors, by_nodes = _spread(gradient, *ctx.saved_tensors, ctx.squared)
-    return by_vectors, by_nodes, *(None,) * 6
+        return (None,) * 7
+    by_vectors, by_nodes = _spread(gradient, *ctx.saved_tensors, ctx.squared, ctx.ascending)
+    return by_vectors, by_nodes, *(None,) * 5
 
 
 _pooled.register_autograd(_pooled_backward, setup_context=_save_pooled)
@@ -178,46 +139,46 @@ _pooled.register_autograd(_pooled_backward, setup_context=_save_pooled)
 
 @torch.library.custom_op("steradian::mara_spread", mutates_args=())
 def _spread(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor,
-    in_order: Tensor, grid: Tensor, by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool,
+    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool, ascending: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Derivatives of ``sum(gradient pooled)`` by vectors and nodes, from those of every edge."""
     if gradient.shape[1] == 1:
         total = gradient * by_vectors[0]
     else:
         total = (gradient.t().unsqueeze(2) * by_vectors).sum(0)
-    centres = Centres(receivers, starts, in_order)
-    return total, _to_nodes(by_slope, by_point, gradient, centres, nodes)
+    rows = sorted_rows(receivers, nodes.shape[0], ascending)
+    return total, _to_nodes(by_slope, by_point, gradient, rows, nodes)
 
 
 @_spread.register_fake
 def _(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor,
-    in_order: Tensor, grid: Tensor, by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool,
+    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool, ascending: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(vectors), nodes.new_empty(nodes.shape)
 
 
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.squared = inputs
+    *tensors, ctx.squared, ctx.ascending = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[:8])
+    ctx.save_for_backward(*tensors[:6])
 
 
 def _spread_backward(ctx: Any, by_vectors: Tensor | None, by_nodes: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient, vectors, nodes, tables, receivers, starts, in_order, grid = ctx.saved_tensors
+    gradient, vectors, nodes, tables, receivers, grid = ctx.saved_tensors
     along_vectors = torch.zeros_like(vectors) if by_vectors is None else by_vectors
     along_nodes = torch.zeros_like(nodes) if by_nodes is None else by_nodes
     nothing = (None,) * 8
     if torch.is_grad_enabled():  # somebody will differentiate again
         inputs = [_alias(tensor) for tensor in (gradient, vectors, nodes, tables)]
-        pooled = plain_pool(*inputs[1:], receivers, grid, ctx.squared)
+        pooled = plain_pool(inputs[1], inputs[2], inputs[3], receivers, grid, ctx.squared)
         first = torch.autograd.grad(pooled, inputs[1:3], inputs[0], create_graph=True)
         found = torch.autograd.grad(first, inputs, (along_vectors, along_nodes), create_graph=True, allow_unused=True)
         return *found, *nothing
     with_tables = bool(ctx.needs_input_grad[3])
     *found, by_tables = _tangent(
-        gradient, vectors, nodes, tables, receivers, starts, in_order, grid, along_vectors, along_nodes, ctx.squared,
+        gradient, vectors, nodes, tables, receivers, grid, along_vectors, along_nodes, ctx.squared, ctx.ascending,
         with_tables,
     )  # fmt: skip
     return *found, by_tables if with_tables else None, *nothing
@@ -233,8 +194,8 @@ _spread.register_autograd(_spread_backward, setup_context=_save_spread)
 
 @torch.library.custom_op("steradian::mara_tangent", mutates_args=())
 def _tangent(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor,
-    in_order: Tensor, grid: Tensor, vectors_dot: Tensor, nodes_dot: Tensor, squared: bool, with_tables: bool,
+    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    vectors_dot: Tensor, nodes_dot: Tensor, squared: bool, ascending: bool, with_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Derivatives of ``sum(gradient tangent)`` by gradient, vectors, nodes and, if wanted, tables; the tangent is the
     derivative of pooled along the direction."""
@@ -243,15 +204,15 @@ def _tangent(
     by_vectors, by_point = run.columns(TANGENT, kept)
     # rows of ``by_point`` carry the gradient already
     by_slope = by_slope * gradient.t()
-    by_nodes = _to_nodes(by_slope, by_point, None, Centres(receivers, starts, in_order), nodes)
+    by_nodes = _to_nodes(by_slope, by_point, None, sorted_rows(receivers, nodes.shape[0], ascending), nodes)
     by_tables = run.by_tables(TANGENT, kept) if with_tables else tables.new_empty(0)
     return pooled.t().contiguous(), by_vectors.sum(0), by_nodes, by_tables
 
 
 @_tangent.register_fake
 def _(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, starts: Tensor,
-    in_order: Tensor, grid: Tensor, vectors_dot: Tensor, nodes_dot: Tensor, squared: bool, with_tables: bool,
+    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
+    vectors_dot: Tensor, nodes_dot: Tensor, squared: bool, ascending: bool, with_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     by_tables = tables.new_empty(tables.shape if with_tables else 0)
     pooled = vectors.new_empty((vectors.shape[0], nodes.shape[1]))
@@ -308,7 +269,7 @@ def _(
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, centres: Centres, nodes: Tensor) -> Tensor:
+def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: SortedRows, nodes: Tensor) -> Tensor:
     """``[N, H, 1 + K]`` sums over the edges of each centre, in the format of ``nodes``."""
     from steradian.operators.mara_triton_sums import node_kernel
 
@@ -320,9 +281,10 @@ def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, centr
     points = min(32, _power_of_two(width - 1))
     grid = (num_nodes, num_heads, -(-(width - 1) // points))
     node_kernel[grid](
-        by_slope, by_point, by_slope if gradient is None else gradient.contiguous(), *centres, by_nodes,
+        by_slope, by_point, by_slope if gradient is None else gradient.contiguous(),
+        rows.bounds if rows.order is None else rows.order, rows.bounds, by_nodes,
         num_edges, width - 1, num_heads,
-        SCALED=gradient is not None, EDGES=16, POINTS=points, num_warps=2, enable_fp_fusion=True,
+        SCALED=gradient is not None, ORDERED=rows.order is not None, EDGES=16, POINTS=points, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return by_nodes.to(nodes.dtype)
 
@@ -442,13 +404,13 @@ def _check(device: torch.device, problem: str) -> float:
     found = []
     for pool in (pool_on_sphere, plain_pool):
         leaves = [value.to(device, dtype).requires_grad_() for value, dtype in zip(inputs, (wide, short, wide))]
-        pooled = pool(*leaves, receivers, grid, field == "squared")
+        pooled = pool(leaves[0], leaves[1], leaves[2], receivers, grid, field == "squared")
         to = [direction.to(device) for direction in directions]
         first = torch.autograd.grad(pooled, leaves[:2], to[0].to(pooled.dtype), create_graph=True)
         mixture = sum((value * way.to(value.dtype)).sum() for value, way in zip((pooled, *first), (to[0], *to[1:3])))
         assert isinstance(mixture, Tensor)
         found.append([pooled, *first, *torch.autograd.grad(mixture, leaves)])
-    return largest_error(*found, TOLERANCES[formats.split()[1]])
+    return largest_error(found[0], found[1], TOLERANCES[formats.split()[1]])
 
 
 register_check("MARA", _check)

@@ -20,26 +20,23 @@ __all__ = ["node_kernel", "table_kernel"]
 
 @triton.jit
 def node_kernel(
-    by_slope, by_point, gradient, receivers, starts, in_order, by_nodes, num_edges, num_points, num_heads,
-    SCALED: tl.constexpr, EDGES: tl.constexpr, POINTS: tl.constexpr,
+    by_slope, by_point, gradient, order, bounds, by_nodes, num_edges, num_points, num_heads,
+    SCALED: tl.constexpr, ORDERED: tl.constexpr, EDGES: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """``by_nodes [N, H, 1 + K]``: sums of ``by_slope [H, E]`` and ``by_point [H, K, E]`` over the edges of a centre, if
-    SCALED times ``gradient [E, H]``.
-
-    Edges of centre n lie in ``starts[n] .. starts[n + 1]`` where ``in_order``; elsewhere all edges are looked at.
-    """
+    SCALED times ``gradient [E, H]``. Centre n has the edges ``bounds[n] .. bounds[n + 1]``, or if ORDERED those that
+    ``order`` lists there."""
     centre, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     k = (tl.program_id(2) * POINTS + tl.arange(0, POINTS)).to(tl.int64)
     real = k < num_points
-    sorted_ = tl.load(in_order) != 0
-    start = tl.where(sorted_, tl.load(starts + centre), 0)
-    stop = tl.where(sorted_, tl.load(starts + centre + 1), num_edges)
+    stop = tl.load(bounds + centre + 1)
     kind = by_point.dtype.element_ty
     total, slope = tl.zeros((POINTS, EDGES), dtype=kind), tl.zeros((EDGES,), dtype=kind)
-    for first in range(start, stop, EDGES):
+    for first in range(tl.load(bounds + centre), stop, EDGES):
         edge = first + tl.arange(0, EDGES).to(tl.int64)
         own = edge < stop
-        own = own & (tl.load(receivers + edge, mask=own, other=-1) == centre)
+        if ORDERED:
+            edge = tl.load(order + edge, mask=own, other=0)
         rows = tl.load(
             by_point + (head * num_points + k)[:, None] * num_edges + edge[None, :],
             mask=real[:, None] & own[None, :], other=0.0,

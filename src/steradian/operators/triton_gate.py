@@ -10,11 +10,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from steradian.kernels import backend
 
 __all__ = ["largest_error", "may_serve", "on_every_device", "passes", "register_check", "triton_serves"]
 
@@ -28,7 +29,7 @@ _everywhere = False
 
 @contextlib.contextmanager
 def on_every_device() -> Iterator[None]:
-    """Let the kernels run on a CPU too, by Triton's interpreter; for tests."""
+    """Let the kernels run on a CPU too, by Triton's interpreter, whatever the backend; for tests."""
     global _everywhere
     before, _everywhere = _everywhere, True
     try:
@@ -43,8 +44,11 @@ def register_check(kernels: str, check: Check) -> None:
 
 
 def may_serve(tensor: Tensor) -> bool:
-    """Whether a tensor lies where Triton's kernels run."""
-    return tensor.is_cuda or _everywhere
+    """Whether Triton's kernels run where the tensor lies, and are wanted."""
+    if _everywhere:
+        return True
+    # whoever computes on a CPU need not import triton
+    return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and backend.triton_serves(tensor)
 
 
 def triton_serves(kernels: str, problem: str, *tensors: Tensor) -> bool:
@@ -55,12 +59,9 @@ def triton_serves(kernels: str, problem: str, *tensors: Tensor) -> bool:
         problem: what decides how they are compiled: formats, sizes; passed to the check.
         tensors: what they would read.
     """
-    device = tensors[0].device
-    if not may_serve(tensors[0]) or _plain_is_asked() or not _is_installed():
+    if not may_serve(tensors[0]) or torch._C._functorch.maybe_current_level() is not None:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return passes(kernels, problem, str(device))
+    return passes(kernels, problem, str(tensors[0].device))
 
 
 @torch.compiler.assume_constant_result
@@ -103,18 +104,3 @@ def largest_error(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: f
         error = error / (tolerance * max(scale, 1e-6))
         worst = max(worst, error if error == error else float("inf"))
     return worst
-
-
-@cache
-def _is_installed() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _plain_is_asked() -> bool:
-    from steradian.kernels import backend
-
-    return (backend._chosen or os.environ.get("STERADIAN_BACKEND", "auto")) == "reference"

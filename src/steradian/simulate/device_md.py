@@ -298,7 +298,9 @@ class DeviceMD:
             self.list = DeviceList(
                 systems, cutoff, skin, device=self.device, dtype=self.dtype, search=self._search, capacity=capacity
             )
-            self._predict = self._prediction_of(self.list.graph)
+            with torch.no_grad():  # edges as they are in use, for kernels that are chosen by measuring
+                self.list.build(self.state.positions)
+                self._predict = self._prediction_of(self.list.refresh(self.state.positions))
         else:
             self.list = HostList(systems, cutoff, skin)
         self._since, self._tried = LONGEST_USE, 0

@@ -135,9 +135,7 @@ def begin_record(directory: RunDirectory, prepared: Prepared, resumed: bool, ove
 def take_dry_steps(prepared: Prepared, process: Process, directory: RunDirectory) -> RunResult:
     """Two steps and one validation batch; nothing is written."""
     seed_all(prepared.config.training.seed + process.rank)
-    module = TrainingModule(
-        prepared.potential, prepared.config.training, prepared.total_steps, prepared.data.name_frames
-    )
+    module = module_of(prepared)
     training = prepared.config.training
     batches = DRY_STEPS * training.optimizer.accumulate
     trainer = make_trainer(training, process, [], max_epochs=1, limit_train_batches=batches, limit_val_batches=1)
@@ -160,7 +158,7 @@ def train(
     training = config.training
     idle = process.count > 1 and has_idle_parameters(prepared)
     seed_all(training.seed + process.rank)
-    module = TrainingModule(prepared.potential, training, prepared.total_steps, prepared.data.name_frames)
+    module = module_of(prepared)
     first = process.rank == 0
     reporter: Reporter = make_reporter(
         progress and first,
@@ -204,6 +202,14 @@ def train(
     if first:
         directory.log(closing_line(result, training.monitor))
     return result
+
+
+def module_of(prepared: Prepared) -> TrainingModule:
+    """What Lightning trains."""
+    data = prepared.data
+    return TrainingModule(
+        prepared.potential, prepared.config.training, prepared.total_steps, data.name_frames, data=data
+    )
 
 
 def has_idle_parameters(prepared: Prepared) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +17,11 @@ from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import Prediction
 from steradian.potential import Potential
 from steradian.training.ema import MovingAverage
-from steradian.training.loaders import Batch
+from steradian.training.late import LateValues
+from steradian.training.loaders import Batch, TrainingData
 from steradian.training.losses import Loss, labels_in_use
 from steradian.training.optimizers import make_optimizer
+from steradian.training.pipeline import Pipeline, make_pipeline, uses_pipeline
 from steradian.training.progressive import order_at, set_order
 from steradian.training.scaling import LossScale
 from steradian.training.schedules import LearningRate
@@ -37,6 +41,7 @@ class TrainingModule(pl.LightningModule):
         config: the training section.
         total_steps: optimiser steps of the whole run, for the cosine schedule.
         name_frames: words for the frames of a batch, for messages.
+        data: of the run, where steps may be prepared (:mod:`steradian.training.pipeline`).
 
     Attributes:
         step: optimiser steps so far, over all sessions.
@@ -53,8 +58,11 @@ class TrainingModule(pl.LightningModule):
         config: TrainingConfig,
         total_steps: int,
         name_frames: Callable[[Batch], str] = lambda batch: f"training frames {batch.frames}",
+        data: TrainingData | None = None,
     ) -> None:
         super().__init__()
+        self.data = data
+        self.pipeline: Pipeline | None = None
         self.name_frames = name_frames
         self.potential = potential
         self.config = config
@@ -67,20 +75,34 @@ class TrainingModule(pl.LightningModule):
         self.step = 0
         self.losses = torch.zeros((), dtype=torch.float64)
         self.scale = LossScale(potential)
-        self._watched: list[tuple[str, Tensor, Batch]] = []
+        self._watched: LateValues[tuple[str, int, Batch]] = LateValues()
         self._batch: Batch | None = None
         self._averaged = ExitStack()
 
     def predict_batch(self, batch: Batch) -> Prediction:
         """Prediction with the derivatives that the loss needs."""
-        return self.potential(batch.graph, forces="forces" in self.labels, stress="stress" in self.labels)
+        prediction: Prediction = self.potential(
+            batch.graph, forces="forces" in self.labels, stress="stress" in self.labels
+        )
+        return prediction
+
+    def on_fit_start(self) -> None:
+        if self.data is not None and uses_pipeline(self.config, self.device):
+            self.pipeline = make_pipeline(self.potential, self.config, self.data)
+            self.data.on_device = "named" if self.pipeline.on_device else self.device
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(self.predict_batch(batch), batch.graph).total
+        if self.pipeline is not None:
+            scale = self.scale.scaled(torch.ones((), device=self.device)) if self.scale.active else None
+            ready, loss = self.pipeline.loss(batch, scale)
+        else:
+            assert batch.graph is not None
+            loss = self.loss(self.predict_batch(batch), batch.graph).total
+            ready = self.scale.scaled(loss)
         self._batch = batch
         self._watch("the loss", loss.detach(), batch)
         self.losses = self.losses.to(loss.device) + loss.detach()
-        return self.scale.scaled(loss)
+        return ready
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with self.potential.policy.matrix_units():
@@ -124,21 +146,20 @@ class TrainingModule(pl.LightningModule):
             self.ema.update()
 
     def _watch(self, what: str, value: Tensor, batch: Batch) -> None:
-        """Remember a value that must be finite; on a GPU it is looked at two values later, so that nothing waits."""
-        self._watched.append((what, value, batch))
-        self.check_finite(keep=0 if value.device.type == "cpu" else 2)
+        """Remember a value that must be finite; on a GPU it is looked at when it has arrived, so that nothing waits."""
+        self._watched.add(value, (what, self.step + 1, batch))
+        self.check_finite(wait=False)
 
-    def check_finite(self, keep: int = 0) -> None:
-        """Look at the values of past steps.
+    def check_finite(self, wait: bool = True) -> None:
+        """Look at the values of past steps; of all of them, or of those that are known.
 
         Raises:
             DivergenceError: one is not finite.
         """
-        while len(self._watched) > keep:
-            what, value, batch = self._watched.pop(0)
-            if not bool(torch.isfinite(value)):
+        for value, (what, step, batch) in self._watched.arrived(wait):
+            if not math.isfinite(value):
                 self._watched.clear()
-                raise DivergenceError(f"{what} is {value.item()} at step {self.step + 1}, in {self.name_frames(batch)}")
+                raise DivergenceError(f"{what} is {value} at step {step}, in {self.name_frames(batch)}")
 
     def on_validation_epoch_start(self) -> None:
         self.errors.reset()
@@ -146,6 +167,14 @@ class TrainingModule(pl.LightningModule):
             self._averaged.enter_context(self.ema.averaged_weights())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if self.pipeline is not None and self.data is not None:
+            prediction, labels = self.pipeline.predict(batch)
+            if batch.counts:
+                frames = [self.data.validation.structures[frame] for frame in batch.frames]
+                counts = np.array([len(frame) for frame in frames], dtype=np.int64)
+                self.errors.add(prediction, labels, counts, [frame.config_type for frame in frames])
+            return
+        assert batch.graph is not None
         with torch.enable_grad():
             prediction = self.predict_batch(batch)
         if batch.counts:

@@ -23,7 +23,16 @@ from steradian.training.trainer import Process, device_line
 
 __all__ = ["CHANGEABLE", "Prepared", "check_resumable", "prepare"]
 
-CHANGEABLE = ("max_epochs", "max_time_s", "checkpoint_every_s", "loggers", "threads", "early_stopping_patience")
+CHANGEABLE = (
+    "max_epochs",
+    "max_time_s",
+    "checkpoint_every_s",
+    "loggers",
+    "threads",
+    "early_stopping_patience",
+    "device",
+    "execution",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def prepare(
         restore(potential, data, saved, directory, process)
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
-    rows = plan_rows(config, sets, statistics, potential, counts, device_line(process))
+    rows = plan_rows(config, sets, statistics, potential, counts, device_line(process, config.training))
     rows += [("note", warning) for warning in provenance.get("warnings", [])]
     return Prepared(config, potential, data, data.position, provenance, rows)
 

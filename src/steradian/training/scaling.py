@@ -34,7 +34,8 @@ class LossScale:
         self.active = potential.policy.uses_float16
         self.skipped = 0
         self._scaler: torch.amp.GradScaler | None = None
-        self._zeros = self._counted = 0
+        self._zeros: Tensor | int = 0  # on the device
+        self._counted: Tensor | int = 0
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
@@ -74,15 +75,17 @@ class LossScale:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     rows = parameter.grad.flatten(0, -2)
-                    used = rows[rows.ne(0).any(dim=1)]
-                    self._zeros += int((used == 0).sum())
-                    self._counted += used.numel()
+                    used = rows.ne(0).any(dim=1)
+                    counted = used.sum() * rows.shape[1]
+                    self._zeros = self._zeros + counted - rows.ne(0).sum()
+                    self._counted = self._counted + counted
 
     def figures(self) -> dict[str, float | int]:
         """Of the steps since the last call: scale, steps left out, share of gradients that vanished."""
         if not self.active:
             return {}
-        share = self._zeros / self._counted if self._counted else 0.0
+        counted = int(self._counted)
+        share = int(self._zeros) / counted if counted else 0.0
         self._zeros = self._counted = 0
         return {"train/loss_scale": self.scaler.get_scale(), "train/skipped": self.skipped, "train/underflow": share}
 

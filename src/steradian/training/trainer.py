@@ -15,9 +15,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from steradian.config import TrainingConfig
+from steradian.config import ConfigError, TrainingConfig
+from steradian.execution.runner import resolve_mode
 
-__all__ = ["Process", "device_line", "make_trainer", "own_threads", "quiet_lightning"]
+__all__ = ["Process", "device_line", "make_trainer", "own_threads", "quiet_lightning", "training_device"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def make_trainer(
         idle: some parameters have no gradient; several processes must then look for them at every step.
         options: replace the trainer's arguments.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = training_device(config).type == "cuda"
     strategy: Any = "auto"
     if process.count > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -75,6 +76,20 @@ def make_trainer(
         "log_every_n_steps": 1,
     }
     return pl.Trainer(**{**settings, **options})
+
+
+def training_device(config: TrainingConfig) -> torch.device:
+    """Where a run computes.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError(
+            "training.device is 'cuda', but PyTorch finds no GPU: install a CUDA build of it or set training.device=cpu"
+        )
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
 @contextmanager
@@ -105,12 +120,15 @@ def own_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def device_line(process: Process) -> str:
-    """Where a run computes, in words."""
+def device_line(process: Process, config: TrainingConfig) -> str:
+    """Where a run computes and how, in words."""
     count = f"{process.count} processes, " if process.count > 1 else ""
-    if torch.cuda.is_available():
-        return f"{count}GPU {torch.cuda.get_device_name()}"
-    return f"{count}CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    device = training_device(config)
+    mode = resolve_mode(config.execution, device)
+    how = {"cuda_graph": ", steps recorded as CUDA graphs", "compile": ", steps compiled"}.get(mode, "")
+    if device.type == "cuda":
+        return f"{count}GPU {torch.cuda.get_device_name()}{how}"
+    return f"{count}CPU ({platform.machine()}), {torch.get_num_threads()} threads{how}"
 
 
 def end_processes() -> None:
