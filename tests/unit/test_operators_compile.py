@@ -30,3 +30,23 @@ def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path):
         assert kernel["local_bytes"] == 0
         assert kernel["stack_bytes"] <= 16, kernel
         assert kernel["shared_bytes"] <= 100_000  # two blocks of threads fit into a multiprocessor
+
+
+def test_whoever_computes_on_a_cpu_imports_no_triton():
+    code = """if True:
+    import sys, torch, steradian
+    from steradian.operators.mara import MARA
+    from steradian.operators.efa_attention import DirectionRule, rotary_attention
+    from steradian.graph import Edges
+    index, vectors = torch.tensor([0, 1]), torch.randn(2, 3, requires_grad=True)
+    edges = Edges(index.flip(0), index, vectors, *[vectors] * 4, num_atoms=2, system=0 * index, num_systems=1)
+    loss = MARA(4, gate="published")(torch.randn(2, 4), edges).sum()
+    points = torch.eye(3)
+    rule, q = DirectionRule(points, torch.full((3,), 1 / 3), False), torch.randn(2, 1, 4)
+    loss = loss + rotary_attention(q, q, q, vectors, torch.tensor([0.1, 0.2]), rule, 0 * index).sum()
+    loss.backward()
+    sys.exit("triton" in sys.modules)
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
