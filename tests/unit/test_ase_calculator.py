@@ -107,6 +107,17 @@ def test_lists_of_fixed_shape_give_the_same(make, skin):
     assert (padded.calc.num_lists < 12) == bool(skin)
 
 
+def test_a_cell_that_changes_at_every_call_has_its_lists_on_the_host():
+    plain, padded = crystal(), crystal()
+    plain.calc, padded.calc = SteradianCalculator(potential()), SteradianCalculator(potential(), skin=0.3)
+    padded.calc.on_device = True
+    for call in range(4):
+        assert np.allclose(padded.get_forces(), plain.get_forces(), atol=1e-11)
+        assert (padded.calc._listed is None) == (call == 0)
+        for atoms in (plain, padded):
+            atoms.set_cell(atoms.cell * 1.01, scale_atoms=True)
+
+
 def test_a_list_of_fixed_shape_that_is_too_short_is_made_again():
     atoms = crystal()
     atoms.calc = SteradianCalculator(potential(), skin=0.3)

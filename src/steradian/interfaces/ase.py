@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from steradian.build import load_potential
 from steradian.config_precision import PrecisionConfig
 from steradian.data.structures import Structure
-from steradian.graph import Graph
+from steradian.execution.runner import Runner
+from steradian.graph import Graph, Prediction
+from steradian.kernels import prepare_backend
 from steradian.neighbors import make_graph
+from steradian.operators.base import asks_for_the_lattice
 from steradian.potential import Potential
-from steradian.verlet import Capacity, DeviceList, fresh_on_cpu
+from steradian.verlet import Capacity, DeviceList
 
 __all__ = ["SteradianCalculator"]
 
@@ -30,8 +35,9 @@ class SteradianCalculator(Calculator):
     with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
     have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
 
-    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`): a call
-    sends positions up and brings everything down in one transfer.
+    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`), and the part of
+    the model is recorded: a call sends positions up and brings everything down in one transfer. While the cell changes
+    from call to call lists are made on the host.
 
     Args:
         potential: a :class:`~steradian.potential.Potential`, a model file or the folder of a run.
@@ -77,6 +83,8 @@ class SteradianCalculator(Calculator):
         self.on_device = self.potential.device.type == "cuda"
         self._rows: tuple[DeviceList, Atoms] | None = None
         self._capacity: Capacity | None = None
+        self._step: tuple[DeviceList, Callable[[], Prediction]] | None = None
+        self._before: Atoms | None = None
         self._near: tuple[Graph, torch.Tensor, Graph] | None = None
 
     def calculate(
@@ -89,10 +97,11 @@ class SteradianCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         present: Atoms = self.atoms  # type: ignore[assignment]
         periodic = bool(present.pbc.all())
-        if self.on_device:
+        steady, self._before = self._before is None or _same_system(present, self._before), present.copy()
+        if self.on_device and steady:
             self.results = self._on_device(present, periodic)
             return
-        graph = self._graph(present)
+        graph = self._graph(present).to(self.potential.device)
         prediction = self.potential(graph, forces=True, stress=periodic)
         energy = float(prediction.energy[0])
         self.results = {
@@ -114,10 +123,11 @@ class SteradianCalculator(Calculator):
                 self._rows[0].build(positions)
                 self.num_lists += 1
             rows = self._rows[0]
-            graph = rows.refresh(positions)
-            prediction = self.potential(fresh_on_cpu(graph), forces=True, stress=periodic)
+            rows.refresh(positions)
+            prediction = self._step_of(rows, periodic)()
+            assert prediction.forces is not None
             parts = [rows.flags, prediction.energy[:1], prediction.atom_energies[:count], prediction.forces[:count]]
-            parts += [prediction.stress[:1]] if periodic else []
+            parts += [prediction.stress[:1]] if prediction.stress is not None else []
             values = torch.cat([part.double().flatten() for part in parts]).cpu().numpy()
             needs = rows.needs(values[:4].tolist())
             if needs.fit(rows.capacity):
@@ -130,6 +140,18 @@ class SteradianCalculator(Calculator):
             results["stress"] = full_3x3_to_voigt_6_stress(values[5 + 4 * count :].reshape(3, 3))
         return results
 
+    def _step_of(self, rows: DeviceList, periodic: bool) -> Callable[[], Prediction]:
+        """The model on the graph of a list, recorded on a GPU; the graph has its edges when this is called first."""
+        if self._step is None or self._step[0] is not rows:
+            prepare_backend(self.potential, rows.graph)
+            run: Callable[[], Prediction]
+            if periodic and asks_for_the_lattice(self.potential):
+                run = partial(self.potential, rows.graph, forces=True, stress=True)
+            else:
+                run = Runner(self.potential, "auto", stress=periodic).static(rows.graph)
+            self._step = (rows, run)
+        return self._step[1]
+
     def _device_list(self, atoms: Atoms) -> DeviceList:
         """The list in use where only positions have changed since it was made, else a new one."""
         if self._rows is not None:
@@ -141,12 +163,12 @@ class SteradianCalculator(Calculator):
         made = DeviceList(
             [atoms], self.potential.cutoff, self.skin, device=self.potential.device, capacity=self._capacity
         )
-        self.potential.species(made.graph.numbers)  # elements are checked once, here
+        self.potential.check_elements(torch.as_tensor(atoms.numbers))
         return made
 
     def forget_list(self) -> None:
         """Make the list of neighbours anew at the next call."""
-        self._listed = self._rows = None
+        self._listed = self._rows = self._step = None
 
     def _graph(self, atoms: Atoms) -> Graph:
         if not self.skin:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from steradian.graph import Edges
 
-__all__ = ["EdgeGate", "GateFactory", "GlobalMixer", "MixerFactory", "SlotSpec", "empty_slot", "in_layer"]
+__all__ = [
+    "EdgeGate",
+    "GateFactory",
+    "GlobalMixer",
+    "MixerFactory",
+    "SlotSpec",
+    "asks_for_the_lattice",
+    "empty_slot",
+    "in_layer",
+]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
 
@@ -104,6 +113,11 @@ class GlobalMixer(nn.Module, ABC):
     def forward(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
         """The update ``[N, D', C]`` to use in place of ``local_update``."""
         return local_update + self.global_update(features, local_update, positions, edges)
+
+
+def asks_for_the_lattice(model: nn.Module) -> bool:
+    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
+    return any(isinstance(module, GlobalMixer) for module in model.modules())
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]

@@ -29,7 +29,7 @@ from steradian.execution.graphs import record
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
 from steradian.kernels import prepare_backend
-from steradian.operators.base import GlobalMixer
+from steradian.operators.base import asks_for_the_lattice
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError
@@ -70,11 +70,6 @@ class Snapshot:
     positions: np.ndarray
     velocities: np.ndarray
     forces: np.ndarray
-
-
-def asks_for_the_lattice(potential: Potential) -> bool:
-    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
-    return any(isinstance(module, GlobalMixer) for module in potential.modules())
 
 
 @dataclass
