@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from steradian.config import LebedevGrid, MARAConfig, SphericalDesign
 from steradian.equivariant.harmonics import spherical_harmonics
+from steradian.operators import mara_basis_kernel
 from steradian.operators.base import SlotSpec
 from steradian.operators.mara import MARA, sphere_field
 from steradian.operators.mara_intrinsic import MAX_TEMPERATURE, IntrinsicMARA
@@ -318,3 +319,36 @@ def test_mistakes_are_explained():
         random_gate(VECTORS, lebedev(26))(features[:, 0], edges)
     with pytest.raises(ValueError, match="kernel must be"):
         IntrinsicMARA(4, kernel="linear")
+
+
+def test_second_derivatives_block_by_block_keep_no_attention(monkeypatch):
+    grid, edges, size = lebedev(14), 11, 4
+    basis = spherical_harmonics(grid.points, 1)
+    weights = grid.weights / grid.weights.sum()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(edges, 1, size, size), (edges, 1, size)]
+    given = [0.5 * torch.randn(shape, dtype=DOUBLE, generator=generator) for shape in shapes]
+
+    def derivatives():
+        inputs = [tensor.clone().requires_grad_() for tensor in given]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            pooled = mara_basis_kernel.pool_exponential(*inputs, basis, weights)
+            first = torch.autograd.grad(pooled.square().sum(), inputs, create_graph=True)
+            loss = sum(value.square().sum() for value in first)
+        return [pooled, *first, *torch.autograd.grad(loss, inputs)], max(sizes)
+
+    whole, _ = derivatives()
+    monkeypatch.setattr(mara_basis_kernel, "NUMBERS_PER_BLOCK", 3 * 14**2)
+    blocked, largest = derivatives()
+    assert largest < edges * 14**2
+    for one, other in zip(whole, blocked, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    # the same by automatic differentiation of the formula
+    inputs = [tensor.clone().requires_grad_() for tensor in given]
+    scores = (basis @ inputs[0] @ basis.T).exp() * weights
+    pooled = ((scores @ (inputs[1] @ basis.T).unsqueeze(-1)).squeeze(-1) / scores.sum(-1)) @ weights
+    first = torch.autograd.grad(pooled.square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(value.square().sum() for value in first), inputs)
+    for one, other in zip(whole, [pooled, *first, *second], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)

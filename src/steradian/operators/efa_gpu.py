@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.operators.triton_gate import largest_error, may_serve, register_check, triton_serves
+from steradian.operators.triton_gate import largest_error, may_serve, on_its_device, register_check, triton_serves
 
 __all__ = ["ALIGNED", "FLOAT32_PRODUCTS", "TritonSums", "triton_sums"]
 
@@ -79,6 +79,7 @@ def _spread(found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Any]
 
 
 @torch.library.custom_op("steradian::efa_moments", mutates_args=())
+@on_its_device
 def _moments(values: Tensor, flat: list[Tensor], products: str) -> Tensor:
     from steradian.operators.efa_triton import moments_kernel
 
@@ -101,6 +102,7 @@ def _(values: Tensor, flat: list[Tensor], products: str) -> Tensor:
 
 
 @torch.library.custom_op("steradian::efa_apply", mutates_args=())
+@on_its_device
 def _apply(sums: Tensor, flat: list[Tensor], products: str) -> Tensor:
     from steradian.operators.efa_triton import apply_kernel
 
@@ -123,6 +125,7 @@ def _(sums: Tensor, flat: list[Tensor], products: str) -> Tensor:
 
 
 @torch.library.custom_op("steradian::efa_contract", mutates_args=())
+@on_its_device
 def _contract(values: Tensor, sums: Tensor, flat: list[Tensor], wanted: list[bool], products: str) -> list[Tensor]:
     shape, found = _Shape.of(values.shape[0], values.shape[1], flat, products), []
     for number, (waves, features) in enumerate(_pairs(flat)):

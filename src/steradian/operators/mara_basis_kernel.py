@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.operators.mara_kernel import NUMBERS_PER_BLOCK, NUMBERS_PER_KEPT_BLOCK
+from steradian.operators.mara_kernel import NUMBERS_PER_BLOCK
 
 __all__ = ["basis_attention", "pool_exponential", "pool_polynomial"]
 
@@ -52,7 +52,7 @@ def pool_exponential(logits: Tensor, values: Tensor, basis: Tensor, weights: Ten
     if torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad):
         pooled = _PoolOnBasis.apply(flat_logits, flat_values, basis, weights)
     else:
-        (pooled,) = _in_blocks(_pooled, NUMBERS_PER_BLOCK, flat_logits, flat_values, basis, weights)
+        (pooled,) = _in_blocks(_pooled, _numbers(flat_logits), flat_logits, flat_values, basis, weights)
     return pooled.unflatten(0, leading)
 
 
@@ -115,17 +115,61 @@ def _in_blocks(
 
 
 class _PoolOnBasis(torch.autograd.Function):
-    """Derivatives are formed with the value; a second derivative forms the attention again and keeps it."""
+    """Derivatives are formed with the value."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, values: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
-        pooled, by_logits, by_values = _in_blocks(_pooled_and_slopes, NUMBERS_PER_BLOCK, logits, values, basis, weights)
+        numbers = _numbers(logits)
+        pooled, by_logits, by_values = _in_blocks(_pooled_and_slopes, numbers, logits, values, basis, weights)
         ctx.save_for_backward(logits, values, basis, weights, by_logits, by_values)
         return pooled
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, by_logits, by_values = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            _, by_logits, by_values = _in_blocks(_pooled_and_slopes, NUMBERS_PER_KEPT_BLOCK, *arguments)
-        return gradient[:, None, None] * by_logits, gradient[:, None] * by_values, None, None
+        return *_SlopesOnBasis.apply(gradient, *ctx.saved_tensors), None, None
+
+
+class _SlopesOnBasis(torch.autograd.Function):
+    """Derivatives times their cotangent. A second derivative forms the attention again, of one block at a time; only a
+    third one keeps it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        gradient: Tensor,
+        logits: Tensor,
+        values: Tensor,
+        basis: Tensor,
+        weights: Tensor,
+        by_logits: Tensor,
+        by_values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gradient, logits, values, basis, weights)
+        return gradient[:, None, None] * by_logits, gradient[:, None] * by_values
+
+    @staticmethod
+    def backward(ctx: Any, by_logits: Tensor, by_values: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, logits, values, basis, weights = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        size = max(1, _numbers(logits) // len(basis) ** 2)
+        found = []
+        for start in range(0, max(1, len(values)), max(1, len(values)) if again else size):
+            part = slice(start, start + size) if not again else slice(None)
+            inputs = [_alias(tensor[part], again) for tensor in (gradient, logits, values)]
+            with torch.enable_grad():
+                _, slope_logits, slope_values = _pooled_and_slopes(inputs[1], inputs[2], basis, weights)
+                first = inputs[0][:, None, None] * slope_logits, inputs[0][:, None] * slope_values
+                cotangents = by_logits[part], by_values[part]
+                found.append(torch.autograd.grad(first, inputs, cotangents, create_graph=again))
+        joined = found[0] if len(found) == 1 else [torch.cat(pieces) for pieces in zip(*found)]
+        return *joined, None, None, None, None
+
+
+def _alias(tensor: Tensor, keep: bool) -> Tensor:
+    """The same numbers where differentiation can stop; ``keep``: and go on from there another time."""
+    return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _numbers(logits: Tensor) -> int:
+    """Size of the attention of a block: small enough for a cache, or large enough for a GPU."""
+    return NUMBERS_PER_BLOCK << (4 if logits.is_cuda else 0)

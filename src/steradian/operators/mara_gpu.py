@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steradian.kernels.device_rows import SortedRows, sorted_rows
-from steradian.operators.triton_gate import largest_error, may_serve, register_check, triton_serves
+from steradian.operators.triton_gate import largest_error, may_serve, on_its_device, register_check, triton_serves
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
 
@@ -83,6 +83,7 @@ def plain_pool(
 
 
 @torch.library.custom_op("steradian::mara_value", mutates_args=())
+@on_its_device
 def _value(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
     run = _Run(vectors, nodes, tables, receivers, grid, squared)
     pooled, _, _ = run.rows(VALUE, keep=False)
@@ -95,6 +96,7 @@ def _(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: T
 
 
 @torch.library.custom_op("steradian::mara_pooled", mutates_args=())
+@on_its_device
 def _pooled(
     vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
     squared: bool, ascending: bool,
@@ -138,6 +140,7 @@ _pooled.register_autograd(_pooled_backward, setup_context=_save_pooled)
 
 
 @torch.library.custom_op("steradian::mara_spread", mutates_args=())
+@on_its_device
 def _spread(
     gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
     by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool, ascending: bool,
@@ -193,6 +196,7 @@ _spread.register_autograd(_spread_backward, setup_context=_save_spread)
 
 
 @torch.library.custom_op("steradian::mara_tangent", mutates_args=())
+@on_its_device
 def _tangent(
     gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
     vectors_dot: Tensor, nodes_dot: Tensor, squared: bool, ascending: bool, with_tables: bool,
@@ -250,6 +254,7 @@ _by_tables.register_autograd(_by_tables_backward, setup_context=_save_by_tables)
 
 
 @torch.library.custom_op("steradian::mara_sums_by_tables", mutates_args=())
+@on_its_device
 def _sums_by_tables(
     gradient: Tensor, tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool
 ) -> Tensor:

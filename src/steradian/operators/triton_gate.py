@@ -10,6 +10,8 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from steradian.kernels import backend
 
-__all__ = ["largest_error", "may_serve", "on_every_device", "passes", "register_check", "triton_serves"]
+__all__ = [
+    "largest_error",
+    "may_serve",
+    "on_every_device",
+    "on_its_device",
+    "passes",
+    "register_check",
+    "triton_serves",
+]
 
+Result = TypeVar("Result")
 Check = Callable[[torch.device, str], float]
 """Error over tolerance of kernels on a device, for a kind of problem in words."""
 
@@ -89,6 +100,17 @@ def _compare(kernels: str, problem: str, device: str) -> bool:
         f"the Triton kernels of {kernels} ({problem}) {reason} on {device}: plain PyTorch runs instead", stacklevel=2
     )
     return False
+
+
+def on_its_device(operator: Callable[..., Result]) -> Callable[..., Result]:
+    """An operator that launches kernels on the device of its first tensor, whichever is the current one."""
+
+    @wraps(operator)
+    def run(*given: Any, **named: Any) -> Result:
+        with torch.cuda.device_of(given[0]):
+            return operator(*given, **named)
+
+    return run
 
 
 def largest_error(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> float:

@@ -1,0 +1,32 @@
+"""The kernels of MARA and EFA go through Triton's compiler for an H200: what the interpreter takes, it may refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_compile_operators.py"
+
+
+def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path):
+    # a process of its own: kernels that were imported for the interpreter cannot be compiled
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = tmp_path / "facts.json"
+    command = [sys.executable, str(SCRIPT), "--quick", "--target", "sm_90", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = json.loads(out.read_text())["kernels"]
+    names = {"row_kernel", "column_kernel", "node_kernel", "table_kernel"}
+    names |= {"moments_kernel", "apply_kernel", "contract_kernel"}
+    assert {kernel["kernel"] for kernel in kernels} == names
+    for kernel in kernels:
+        assert kernel["local_bytes"] == 0
+        assert kernel["stack_bytes"] <= 16, kernel
+        assert kernel["shared_bytes"] <= 100_000  # two blocks of threads fit into a multiprocessor
