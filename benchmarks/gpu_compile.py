@@ -21,9 +21,8 @@ from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.kernels.program import Program, program_of
 from steradian.kernels.triton_compile import H200, MI300, compile_part
 from steradian.kernels.triton_parts import parts_of
-from steradian.kernels.triton_run import THREADS, WARP, Tile
+from steradian.kernels.triton_run import CHANNELS, THREADS, Tile
 
-#: Rows shared by a segment on average; only decides about the size of tiles.
 INSTRUCTIONS = ("FFMA", "FMUL", "FADD", "LDG", "STG", "LDS", "STS", "SHFL", "BAR", "LDL", "STL")
 
 
@@ -61,8 +60,8 @@ def main() -> None:
         if any(order in name for order in orders):
             continue
         for part in parts_of(program):
-            wide = options.channels % (2 * WARP) == 0 and part.num_terms <= 128
-            for block in (WARP, 2 * WARP)[: 1 + wide]:
+            wide = options.channels % (2 * CHANNELS) == 0 and part.num_terms <= 128
+            for block in (CHANNELS, 2 * CHANNELS)[: 1 + wide]:
                 rows.append(row(name, part, block, options.channels, target))
                 print(json.dumps(rows[-1]), flush=True)
     if options.out:
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def row(name: str, part, block: int, channels: int, target) -> dict:
-    tile = Tile(THREADS // WARP, block, THREADS // WARP)
+    tile = Tile(THREADS // CHANNELS, block, THREADS // target.warp_size)
     done = compile_part(part, tile, channels, target)
     return {
         "program": name,
@@ -86,7 +85,7 @@ def row(name: str, part, block: int, channels: int, target) -> dict:
         "scattered": part.index is not None,
         "components": sum(node is not None for nodes in part.program.nodes for node in nodes),
         "terms": part.num_terms,
-        "channels_per_thread": block // WARP,
+        "channels_per_thread": block // CHANNELS,
         "registers": done.registers,
         "stack_bytes": done.stack,
         "shared_bytes": done.shared,

@@ -65,9 +65,11 @@ def quantized(
     change = float(torch.cat(changes).mean())
     if not change <= force_bound:
         named = ", ".join(f"{role} ({kind})" for role, kind in roles.items())
+        ways = ["weights instead of dynamic"] if "dynamic" in roles.values() else []
+        ways += ["fewer roles"] if len(roles) > 1 else []
         raise QuantizationError(
             f"int8 in {named} changes forces by {1e3 * change:.3g} meV/Å on average, more than {1e3 * force_bound:.3g};"
-            " use weights instead of dynamic, fewer roles, or keep the model as it is"
+            f" {'use ' + ' or '.join(ways) + ', or ' if ways else ''}keep the model as it is"
         )
     return model
 

@@ -98,6 +98,8 @@ def test_factors_in_fewer_digits_and_sums_in_float32(products, short_inputs):
     waves, features, values, sums = (x.to(short if short_inputs else x.dtype) for x in problem(*shape))
 
     def rounded(tensor):
+        if short == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts digits off where a GPU rounds
+            return (tensor.float().contiguous().view(torch.int32) & -65536).view(torch.float32).double()
         return tensor.float().to(short).double()
 
     z = (waves.float().unsqueeze(4) * features.float()[:, None, None]).flatten(1, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def test_buffers_refuse_other_shapes() -> None:
         buffers.write(prepared(one, cases.potential()))
 
 
+def test_buffers_follow_changes_in_place_and_do_nothing_else() -> None:
+    graph = graphs(1)[0]
+    buffers, copies = GraphBuffers(graph), []
+
+    def padded() -> Graph:
+        copies.append(1)
+        return graph
+
+    for _ in range(3):
+        buffers.follow(graph, padded)
+    assert len(copies) == 1
+    graph.positions[0, 0] += 1.0
+    buffers.follow(graph, padded)
+    assert len(copies) == 2
+    assert torch.equal(buffers.graph.positions, graph.positions)
+    buffers.follow(replace(graph, positions=graph.positions.clone()), padded)
+    assert len(copies) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------ runner
 
 
@@ -208,6 +228,17 @@ def test_runner_falls_back_with_one_line(recorder: Repeater, words: str, capsys:
     assert len(lines) == 1
     assert words in lines[0]
     assert runner.reason is not None
+
+
+def test_graph_that_is_changed_in_place_is_read_again() -> None:
+    potential = cases.potential()
+    runner = Runner(potential, recorder=Repeater())
+    graph = prepared(graphs(1)[0], potential)
+    before = runner(graph).forces
+    assert torch.equal(runner(graph).forces, before)
+    graph.positions[0] += 0.1
+    assert_same(runner(graph), potential(graph))
+    assert not torch.equal(runner(graph).forces, before)
 
 
 def test_crystals_with_attention_between_all_atoms_are_called() -> None:

@@ -318,14 +318,61 @@ for target, program in ((H200, value), (H200, first), (MI300, value)):
         found.append([target.backend, done.registers, done.stack, fused, rounds])
 print(json.dumps(found))
 """
+LAUNCH = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from steradian.equivariant.irreps import natural_degrees
+from steradian.equivariant.tensor_product import channelwise_polynomial
+from steradian.kernels import triton_run
+from steradian.kernels.triton_backend import evaluate_triton
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+
+class Launcher:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            done = self.kernel.warmup(*arguments, grid=grid, **constants)
+            launched.append([list(grid), done.metadata.num_warps])
+        return launch
+
+launched, kernel_of = [], triton_run.kernel_of
+triton.runtime.driver.set_active(Driver())
+triton_run.kernel_of = lambda part: Launcher(kernel_of(part))
+table, _ = channelwise_polynomial(natural_degrees(0), 1, natural_degrees(1))
+channels = 33
+for atoms in (15, 16):
+    inputs = [torch.ones(atoms, 1, channels), torch.ones(160, 4), torch.ones(160, 2, channels, dtype=torch.bfloat16)]
+    index = torch.arange(160) % atoms
+    evaluate_triton(table, inputs, [index, None, None], index.sort().values, atoms, True, torch.float32)
+parts = list(triton_run._KERNELS)
+print(json.dumps([launched, [len(kernel_of(part).device_caches[0][0]) for part in parts]]))
+"""
+
+
+def run_compiled(script):
+    """The last line that a process without the interpreter prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def test_launches_fit_the_compiled_kernels():
+    """A driver without a GPU takes the arguments as a real one would, and the kernel is compiled, once for any size."""
+    launched, compiled = run_compiled(LAUNCH)
+    assert launched == [[[15, 2, 1], 4], [[16, 2, 1], 4]]
+    assert compiled == [1]
 
 
 def test_kernels_compile_for_real_gpus_without_spilling():
     """The interpreter takes what no GPU does; so code is made for an H200 and for an MI300."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-2000:]
-    kernels = json.loads(found.stdout.splitlines()[-1])
+    kernels = run_compiled(COMPILE)
     assert {kernel[0] for kernel in kernels} == {"cuda", "hip"}
     for backend, registers, stack, fused, rounds in kernels:
         assert registers is None or 0 < registers < 255

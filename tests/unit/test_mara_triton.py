@@ -84,13 +84,13 @@ def test_tables_alone():
     assert_equal([ours], [theirs], 1e-12)
 
 
-def test_float32(squared=False):
+def test_float32():
     leaves, *rest = problem(32, 1, atoms=3)
-    exact = derivatives(plain_pool, leaves, *rest, squared)
+    exact = derivatives(plain_pool, leaves, *rest, False)
     leaves, *rest = problem(32, 1, atoms=3, dtype=torch.float32)
-    ours = [value.double() for value in derivatives(pool_on_sphere, leaves, *rest, squared)]
+    ours = [value.double() for value in derivatives(pool_on_sphere, leaves, *rest, False)]
     # the second derivatives of a cluster with close neighbours amplify rounding; plain float32 errs by as much
-    plain = [value.double() for value in derivatives(plain_pool, leaves, *rest, squared)]
+    plain = [value.double() for value in derivatives(plain_pool, leaves, *rest, False)]
     assert_equal(ours[:3], exact[:3], 4e-6)
     for one, other, truth in zip(ours, plain, exact):
         allowed = max(4e-6 * float(truth.abs().max()), 2 * float((other - truth).abs().max()))

@@ -51,9 +51,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Pipeline]:
 
 
 def config(folder: Path, name: str, *more: str) -> RunConfig:
-    return toy_config(
-        folder, name, "model.edge_gate.dropout=0.0", "model.precision=float64", "training.max_epochs=3", *more
-    )
+    options = ("model.edge_gate.dropout=0.0", "model.precision=float64", "training.max_epochs=3")
+    return toy_config(folder, name, *options, *more)
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +131,9 @@ def test_compiled_execution_is_asked_for_by_the_configuration(
         made.append(self)
 
     monkeypatch.setattr(BatchSteps, "__init__", quick)
-    result = fit(config(folder, "compiled", "training.execution=compile", "training.max_epochs=1"), dry_run=True)
+    small = ("model.host.num_layers=1", "model.host.num_channels=2", "model.host.correlation=1")
+    settings = ("model.edge_gate={kind: none}", "training.execution=compile", "training.max_epochs=1")
+    result = fit(config(folder, "compiled", *small, *settings), dry_run=True)
     assert [steps.mode for steps in made] == ["compile", "compile"]
     assert [steps.reason for steps in made] == [None, None]
     assert result.steps == 2
@@ -155,11 +156,14 @@ def test_errors_of_padded_batches_are_those_of_the_real_atoms() -> None:
     labels = {"energy": torch.tensor([0.5, 2.0, 0.0]), "forces": torch.zeros(4, 3), "numbers": torch.ones(4).long()}
     errors = ErrorAccumulator()
     errors.add(prediction, labels, np.array([2, 1]), ["a", "b"])
-    prediction.forces.fill_(7.0)  # the tensors are those of a recorded step, which the next batch overwrites
+    for value in (prediction.forces, *labels.values()):
+        value.fill_(7)  # the tensors are those of a recorded step, which the next batch overwrites
     figures = errors.compute()
     assert figures["energy_mae"] == pytest.approx(0.25)
     assert figures["forces_mae"] == pytest.approx(1.0)
     assert errors.arrays().num_structures == 2
+    assert errors.arrays().energy_reference.tolist() == [0.5, 2.0]
+    assert errors.arrays().numbers.tolist() == [1, 1, 1]
     assert errors.arrays().force_error.shape == (3, 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields, replace
@@ -46,6 +47,21 @@ class GraphBuffers:
     def __init__(self, graph: Graph) -> None:
         self._own = {name: value.detach().clone() for name, value in tensors_of(graph).items()}
         self.graph = with_tensors(graph, self._own)
+        self._source: list[tuple[Tensor, int]] = []
+
+    def follow(self, source: Graph, padded: Callable[[], Graph]) -> None:
+        """Take over a graph of which ``padded`` makes the contents; does nothing where its tensors are the last ones.
+
+        Args:
+            source: as it was given. Its tensors are kept, and changes in place are seen.
+        """
+        given = [value for _, value in sorted(tensors_of(source).items())]
+        same = len(given) == len(self._source) and all(
+            value is before and _version(value) == version for value, (before, version) in zip(given, self._source)
+        )
+        if not same:
+            self.write(padded())
+            self._source = [(value, _version(value)) for value in given]
 
     def write(self, graph: Graph) -> None:
         """Take over the contents of a graph on any device.
@@ -62,6 +78,16 @@ class GraphBuffers:
         with torch.no_grad():
             for name, value in given.items():
                 self._own[name].copy_(value, non_blocking=True)
+
+
+def _version(value: Tensor) -> int:
+    """Grows with every change in place; never the same for a tensor that does not count them."""
+    if value.is_inference():
+        return next(_UNCOUNTED)
+    return int(value._version)
+
+
+_UNCOUNTED = itertools.count(start=-1, step=-1)
 
 
 class StepCache(Generic[T]):

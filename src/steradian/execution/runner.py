@@ -44,6 +44,12 @@ def resolve_mode(mode: str, device: torch.device) -> Mode:
     return mode  # type: ignore[return-value]
 
 
+def tell_of_compiling(mode: Mode, device: torch.device) -> None:
+    """Say what compiling means on a CPU."""
+    if mode == "compile" and device.type == "cpu":
+        say("compiling on a CPU traces the plain PyTorch kernels; execution=eager runs machine code of our own")
+
+
 def prepared(graph: Graph, potential: Potential, pairs: bool = True) -> Graph:
     """The graph with everything that a step would otherwise have to ask the device for; on the potential's device.
 
@@ -132,8 +138,7 @@ class Runner:
         self._steps: StepCache[tuple[GraphBuffers, Recorded[Prediction]]] = StepCache(keep, "energies and forces")
         self._state: Hashable = None
         self._by_layout = any(isinstance(module, GlobalMixer) for module in potential.modules())
-        if self.mode == "compile" and potential.device.type == "cpu":
-            say("compiling on a CPU traces the plain PyTorch kernels; execution=eager runs machine code of our own")
+        tell_of_compiling(self.mode, potential.device)
 
     def __call__(self, graph: Graph) -> Prediction:
         """Predict a batch of any size; new tensors. In training mode the derivatives cannot be differentiated again."""
@@ -145,15 +150,14 @@ class Runner:
             graph = replace(graph, layout=tuple(graph.atoms_per_system.tolist()))
         graph = prepared(graph, self.potential, self.pairs)
         real = Sizes.of(graph)
-        padded = self.padded(graph)
-        host = (padded.layout, padded.periodic, padded.composition)
-        key = (Sizes.of(padded), host, tuple(tensors_of(padded)), _formats(padded))
+        host = (graph.layout, graph.periodic, graph.composition)
+        key = (self.buckets.choose(real), host, tuple(tensors_of(graph)), _formats(graph))
         try:
-            buffers, step = self._steps.get(key, lambda: self._make(padded, real))
+            buffers, step = self._steps.get(key, lambda: self._make(self.padded(graph), real))
         except Exception as error:
             self._give_up(error)
             return self._called(graph)
-        buffers.write(padded)
+        buffers.follow(graph, lambda: self.padded(graph))
         return real_part(step(), real)
 
     def padded(self, graph: Graph) -> Graph:

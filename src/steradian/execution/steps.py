@@ -170,9 +170,10 @@ class BatchSteps:
             self._scale.fill_(1.0)
         else:
             self._scale.copy_(scale, non_blocking=True)
-        sizes = self._sizes(batch)
-        if self.mode == "eager" or self.reason is not None:
-            return self._called(batch, sizes)
+        real = Sizes.of(batch) if isinstance(batch, Graph) else self._data.sizes(batch)
+        if not self._can_serve(batch):
+            return self._called(batch, real.with_ghosts())  # no step is kept, so no padding is needed
+        sizes = self.buckets.choose(real)
         state = weights_state(self.potential)
         if state != self._state:
             self._steps.clear()
@@ -187,10 +188,11 @@ class BatchSteps:
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    def _sizes(self, batch: Batch) -> Sizes:
-        real = Sizes.of(batch) if isinstance(batch, Graph) else self._data.sizes(batch)
-        # without a step to be kept, the least padding
-        return real.with_ghosts() if self.mode == "eager" or self.reason is not None else self.buckets.choose(real)
+    def _can_serve(self, batch: Batch) -> bool:
+        """Attention between all atoms of a crystal asks for the lattice, so it cannot be recorded."""
+        if self.mode == "eager" or self.reason is not None:
+            return False
+        return not (self._by_layout and (batch.is_periodic if isinstance(batch, Graph) else self._data.periodic))
 
     @property
     def _data(self) -> DeviceData:
@@ -214,7 +216,12 @@ class BatchSteps:
         """How a batch is written, and how its graph is made of what was written (inside the step)."""
         if isinstance(batch, Graph):
             buffers = GraphBuffers(self._padded(batch, sizes))
-            return lambda new: buffers.write(self._padded(new, sizes)), lambda: buffers.graph  # type: ignore[arg-type]
+
+            def follow(new: Batch) -> None:
+                assert isinstance(new, Graph)
+                buffers.follow(new, lambda: self._padded(new, sizes))
+
+            return follow, lambda: buffers.graph
         data, layout = self._data, self._data.layout(batch, sizes) if self._by_layout else None
         frames = data.indices(batch, sizes).to(data.device)
 

@@ -40,6 +40,8 @@ TOLERANCE = {"float64": 1e-8, "float32": 2e-4, "tf32": 1e-2, "float16": 2e-2, "b
 #: Gradients of the weights are second derivatives summed over the batch, which lose a digit more.
 OF_GRADIENTS = 5.0
 WARMING, TIMED = 3, 7
+#: Of a GPU's clock, about.
+CYCLES_PER_SECOND = 2e9
 
 Step = Callable[[], list[Tensor]]
 Timer = Callable[[Step, torch.device], float]
@@ -217,16 +219,33 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def _seconds(step: Step, device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    """Median time of a step; on a GPU of the GPU's own work, as when the step is recorded."""
+    if device.type == "cuda":
+        return _seconds_on_gpu(step, device)
+    return median(_timed(step) for _ in range(WARMING + TIMED))
 
-    times = []
-    for repeat in range(WARMING + TIMED):
-        wait()
-        started = time.perf_counter()
-        step()
-        wait()
-        if repeat >= WARMING:
-            times.append(time.perf_counter() - started)
+
+def _timed(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _seconds_on_gpu(step: Step, device: torch.device) -> float:
+    """The step is launched while the GPU is kept waiting, so that the time to launch its kernels does not count."""
+    with torch.cuda.device(device):
+        for _ in range(WARMING):
+            step()
+        torch.cuda.synchronize()
+        launching = _timed(step)
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(TIMED):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(2 * launching * CYCLES_PER_SECOND))
+            start.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
     return median(times)

@@ -84,7 +84,11 @@ def compile_part(
             signature[name] = "*i64"
         else:
             signature[name] = _POINTERS[(formats or {}).get(name, real)]
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] == "*"}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind.startswith("*") and kind != "*i64"
+    }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, aligned)
     started = time.perf_counter()

@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from steradian.kernels.device_rows import SortedRows
 from steradian.kernels.native import cache_folder
@@ -33,7 +36,9 @@ from steradian.kernels.triton_source import FUNCTION, Layout, layout_of, source_
 
 __all__ = ["Tile", "kernel_of", "run_program", "tile_of"]
 
-WARP = 32
+WARP = 64 if torch.version.hip else 32
+#: Channels of a tile, one per thread.
+CHANNELS = 32
 #: Threads of an instance. Four warps share the rows of a segment, so that a molecule of a hundred atoms still gives
 #: every multiprocessor of a large GPU work; their sums meet in shared memory once per segment.
 THREADS = 128
@@ -47,11 +52,14 @@ WARPS_OF_WIDE_TILES = 8192
 #: parts where there are fewer, such as the atoms of each element.
 WARPS_WANTED = 2112
 MOST_PARTS = 64
+#: Seconds of a launch that mean that something was compiled, and of all of these before the user is told.
+WORTH_COUNTING, WORTH_A_LINE = 0.05, 1.0
 
 _REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 _KERNELS: WeakKeyDictionary[Part, Any] = WeakKeyDictionary()
 _LAYOUTS: WeakKeyDictionary[Part, Layout] = WeakKeyDictionary()
 _LOCK = threading.RLock()
+_seconds = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,15 @@ def tile_of(part: Part, num_work: int, num_targets: int, channels: int, real: to
     graph = part.program.graph
     if not any(graph.vector[node] for node in _layout(part).nodes):
         return Tile(THREADS, 1, THREADS // WARP)
-    block = min(WARP, triton.next_power_of_2(channels))
+    block = min(CHANNELS, triton.next_power_of_2(channels))
     rows, warps = THREADS // block, THREADS // WARP
     average = num_work / max(1, num_targets)
     if part.index is not None and average < LONG_SEGMENT:
-        rows, warps = WARP // block, 1
+        rows, warps = max(1, WARP // block), 1
     instances = (num_targets if part.index is not None else -(-num_work // rows)) * -(-channels // block)
     small = part.num_terms <= MOST_TERMS_OF_WIDE_TILES and real == torch.float32
-    if small and channels % (2 * WARP) == 0 and instances * warps >= 2 * WARPS_OF_WIDE_TILES:
-        return Tile(rows, 2 * WARP, warps)
+    if small and channels % (2 * CHANNELS) == 0 and instances * warps >= 2 * WARPS_OF_WIDE_TILES:
+        return Tile(rows, 2 * CHANNELS, warps)
     parts = 1
     if part.index is not None:
         most = min(MOST_PARTS, int(average) // (4 * rows))
@@ -197,7 +205,7 @@ def _launch(
         constants = {"ORDERED": order is not None, "PARTS": tile.parts}
         grid = (targets, blocks, tile.parts)
     arguments += [places[part.positions[place]] for place in layout.written]
-    with _on(inputs[0].device):
+    with _on(inputs[0].device), _told_if_slow():
         kernel_of(part)[grid](
             *arguments, targets, C=channels, ROWS=tile.rows, BLOCK=tile.block, REAL=_REAL[real], TOGETHER=together(),
             **constants, num_warps=tile.warps, **_options(),
@@ -207,15 +215,24 @@ def _launch(
 @cache
 def _options() -> dict[str, Any]:
     """Products and sums are contracted to fused multiply-adds, which later versions of Triton do only when asked."""
-    from triton import knobs
-
     return {} if knobs.runtime.interpret else {"enable_fp_fusion": True}
+
+
+@contextlib.contextmanager
+def _told_if_slow() -> Iterator[None]:
+    """Launching takes some microseconds; where it takes seconds, kernels are being compiled, and a line says so."""
+    global _seconds
+    started = time.perf_counter()
+    yield
+    spent = time.perf_counter() - started
+    if spent > WORTH_COUNTING and not knobs.runtime.interpret:
+        before, _seconds = _seconds, _seconds + spent
+        if before < WORTH_A_LINE <= _seconds:
+            print("steradian: compiling kernels of this model for the GPU (once; kept for later runs)", file=sys.stderr)
 
 
 def together() -> bool:
     """Whether sums are taken together; the interpreter is slow at that."""
-    from triton import knobs
-
     return not knobs.runtime.interpret
 
 

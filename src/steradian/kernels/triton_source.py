@@ -112,12 +112,12 @@ class _Writer:
         else:
             self._segments()
         helpers = "".join(_adder(size) for size in sorted(self.sizes))
-        return (
-            HEAD
-            + f"{helpers}@triton.jit\ndef {FUNCTION}(\n    {', '.join(self._arguments())},\n):\n"
-            + "\n".join(self.lines)
-            + "\n"
-        )
+        arguments = self._arguments()
+        # one kernel for any number of rows, and for indices wherever they lie in memory
+        indices = [name for name in arguments if name[0] == "g" or name in ("order", "bounds")]
+        jit = f"@triton.jit(do_not_specialize=['num_rows'], do_not_specialize_on_alignment={indices})"
+        head = f"{jit}\ndef {FUNCTION}(\n    {', '.join(arguments)},\n):\n"
+        return HEAD + helpers + head + "\n".join(self.lines) + "\n"
 
     def _arguments(self) -> list[str]:
         layout = self.layout

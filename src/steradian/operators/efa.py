@@ -29,7 +29,8 @@ from steradian.equivariant.irreps import (
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.operators.efa_attention import DirectionRule, rotary_attention
 from steradian.operators.efa_limits import RESOLVED, SizeWatch, graded_points, resolved_phase
-from steradian.operators.efa_periodic import reciprocal_attention
+from steradian.operators.efa_periodic import reciprocal_attention, waves_of_cells
+from steradian.operators.efa_systems import RunOfSystems, runs_of_systems
 from steradian.precision import WithRole
 from steradian.sharing import Share
 from steradian.sphere.grids import lebedev
@@ -315,11 +316,15 @@ class EuclideanFastAttention(WithRole):
         queries, keys, values = self.projections(features)
         if share is not None:
             keys = torch.where(share.owned[:, None, None], keys, 0.0)
-        if pbc is None or cell is None or not bool(pbc.any()):
+        runs = None if pbc is None or cell is None else runs_of_systems(system, pbc)
+        if runs is None or cell is None:
             out = self._isolated(queries, keys, values, positions, system, num_systems, share)
+        elif not self.config.periodic:
+            raise ValueError(
+                "this attention was built for molecules; for periodic systems set global_mixer.periodic=true"
+            )
         else:
-            self._check_periodic(pbc)
-            out = self._mixed(queries, keys, values, positions, system, cell, pbc[:, 0].tolist(), share)
+            out = self._mixed(queries, keys, values, positions, system, cell, runs, share)
         if self.integration is not None:
             out = self.integration.of_pairs(out.index_select(1, self.order))
         return out if self.config.divide_by == 1.0 else out / self.config.divide_by
@@ -335,7 +340,7 @@ class EuclideanFastAttention(WithRole):
         share: Share | None,
     ) -> Tensor:
         if not capturing():
-            self.watch.look(positions, system, num_systems, self.largest_frequency)
+            self.watch.look(positions, system, num_systems, lambda: self.largest_frequency)
         out: Tensor | None = None
         for band in self.bands:
             channels = slice(2 * band.pairs.start, 2 * band.pairs.stop)
@@ -365,44 +370,35 @@ class EuclideanFastAttention(WithRole):
         positions: Tensor,
         system: Tensor,
         cell: Tensor,
-        periodic: list[bool],
+        runs: list[RunOfSystems],
         share: Share | None,
     ) -> Tensor:
         """Crystals one by one, everything else together."""
-        counts = torch.bincount(system, minlength=len(periodic)).tolist()
-        parts, number, start = [], 0, 0
-        while number < len(periodic):
-            stop, last = start + counts[number], number + 1
-            if not periodic[number]:
-                while last < len(periodic) and not periodic[last]:
-                    stop, last = stop + counts[last], last + 1
-            own = slice(start, stop)
-            given = queries[own], keys[own], values[own], positions[own]
-            if periodic[number] and stop > start:
-                scaling = None if self.integration is None else self._degree_scaling
-                out = reciprocal_attention(
-                    *given,
-                    cell[number],
-                    self.frequencies,
-                    self.shell_width,
-                    size=self.size,
-                    degree_scaling=scaling,
-                    share=share,
-                    low=self.low,
-                )
-                parts.append(out)
-            elif stop > start:
-                parts.append(self._isolated(*given, system[own] - number, last - number, share))
-            number, start = last, stop
+        longest = self._largest() + self.shell_width
+        waves = waves_of_cells(cell, [run.first for run in runs if run.periodic], longest)
+        scaling, parts = None if self.integration is None else self._degree_scaling, []
+        for run in runs:
+            given = queries[run.atoms], keys[run.atoms], values[run.atoms], positions[run.atoms]
+            if not run.periodic:
+                parts.append(self._isolated(*given, run.system, run.count, share))
+                continue
+            out = reciprocal_attention(
+                *given,
+                cell[run.first],
+                self.frequencies,
+                self.shell_width,
+                size=self.size,
+                degree_scaling=scaling,
+                share=share,
+                low=self.low,
+                integers=waves[run.first],
+            )
+            parts.append(out)
         return torch.cat(parts) if parts else self._isolated(queries, keys, values, positions, system, 1, share)
 
-    def _check_periodic(self, pbc: Tensor) -> None:
-        if not self.config.periodic:
-            raise ValueError(
-                "this attention was built for molecules; for periodic systems set global_mixer.periodic=true"
-            )
-        if not bool((pbc.all(1) | ~pbc.any(1)).all()):
-            raise ValueError("the attention needs systems that are periodic in all three directions or in none")
+    def _largest(self) -> float:
+        """The largest frequency, not its absolute value [1/Å]."""
+        return float((self.frequencies.detach() if self.config.trainable_frequencies else self._start).max())
 
     def projections(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys ``[N, D_qk, C_qk]``, activated, and values ``[N, D_v, C_v]``."""

@@ -138,13 +138,12 @@ def rotary_attention(
         )
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     waves = _waves_of_rule(rule, frequencies, functions, share, low)
-    if share is None:
-        positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
     compiled = functions is None and share is None and _has_machine_code(queries, values, positions, rule)
     parts = []
     for block in blocks:
         q, k, v, x = (block.take(given) for given in (queries * scale, keys, values.flatten(1), positions))
+        x = x if share is not None else block.centred(x)
         run = _attend_compiled(q, k, v, x, frequencies, rule) if compiled else _attend_block(q, k, v, x, waves)
         parts.append(run)
     rows = 1 if functions is None else len(functions[0]) + len(functions[1])
@@ -309,15 +308,6 @@ def _chunks(num_points: int, keys: Tensor, values: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, num_points))
 
 
-def _centred(positions: Tensor, system: Tensor, num_systems: int) -> Tensor:
-    """Positions about the mean of their system. Only differences matter, and small phases have more digits."""
-    with torch.no_grad():
-        ones = positions.new_ones((len(positions), 1))
-        sums = positions.new_zeros((num_systems, 4)).index_add(0, system, torch.cat([positions, ones], dim=1))
-        centres = (sums[:, :3] / sums[:, 3:].clamp(min=1)).index_select(0, system)
-    return positions - centres
-
-
 def _check_even(features: Tensor) -> None:
     if features.shape[-1] % 2:
         raise ValueError(f"channels rotate in pairs; there are {features.shape[-1]}, an odd number")
@@ -340,11 +330,10 @@ def attention_per_direction(
     Plain and not fast: for inspection, and to integrate it with other functions of the direction.
     """
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
-    positions = _centred(positions, system, num_systems)
     blocks, place = blocks_of_systems(system, num_systems)
     parts = []
     for block in blocks:
-        q, k, x = block.take(queries * scale), block.take(keys), block.take(positions)
+        q, k, x = block.take(queries * scale), block.take(keys), block.centred(block.take(positions))
         v, found = block.take(values).flatten(2), []
         for direction in directions:
             phases = (x @ direction).unsqueeze(-1) * frequencies

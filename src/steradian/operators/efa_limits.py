@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -90,11 +91,12 @@ class SizeWatch:
         self.calls = 0
         self.warned = False
 
-    def look(self, positions: Tensor, system: Tensor, num_systems: int, largest_frequency: float) -> None:
-        """Check systems of atoms at ``[N, 3]`` [Å] against the largest frequency [1/Å]."""
+    def look(self, positions: Tensor, system: Tensor, num_systems: int, frequency: Callable[[], float]) -> None:
+        """Check systems of atoms at ``[N, 3]`` [Å] against the largest frequency [1/Å]; looking waits for a GPU."""
         self.calls += 1
         if self.warned or (self.calls > self.FIRST and self.calls % self.EVERY) or not len(positions):
             return
+        largest_frequency = frequency()
         size = _extent(positions.detach(), system, num_systems)
         limit = resolved_phase(self.num_points)
         if size * largest_frequency > limit:

@@ -15,18 +15,21 @@ weight zero. The number of wave vectors grows with the volume, so the cost grows
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from steradian.capture import constant
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.operators.efa_attention import Waves, attend_one_system
 from steradian.radial import safe_norm
 from steradian.sharing import Share
 
-__all__ = ["lattice_vectors", "reciprocal_attention", "shell_weights"]
+__all__ = ["lattice_vectors", "reciprocal_attention", "shell_weights", "waves_of_cells"]
 
 
 def shell_weights(wave_numbers: Tensor, frequencies: Tensor, width: float) -> Tensor:
@@ -37,8 +40,7 @@ def shell_weights(wave_numbers: Tensor, frequencies: Tensor, width: float) -> Te
         frequencies: ``[n]`` [1/Å].
         width: half width of the shells [1/Å]; beyond it value, slope and curvature are zero.
     """
-    nodes, node_weights = _gauss_legendre(8)
-    points, weights = (torch.as_tensor(values).to(frequencies) for values in (nodes, node_weights))
+    points, weights = (constant(values, frequencies.dtype, frequencies.device) for values in _gauss_legendre(8))
     low, high = (frequencies - width).clamp(min=0.0), frequencies + width
     half = 0.5 * (high - low)
     k = low + half * (1 + points.unsqueeze(-1))  # [nodes, n]
@@ -51,8 +53,43 @@ def _window(x: Tensor) -> Tensor:
 
 
 @cache
-def _gauss_legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(count)
+def _gauss_legendre(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return tuple(nodes.tolist()), tuple(weights.tolist())
+
+
+def _degrees(highest: int) -> list[int]:
+    """Degree of every component of the harmonics."""
+    return [degree for degree in range(highest + 1) for _ in range(2 * degree + 1)]
+
+
+def _inverse(cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of a matrix ``[3, 3]`` and its volume, without asking whether there is one: a GPU would be waited for."""
+    a, b, c = cell.unbind(0)
+    across = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=1)
+    volume = (a * across[:, 0]).sum()
+    return across / volume, volume.abs()
+
+
+_WAVES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def waves_of_cells(cells: Tensor, systems: Sequence[int], longest: float) -> dict[int, Tensor]:
+    """:func:`lattice_vectors` of some systems, from cells ``[S, 3, 3]``; kept as long as these live unchanged.
+
+    Raises:
+        ValueError: a cell has no volume.
+    """
+    state = (tuple(systems), longest, None if cells.is_inference() else cells._version)
+    known = _WAVES.get(cells)
+    if known is None or known[0] != state:
+        on_host = cells.detach().cpu()
+        made = {number: lattice_vectors(on_host[number], longest).to(cells.device) for number in systems}
+        if cells.requires_grad or cells.is_inference():  # a tensor of one step, or one whose changes cannot be seen
+            return made
+        known = _WAVES[cells] = state, made
+    found: dict[int, Tensor] = known[1]
+    return found
 
 
 def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
@@ -62,8 +99,13 @@ def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
 
     Args:
         cell: ``[3, 3]`` lattice vectors as rows [Å].
+
+    Raises:
+        ValueError: the cell has no volume.
     """
     matrix = cell.detach().cpu().double().numpy()
+    if not abs(np.linalg.det(matrix)) > 0:
+        raise ValueError("a periodic system needs three independent lattice vectors")
     reach = np.floor(longest * np.linalg.norm(matrix, axis=1) / (2 * math.pi)).astype(int)
     axes = [np.arange(0, reach[0] + 1), np.arange(-reach[1], reach[1] + 1), np.arange(-reach[2], reach[2] + 1)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -86,6 +128,7 @@ def reciprocal_attention(
     degree_scaling: list[float] | None = None,
     share: Share | None = None,
     low: torch.dtype | None = None,
+    integers: Tensor | None = None,
 ) -> Tensor:
     """Attention of every atom of a crystal to all atoms and their images.
 
@@ -101,6 +144,7 @@ def reciprocal_attention(
             to the squared factor of their degree.
         share: sum keys and values over processes.
         low: as in :func:`steradian.operators.efa_attention.rotary_attention`.
+        integers: what :func:`lattice_vectors` gives for the cell, where it is known already.
 
     Returns:
         ``[N, D_v, F_v]``, or with harmonics ``[N, A, D_v, F_v]``, those of even degree first.
@@ -108,13 +152,11 @@ def reciprocal_attention(
     Raises:
         ValueError: the cell has no volume.
     """
-    volume = torch.linalg.det(cell).abs()
-    if not bool(volume > 0):
-        raise ValueError("a periodic system needs three independent lattice vectors")
-    inverse = torch.linalg.inv(cell)
+    if integers is None:
+        integers = lattice_vectors(cell, float(frequencies.detach().max()) + width)
+    inverse, volume = _inverse(cell)
     inside = positions - torch.floor(positions @ inverse).detach() @ cell  # small phases have more digits
-    longest = float(frequencies.detach().max()) + width
-    integers = lattice_vectors(cell, longest).to(cell)
+    integers = integers.to(cell)
     vectors = 2 * math.pi * integers @ inverse.T
     lengths = safe_norm(vectors)
     counted = 1 + integers.any(1).to(cell)  # for the opposite vector
@@ -123,12 +165,14 @@ def reciprocal_attention(
     if degree_scaling is not None:
         highest = len(degree_scaling) - 1
         functions = spherical_harmonics(unit_vectors(vectors, lengths), highest).T
-        factors = [
-            f * (2 * degree + 1) ** -0.5 for degree, f in enumerate(degree_scaling) for _ in range(2 * degree + 1)
-        ]
-        functions = functions * torch.tensor(factors, dtype=cell.dtype, device=cell.device).unsqueeze(-1)
-        is_odd = torch.tensor([degree % 2 == 1 for degree in range(highest + 1) for _ in range(2 * degree + 1)])
-        even, odd = (functions[chosen].unsqueeze(-1) * density for chosen in (~is_odd, is_odd))
+        factors = [degree_scaling[degree] * (2 * degree + 1) ** -0.5 for degree in _degrees(highest)]
+        functions = functions * constant(tuple(factors), cell.dtype, cell.device).unsqueeze(-1)
+        components = [(place, degree % 2) for place, degree in enumerate(_degrees(highest))]
+        chosen = (tuple(place for place, odd_ in components if odd_ == parity) for parity in (0, 1))
+        even, odd = (
+            functions.index_select(0, constant(rows, torch.int64, cell.device)).unsqueeze(-1) * density
+            for rows in chosen
+        )
     waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share, low=low)
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     out = attend_one_system(queries * scale, keys, values, inside, waves)

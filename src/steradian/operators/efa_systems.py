@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from steradian.capture import capturing
 
 __all__ = ["SystemBlock", "blocks_of_systems", "join_blocks", "keep_layout"]
 
@@ -26,12 +29,28 @@ class SystemBlock:
         atoms: ``[B * num_atoms]`` atom of every place, N (beyond the last atom) for padding; None where the block is
             the whole batch in order.
         padded: whether there is padding.
+        counts: ``[B]`` atoms of each system; None where nothing is padded.
     """
 
     systems: tuple[int, ...]
     num_atoms: int
     atoms: Tensor | None
     padded: bool
+    counts: Tensor | None = None
+
+    def centred(self, positions: Tensor) -> Tensor:
+        """``[B, num_atoms, 3]`` positions about the mean of their system, zero for padding.
+
+        Only differences matter to the attention, and small phases have more digits. Sums have a fixed order.
+        """
+        with torch.no_grad():
+            counts = self.num_atoms if self.counts is None else self.counts.to(positions)[:, None, None]
+            mean = positions.sum(1, keepdim=True) / counts
+        moved = positions - mean
+        if self.counts is None:
+            return moved
+        places = torch.arange(self.num_atoms, device=positions.device)
+        return torch.where((places < self.counts[:, None]).unsqueeze(2), moved, 0.0)
 
     def take(self, values: Tensor) -> Tensor:
         """``[N, ...]`` to ``[B, num_atoms, ...]``, zeros for padding."""
@@ -97,7 +116,8 @@ def _arrange(counts: Sequence[int], device: torch.device) -> tuple[list[SystemBl
             place[own] = offset + row * size + torch.arange(count)
         offset += atoms.numel()
         padded = any(counts[number] < size for number in group)
-        blocks.append(SystemBlock(tuple(group), size, atoms.flatten().to(device), padded))
+        of_systems = torch.tensor([counts[number] for number in group]).to(device) if padded else None
+        blocks.append(SystemBlock(tuple(group), size, atoms.flatten().to(device), padded, of_systems))
     return blocks, place.to(device)
 
 
@@ -107,3 +127,68 @@ def join_blocks(parts: Sequence[Tensor], place: Tensor | None) -> Tensor:
     if place is None:
         return flat[0]
     return torch.cat(flat).index_select(0, place)
+
+
+@dataclass(frozen=True)
+class RunOfSystems:
+    """Neighbouring systems that are treated together: one crystal, or molecules.
+
+    Attributes:
+        periodic: whether it is a crystal.
+        first, count: its systems.
+        atoms: their atoms.
+        system: ``[n]`` index of each atom's system among them.
+    """
+
+    periodic: bool
+    first: int
+    count: int
+    atoms: slice
+    system: Tensor
+
+
+_RUNS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def runs_of_systems(system: Tensor, pbc: Tensor) -> list[RunOfSystems] | None:
+    """Crystals one by one, molecules between them together; those with atoms. None where no system is periodic.
+
+    Args:
+        system: ``[N]`` ascending index of each atom's system.
+        pbc: ``[S, 3]`` periodicity. The result is kept as long as this tensor lives unchanged: a GPU is asked once.
+
+    Raises:
+        RuntimeError: a step is being recorded, which must not wait for a GPU.
+        ValueError: a system is periodic in some directions only.
+    """
+    if pbc.is_cuda and (capturing() or torch.cuda.is_current_stream_capturing()):
+        raise RuntimeError(
+            "attention in crystals has as many wave vectors as the cell wants: such a step cannot be recorded; "
+            "where no system is periodic, say so by periodic=False in the graph"
+        )
+    version = None if pbc.is_inference() else pbc._version
+    known = _RUNS.get(pbc)
+    if known is None or known[0]() is not system or known[1] != version or version is None:
+        known = _RUNS[pbc] = weakref.ref(system), version, _runs(system, pbc)
+    runs: list[RunOfSystems] | None = known[2]
+    return runs
+
+
+def _runs(system: Tensor, pbc: Tensor) -> list[RunOfSystems] | None:
+    directions = pbc.tolist()
+    periodic = [any(row) for row in directions]
+    if not any(periodic):
+        return None
+    if any(any(row) != all(row) for row in directions):
+        raise ValueError("the attention needs systems that are periodic in all three directions or in none")
+    counts = torch.bincount(system, minlength=len(periodic)).tolist()
+    runs, number, start = [], 0, 0
+    while number < len(periodic):
+        stop, last = start + counts[number], number + 1
+        while not periodic[number] and last < len(periodic) and not periodic[last]:
+            stop, last = stop + counts[last], last + 1
+        atoms = slice(start, stop)
+        if stop > start:
+            runs.append(RunOfSystems(periodic[number], number, last - number, atoms, system[atoms] - number))
+        number, start = last, stop
+    return runs

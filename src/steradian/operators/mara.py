@@ -342,6 +342,10 @@ class MARA(WithRole, EdgeGate):
         """``[..., d]`` as ``[..., H, d / H]``."""
         return table.unflatten(-1, (self.num_heads, -1))
 
+    def _mixed(self, features: Tensor, weight: Tensor) -> Tensor:
+        """``features @ weight``, multiplied in the format of the role."""
+        return (cast(features, self.low) @ cast(weight, self.low)).to(features.dtype)
+
     def _head_mean(self, table: Tensor) -> Tensor:
         """Mean over the channels of each head: ``[..., d] -> [..., H]``."""
         return self._per_head(table).mean(-1)

@@ -284,7 +284,8 @@ def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows:
         by_slope, by_point, by_slope if gradient is None else gradient.contiguous(),
         rows.bounds if rows.order is None else rows.order, rows.bounds, by_nodes,
         num_edges, width - 1, num_heads,
-        SCALED=gradient is not None, ORDERED=rows.order is not None, EDGES=16, POINTS=points, num_warps=2, enable_fp_fusion=True,
+        SCALED=gradient is not None, ORDERED=rows.order is not None, EDGES=16, POINTS=points,
+        num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return by_nodes.to(nodes.dtype)
 

@@ -155,7 +155,7 @@ class IntrinsicMARA(MARA):
             pooled = pool_exponential(logits, value, self.basis, self.weights)
         else:
             pooled = pool_polynomial(logits, value, self.first, self.overlap, self.triple)
-        value_node = self._head_mean(scalars @ self.Wv_h.T)
+        value_node = self._head_mean(self._mixed(scalars, self.Wv_h.T))
         return pooled + value_node.index_select(0, edges.senders)
 
     def _attention(self, features: Tensor, edges: Any, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ class IntrinsicMARA(MARA):
         source = self._neighbour_density(num_atoms, edges) if self.from_density else features
         blocks: dict[int, Tensor] = {}
         for (degree, start), weight in zip(self.turning, self.signal):
-            block = source[:, start : start + 2 * degree + 1] @ weight
+            block = self._mixed(source[:, start : start + 2 * degree + 1], weight)
             blocks[degree] = blocks[degree] + block if degree in blocks else block
         empty = {
             degree: features.new_zeros((num_atoms, 2 * degree + 1, self.hidden_dim)) for degree in range(self.l_max + 1)
@@ -224,7 +224,7 @@ class IntrinsicMARA(MARA):
     def _intrinsic_tables(self, features: Tensor, scalars: Tensor, edges: Any) -> _NodeTables:
         signal = self._signal(features, edges)
         key = self._per_head(signal).transpose(1, 2)  # [N, H, B, d_h]
-        degree_zero = self._per_head(scalars @ self.W_h.T).unsqueeze(2)
+        degree_zero = self._per_head(self._mixed(scalars, self.W_h.T)).unsqueeze(2)
         query = torch.cat([key[:, :, :1] + degree_zero, key[:, :, 1:]], dim=2)
         query_f, key_f = self._per_head(self.W_f).unsqueeze(2), self._per_head(self.Wk_f).unsqueeze(2)
         weights = self.degree_weights

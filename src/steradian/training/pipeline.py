@@ -15,7 +15,7 @@ from steradian.config import TrainingConfig
 from steradian.execution.dataset import DeviceData, room_for
 from steradian.execution.graphs import CudaRecorder, Recorder, say
 from steradian.execution.padding import Buckets, Sizes
-from steradian.execution.runner import Mode, prepared, resolve_mode
+from steradian.execution.runner import Mode, prepared, resolve_mode, tell_of_compiling
 from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.kernels.choice import prepare_backend
@@ -106,6 +106,7 @@ def make_pipeline(
     """
     device = potential.device
     mode = resolve_mode(config.execution, device) if recorder is None else "cuda_graph"
+    tell_of_compiling(mode, device)
     first = data.train_sampler.batches(0)[0]
     example = prepared(batch_graphs([data.train[index] for index in first]), potential)
     prepare_backend(potential.train(), example, training=True)
