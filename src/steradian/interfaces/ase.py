@@ -35,8 +35,8 @@ class SteradianCalculator(Calculator):
     with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
     have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
 
-    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`), and the model is
-    recorded: a call sends positions up and brings everything down in one transfer. While the cell changes
+    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`), and the part of
+    the model is recorded: a call sends positions up and brings everything down in one transfer. While the cell changes
     from call to call lists are made on the host.
 
     Args:
