@@ -90,7 +90,6 @@ def row(name: str, part, block: int, channels: int, target) -> dict:
         "stack_bytes": done.stack,
         "shared_bytes": done.shared,
         "instructions": {key: done.instructions[key] for key in INSTRUCTIONS if key in done.instructions},
-        "seconds_to_compile": round(done.seconds, 1),
     }
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_md import measure as md_step
-from gpu_settings import Results, build, graph_of, model_config, parser, synchronise, system, times_ms
+from gpu_settings import Results, build, graph_of, model_config, parser, synchronise, system, times_ms, training_steps
 
 BAR_PERCENT = 2.0
 
@@ -23,7 +23,6 @@ BAR_PERCENT = 2.0
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
     from steradian.execution.runner import Runner, prepared
-    from steradian.execution.steps import BatchSteps, GradientStep
     from steradian.kernels import prepare_backend
 
     graph = graph_of(system(size, periodic=True))
@@ -32,11 +31,7 @@ def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> C
     if training:
         model.train()
         prepare_backend(model, graph, training=True)
-        gradient = GradientStep(
-            model, lambda p, g: p.interaction_energy.sum() + p.forces.square().sum(), forces=True, stress=False
-        )
-        run = BatchSteps(gradient, None, mode)
-        return lambda: run(graph)
+        return training_steps(model, [graph], mode)[0]
     model.for_inference()
     prepare_backend(model, graph)
     static = Runner(model, mode).static(prepared(graph, model))

@@ -216,6 +216,33 @@ def graph_of(atoms: Atoms, cutoff: float = 5.0) -> Any:
     return make_graph(_structure(atoms), cutoff)
 
 
+def training_steps(model: Any, graphs: list[Any], mode: str) -> tuple[Callable[[], object], Any]:
+    """A call that makes loss and gradients of one batch of frames that are kept on the device, as training does.
+
+    Args:
+        model: in training mode.
+        graphs: of the frames, on the host.
+        mode: ``eager``, ``cuda_graph`` or ``compile``.
+
+    Returns:
+        The call, and the steps, whose ``reason`` says why they are called where they were to be recorded.
+    """
+    from steradian.execution.dataset import DeviceData
+    from steradian.execution.padding import Buckets, Sizes
+    from steradian.execution.steps import BatchSteps, GradientStep
+    from steradian.graph import batch_graphs
+
+    def loss(prediction: Any, graph: Any) -> Any:
+        return prediction.interaction_energy.sum() + prediction.forces.square().sum()
+
+    data = DeviceData(graphs, model.device, number=model.elements[0], cutoff=model.cutoff)
+    gradient = GradientStep(model, loss, forces=True, stress=False)
+    buckets = Buckets.for_batches([Sizes.of(batch_graphs(graphs))])
+    steps = BatchSteps(gradient, data, mode, buckets=buckets)  # type: ignore[arg-type]
+    frames = list(range(len(graphs)))
+    return lambda: steps(frames), steps
+
+
 def gpu_backends(device: str) -> list[str]:
     """Backends of polynomials to list; the best that each has to offer is found by trying."""
     if torch.device(device).type == "cpu":

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sides import SIDES, MaceTorch, Steradian, serve
+from sides import SIDES, MaceTorch, Steradian, read_atoms, serve
 
 
 class OnDevice:
@@ -60,8 +60,6 @@ class SteradianOnDevice(OnDevice, Steradian):
     """steradian; ``case`` names the backend of polynomials and how steps are run, ``BACKEND/MODE``."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        import torch
-
         from steradian.kernels import set_backend
 
         self.device = case["device"]
@@ -72,33 +70,29 @@ class SteradianOnDevice(OnDevice, Steradian):
         self.model = self.model.to(self.device)
         self.on_host = self.graph
         self.graph = self.graph.to(self.device)
-        self.torch = torch
         return about
 
     def select(self, task: str) -> None:
+        from gpu_settings import training_steps
+
         from steradian.execution.runner import Runner, prepared
-        from steradian.execution.steps import BatchSteps, GradientStep
+        from steradian.interfaces.ase import _structure
         from steradian.kernels import prepare_backend
+        from steradian.neighbors import make_graph
 
         super().select(task)
         training = task == "training step"
         prepare_backend(self.model, self.graph, training)
         self.step = None
         if training:
-            gradient = GradientStep(self.model, self.loss, forces=True, stress=False)
-            steps = BatchSteps(gradient, None, self.mode)
-            self.step = lambda: steps(self.on_host)
+            frames = [make_graph(_structure(atoms), self.model.cutoff) for atoms in read_atoms(self.folder)]
+            self.step, steps = training_steps(self.model, frames, self.mode)
             self.reason = lambda: steps.reason
         elif self.mode != "eager":
             runner = Runner(self.model, self.mode)
             static = runner.static(prepared(self.on_host, self.model))
             self.step = static
             self.reason = lambda: runner.reason or static.run.reason
-
-    @staticmethod
-    def loss(prediction: Any, graph: Any) -> Any:
-        """As the peer's; ghosts, if there are any, have no forces."""
-        return prediction.interaction_energy.sum() + prediction.forces.square().sum()
 
     def run(self, task: str) -> None:
         if self.step is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from steradian.config import (
     ViSNetConfig,
 )
 from steradian.data.statistics import DatasetStatistics
+from steradian.execution.graphs import Repeater
 from steradian.graph import Prediction
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.kernels import use_backend
+from steradian.simulate import device_md
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.md import MDSettings, SimulationError, run_md
 from steradian.verlet import Capacity, DeviceList, HostList
@@ -211,6 +214,25 @@ def test_a_list_that_gets_too_old_is_repeated():
     host = snapshots(DeviceMD(LennardJones(), [hot], settings), 60, every=5)
     for a, b in zip(host, truth):
         assert np.abs(a.positions - b.positions).max() < 1e-9
+
+
+@pytest.mark.parametrize("trouble", ["old", "short"])
+def test_blocks_ahead_and_recorded_steps_change_nothing(monkeypatch, trouble):
+    """What a GPU does: a block is launched before the one before it was looked at, and steps are replayed."""
+    monkeypatch.setattr(device_md, "record", partial(device_md.record, recorder=Repeater()))
+    settings = MDSettings(timestep=10.0, skin=0.3, temperature=300.0)
+    options = {"fixed_shapes": True, "capacity": Capacity(64, 64, 1536 if trouble == "old" else 1344)}
+    plain = DeviceMD(LennardJones(), [argon(temperature=300.0)], settings, **options)
+    ahead = DeviceMD(LennardJones(), [argon(temperature=300.0)], settings, record=True, **options)
+    ahead.blocks_ahead = 3
+    runs = [snapshots(engine, 150, every=5) for engine in (plain, ahead)]
+    assert ahead.num_repeats > 0
+    if trouble == "short":
+        assert ahead.capacity.edges > 1344
+    assert ahead._recorded is not None
+    for a, b in zip(*runs, strict=True):
+        assert a.step == b.step
+        assert np.abs(a.positions - b.positions).max() < 1e-8
 
 
 def test_without_a_skin_every_step_has_its_list():

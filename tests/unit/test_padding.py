@@ -56,7 +56,7 @@ def mixed() -> Graph:
 
 
 def close(first: torch.Tensor, second: torch.Tensor) -> None:
-    scale = float(second.abs().max()) or 1.0
+    scale = float(second.detach().abs().max()) or 1.0
     assert float((first - second).abs().max()) <= ROUNDING * scale
 
 

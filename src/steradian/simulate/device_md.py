@@ -132,6 +132,7 @@ class DeviceMD:
         masses = np.concatenate([atoms.get_masses() for atoms in systems])
         self.integrator = Integrator(settings, masses, [len(atoms) for atoms in systems], self.state)
         self.num_repeats = 0
+        self.blocks_ahead = 2 if on_gpu else 1
         self._adapts = list_every is None
         self._ready = False
         self._every, self._since = list_every or 8, LONGEST_USE  # steps between lists, and since the last one
@@ -179,10 +180,9 @@ class DeviceMD:
             self.start()
         ends = self._ends(first, last, wanted)
         flying: deque[_Block] = deque()
-        ahead = 2 if self.device.type == "cuda" else 1
         launched = 0
         while flying or launched < len(ends):
-            while len(flying) < ahead and launched < len(ends):
+            while len(flying) < self.blocks_ahead and launched < len(ends):
                 start = ends[launched - 1] if launched else first
                 flying.append(self._launch(start, ends[launched], wanted(ends[launched])))
                 launched += 1
