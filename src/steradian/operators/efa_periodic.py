@@ -115,6 +115,16 @@ def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((1, 3), dtype=chosen.dtype), chosen])).to(cell.device)
 
 
+def _scaled_harmonics(vectors: Tensor, lengths: Tensor, degree_scaling: list[float]) -> list[Tensor]:
+    """Harmonics of the wave vectors, ``[A, K]`` those of even degree and ``[O, K]`` those of odd degree."""
+    degrees, device = _degrees(len(degree_scaling) - 1), vectors.device
+    factors = tuple(degree_scaling[degree] * (2 * degree + 1) ** -0.5 for degree in degrees)
+    functions = spherical_harmonics(unit_vectors(vectors, lengths), len(degree_scaling) - 1).T
+    functions = functions * constant(factors, vectors.dtype, device).unsqueeze(-1)
+    chosen = [tuple(place for place, degree in enumerate(degrees) if degree % 2 == parity) for parity in (0, 1)]
+    return [functions.index_select(0, constant(rows, torch.int64, device)) for rows in chosen]
+
+
 def reciprocal_attention(
     queries: Tensor,
     keys: Tensor,
@@ -163,16 +173,7 @@ def reciprocal_attention(
     density = shell_weights(lengths, frequencies, width) * ((2 * math.pi) ** 3 / volume * counted).unsqueeze(-1)
     even, odd = density.unsqueeze(0), None
     if degree_scaling is not None:
-        highest = len(degree_scaling) - 1
-        functions = spherical_harmonics(unit_vectors(vectors, lengths), highest).T
-        factors = [degree_scaling[degree] * (2 * degree + 1) ** -0.5 for degree in _degrees(highest)]
-        functions = functions * constant(tuple(factors), cell.dtype, cell.device).unsqueeze(-1)
-        components = [(place, degree % 2) for place, degree in enumerate(_degrees(highest))]
-        chosen = (tuple(place for place, odd_ in components if odd_ == parity) for parity in (0, 1))
-        even, odd = (
-            functions.index_select(0, constant(rows, torch.int64, cell.device)).unsqueeze(-1) * density
-            for rows in chosen
-        )
+        even, odd = (values.unsqueeze(-1) * density for values in _scaled_harmonics(vectors, lengths, degree_scaling))
     waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share, low=low)
     scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
     out = attend_one_system(queries * scale, keys, values, inside, waves)

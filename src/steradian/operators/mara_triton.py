@@ -230,6 +230,22 @@ def _keep(kept, array, k, edge, num_points, num_edges, value, inside):
 
 
 @triton.jit
+def _keep_along(kept, k, edge, num_points, num_edges, mean, output_dot, asked, asked_dot, inside):
+    """What the derivative along the direction leaves, after log sum exp and o."""
+    _keep(kept, 2, k, edge, num_points, num_edges, mean, inside)
+    _keep(kept, 3, k, edge, num_points, num_edges, output_dot, inside)
+    _keep(kept, 4, k, edge, num_points, num_edges, asked, inside)
+    _keep(kept, 5, k, edge, num_points, num_edges, asked_dot, inside)
+
+
+@triton.jit
+def _own_rows(nodes, receivers, edge, known, head, num_heads, num_points):
+    """Address of the numbers of each edge's centre."""
+    centre = tl.load(receivers + edge, mask=known, other=0) * num_heads + head
+    return nodes + centre * (num_points + 1)
+
+
+@triton.jit
 def _first_tables(tables, k, real, num_points):
     """B_k and w_k."""
     asking = tl.load(tables + 2 + k, mask=real, other=0.0)
@@ -253,8 +269,8 @@ def row_kernel(
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     known = edge < num_edges
     x, per_r = load_edge(vectors, edge, known)
-    centre = tl.load(receivers + edge, mask=known, other=0) * num_heads + head
-    node, node_dot = nodes + centre * (num_points + 1), nodes_dot + centre * (num_points + 1)
+    node = _own_rows(nodes, receivers, edge, known, head, num_heads, num_points)
+    node_dot = _own_rows(nodes_dot, receivers, edge, known, head, num_heads, num_points)
     tables += head * table_size
     kept += head * ARRAYS * num_points * num_edges
     pooled_sum, slope_sum = x[3] * 0.0, x[3] * 0.0
@@ -292,10 +308,9 @@ def row_kernel(
                 x, dx, asking, moving, level, output, mean, means, grid, node, node_dot, tables, row, num_points,
                 known, real, SQUARED, KINK, UNROLL,
             )  # fmt: skip
-            _keep(kept, 2, k, edge, num_points, num_edges, mean, inside)
-            _keep(kept, 3, k, edge, num_points, num_edges, output_dot, inside)
-            _keep(kept, 4, k, edge, num_points, num_edges, w * (first_column + tl.load(tables) * first_f), inside)
-            _keep(kept, 5, k, edge, num_points, num_edges, w * (dot_column + tl.load(tables) * dot_f), inside)
+            asked = w * (first_column + tl.load(tables) * first_f)
+            asked_dot = w * (dot_column + tl.load(tables) * dot_f)
+            _keep_along(kept, k, edge, num_points, num_edges, mean, output_dot, asked, asked_dot, inside)
             slope_sum += tl.sum(w * dot_f, 0)
             pooled_sum += tl.sum(w * output_dot, 0)
         else:
@@ -389,8 +404,8 @@ def column_kernel(
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     known = edge < num_edges
     x, per_r = load_edge(vectors, edge, known)
-    centre = tl.load(receivers + edge, mask=known, other=0) * num_heads + head
-    node, node_dot = nodes + centre * (num_points + 1), nodes_dot + centre * (num_points + 1)
+    node = _own_rows(nodes, receivers, edge, known, head, num_heads, num_points)
+    node_dot = _own_rows(nodes_dot, receivers, edge, known, head, num_heads, num_points)
     tables += head * table_size
     kept += head * ARRAYS * num_points * num_edges
     by_point += head * num_points * num_edges

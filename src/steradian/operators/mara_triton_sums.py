@@ -60,6 +60,41 @@ def _kept_number(kept, array, k, edge, num_points, num_edges, real):
 
 
 @triton.jit
+def _store_sums(sums, matrices, k, at, real_k, real_l, block_k, block_l, blocks, num_points):
+    """What a block of k and a block of l add to the derivatives by P, B, F, v, c and V."""
+    inside = real_k[:, None] & real_l[None, :]
+    tl.store(sums + k[:, None] * num_points + at[None, :], matrices[0], mask=inside)
+    place = sums + num_points * num_points + block_l * num_points
+    tl.store(place + k, tl.sum(matrices[1], 1), mask=real_k)
+    place = sums + num_points * (num_points + blocks) + block_k * num_points
+    tl.store(place + at, tl.sum(matrices[2], 0), mask=real_l)
+    tl.store(place + blocks * num_points + at, tl.sum(matrices[3], 0), mask=real_l)
+    place = sums + num_points * (num_points + 3 * blocks) + 2 * (block_k * blocks + block_l)
+    tl.store(place, tl.sum(tl.sum(matrices[4], 1), 0))
+    tl.store(place + 1, tl.sum(tl.sum(matrices[5], 1), 0))
+
+
+@triton.jit
+def _added(sums, by_logit, weight, f, t):
+    """Sums of table derivatives with one more edge: M and w A for fields f of k and t of l."""
+    with_t = by_logit * t
+    return (
+        sums[0] + by_logit, sums[1] + with_t, sums[2] + by_logit * f, sums[3] + weight, sums[4] + with_t * f,
+        sums[5] + weight * t,
+    )  # fmt: skip
+
+
+@triton.jit
+def _added_along(sums, by_logit, by_logit_dot, weight, weight_dot, f, df, t, dt):
+    """The same for the derivative along the direction."""
+    with_t = by_logit_dot * t + by_logit * dt
+    return (
+        sums[0] + by_logit_dot, sums[1] + with_t, sums[2] + by_logit_dot * f + by_logit * df, sums[3] + weight_dot,
+        sums[4] + with_t * f + by_logit * (t * df), sums[5] + weight_dot * t + weight * dt,
+    )  # fmt: skip
+
+
+@triton.jit
 def table_kernel(
     vectors, receivers, nodes, tables, grid, vectors_dot, nodes_dot, gradient, kept, sums,
     num_edges, num_points, num_heads, table_size, chunk, sums_size,
@@ -87,7 +122,7 @@ def table_kernel(
     inside = real_k[:, None] & real_l[None, :]
     entry = tl.load(tables + 2 + 4 * num_points + k[:, None] * num_points + at[None, :], mask=inside, other=0.0)
     nothing = entry * 0.0
-    by_entry, by_asking, by_column, received, by_c, by_v = nothing, nothing, nothing, nothing, nothing, nothing
+    matrices = (nothing, nothing, nothing, nothing, nothing, nothing)
     for edge in range(number * chunk, tl.minimum(number * chunk + chunk, num_edges)):
         x, per_r = load_edge(vectors, edge, True)
         centre = tl.load(receivers + edge) * num_heads + head
@@ -114,28 +149,11 @@ def table_kernel(
             asking, moving = (fk[:, None], b[:, None]), (dk[:, None], db[:, None])
             turned = logits_along(asking, moving, fl[None, :], dl[None, :], column, q_dot[None, :]) - mean[:, None]
             by_logit_dot = by_logit * turned + weight * ((value_slope * dl)[None, :] - output_dot[:, None])
-            weight_dot = weight * turned
-            with_l = by_logit_dot * fl[None, :] + by_logit * dl[None, :]
-            by_entry += by_logit_dot
-            by_asking += with_l
-            by_column += by_logit_dot * fk[:, None] + by_logit * dk[:, None]
-            received += weight_dot
-            by_c += with_l * fk[:, None] + by_logit * (fl[None, :] * dk[:, None])
-            by_v += weight_dot * fl[None, :] + weight * dl[None, :]
+            matrices = _added_along(
+                matrices, by_logit, by_logit_dot, weight, weight * turned, fk[:, None], dk[:, None], fl[None, :],
+                dl[None, :],
+            )  # fmt: skip
         else:
-            by_entry += by_logit
-            by_asking += by_logit * fl[None, :]
-            by_column += by_logit * fk[:, None]
-            received += weight
-            by_c += by_logit * (fl[None, :] * fk[:, None])
-            by_v += weight * fl[None, :]
+            matrices = _added(matrices, by_logit, weight, fk[:, None], fl[None, :])
     sums += (head * tl.num_programs(1) + number) * sums_size
-    tl.store(sums + k[:, None] * num_points + at[None, :], by_entry, mask=inside)
-    place = sums + num_points * num_points + block_l * num_points
-    tl.store(place + k, tl.sum(by_asking, 1), mask=real_k)
-    place = sums + num_points * (num_points + blocks) + block_k * num_points
-    tl.store(place + at, tl.sum(by_column, 0), mask=real_l)
-    tl.store(place + blocks * num_points + at, tl.sum(received, 0), mask=real_l)
-    place = sums + num_points * (num_points + 3 * blocks) + 2 * (block_k * blocks + block_l)
-    tl.store(place, tl.sum(tl.sum(by_c, 1), 0))
-    tl.store(place + 1, tl.sum(tl.sum(by_v, 1), 0))
+    _store_sums(sums, matrices, k, at, real_k, real_l, block_k, block_l, blocks, num_points)
