@@ -1,7 +1,7 @@
 """All benchmarks on a GPU in the order of their importance, within a time: checks first, results written as they come.
 
     python benchmarks/gpu_all.py --peer-python .venv-mace-gpu/bin/python --data ../shared/data/rmd17 [--minutes 29]
-    python benchmarks/gpu_all.py --only check md                  # parts, for a machine that is lent for short times
+    python benchmarks/gpu_all.py --only check md                  # parts, where a run may not take long
     python benchmarks/gpu_all.py --device cpu --smoke --only md efa
 
 Every part runs in a process of its own for less than ten minutes. What the JSON files in ``benchmarks/results`` hold is

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from settings import text
 
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
@@ -73,7 +74,7 @@ def main() -> None:
             "settings": {key: value for key, value in vars(options).items() if key != "out"},
             "kernels": rows,
         }
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        options.out.write_text(text(content))
 
 
 def row(name: str, part, block: int, channels: int, target) -> dict:

@@ -22,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: the interpret
 
 import torch
 import triton
+from settings import text
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -195,7 +196,7 @@ def main() -> None:
                 )
                 print(f"{target}  {case}  {line['kernel']}: {facts}", flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.write_text(text(results))
     sys.exit(0 if results["kernels"] else 1)
 
 

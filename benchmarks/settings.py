@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -71,5 +72,14 @@ def write(name: str, content: dict[str, Any]) -> Path:
     """Write ``benchmarks/results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(text(content), encoding="utf-8")
     return path
+
+
+def text(content: Any) -> str:
+    """JSON with a line per row: lists of numbers and dictionaries without lists are one line each."""
+    whole = json.dumps(content, indent=1)
+    numbers = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", whole)
+    line = lambda found: "{" + re.sub(r"\n\s+", " ", found[1]) + "}"  # noqa: E731
+    flat = re.sub(r"\{\s+([^{}\[\]]+?)\s+\}", line, numbers)
+    return re.sub(r"\{\s+((?:[^{}\[\]]|\{[^{}\n]*\})+?)\s+\}", line, flat) + "\n"

@@ -187,7 +187,7 @@ class PrecisionStudy:
         presets = [row for row in self.rows if row.kind == "preset" and math.isfinite(row.seconds)]
         for row, color, size in zip(presets, COLORS, range(10, 0, -1)):  # those that coincide stay visible
             error = MEV * max(row.forces_mae, 1e-9)
-            right.plot(1e3 * row.seconds, error, "o", color=color, markersize=size, label=row.name)
+            right.plot(1e3 * row.seconds, error, "o", color=color, markersize=size, label=f"{row.name} {row.format}")
         if presets:
             right.legend(frameon=False, fontsize=8)
         right.axhline(MEV * self.tolerance, color="#8a8a8a", linestyle="--", linewidth=1)
