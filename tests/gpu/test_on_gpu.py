@@ -11,11 +11,11 @@ from ase import Atoms, units
 from ase.build import molecule
 
 if not torch.cuda.is_available():
-    pytest.skip("no GPU", allow_module_level=True)
+    pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
 
+from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.kernels import use_backend
 from steradian.kernels.choice import available_backends
@@ -25,16 +25,6 @@ from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.settings import MDSettings
 from steradian.verlet import Capacity, HostList
 
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
-    avg_num_neighbors=8.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
 HOSTS = {
     "mace": MACEConfig(num_channels=16, l_max=2, correlation=3, radial_mlp=[8], cutoff_A=4.0),
     "nequip": NequIPConfig(num_channels=8, num_layers=2, cutoff_A=4.0),
@@ -102,7 +92,7 @@ def test_same_energies_and_forces_as_on_the_cpu(host, slot, backend):
 @pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True), (False, False, False)])
 def test_lists_equal_those_of_vesin(kind, pbc):
     if kind == "nvalchemi" and not has_nvalchemi():
-        pytest.skip("nvalchemi-toolkit-ops is not installed")
+        pytest.skip("optional package: pip install nvalchemi-toolkit-ops")
     positions = np.random.default_rng(3).uniform(-5, 25, (600, 3))
     cell = np.array([[18.0, 0, 0], [3.0, 15.0, 0], [0, -2.0, 21.0]])
     truth = neighbor_pairs(positions, cell, np.array(pbc), 4.0)

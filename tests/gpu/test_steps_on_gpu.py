@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    pytest.skip("no GPU", allow_module_level=True)
+    pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))

@@ -13,6 +13,7 @@ from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import (
     EFAConfig,
@@ -23,7 +24,6 @@ from steradian.config import (
     O3MPNNConfig,
     ViSNetConfig,
 )
-from steradian.data.statistics import DatasetStatistics
 from steradian.execution.graphs import Repeater
 from steradian.graph import Prediction
 from steradian.interfaces.ase import SteradianCalculator
@@ -32,17 +32,6 @@ from steradian.simulate import device_md
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.md import MDSettings, SimulationError, run_md
 from steradian.verlet import Capacity, DeviceList, HostList
-
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
-    avg_num_neighbors=5.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
 
 
 class LennardJones:
@@ -127,6 +116,18 @@ def test_nve_conserves_energy_to_second_order():
         spreads.append(np.ptp(total))
     assert spreads[0] < 0.02
     assert 3.0 < spreads[0] / spreads[1] < 5.5  # half the step, a quarter of the error
+
+
+@pytest.mark.parametrize("ensemble", ["langevin", "bussi"])
+def test_the_friction_is_per_picosecond(ensemble):
+    """Free atoms at zero temperature: exp(-t f) of velocities is left (langevin), of kinetic energies (bussi)."""
+    atoms = Atoms("Ar2", positions=[[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]])
+    atoms.set_velocities(np.random.default_rng(0).normal(size=(2, 3)) * 0.01)
+    settings = MDSettings(ensemble=ensemble, temperature=0.0, timestep=0.5, friction=7.0)
+    engine = DeviceMD(LennardJones(), [atoms], settings)
+    *_, last = snapshots(engine, 200)  # 0.1 ps
+    rate = 7.0 if ensemble == "langevin" else 3.5
+    assert np.allclose(last.velocities, atoms.get_velocities() * np.exp(-rate * 0.1), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("ensemble", ["langevin", "bussi"])

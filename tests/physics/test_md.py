@@ -6,22 +6,11 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
+from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.simulate.analysis import energy_drift, force_statistics, radial_distribution
 from steradian.simulate.md import MDSettings, SimulationError, run_md
-
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
-    avg_num_neighbors=5.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
 
 
 @pytest.fixture(scope="module")

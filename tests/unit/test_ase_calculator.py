@@ -10,24 +10,13 @@ from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.optimize import BFGS
 
+from made_up import STATISTICS
 from steradian.build import build_potential, save_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.data.structures import Structure
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.neighbors import make_graph
 from steradian.verlet import Capacity
-
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
-    avg_num_neighbors=5.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
 
 
 def potential(gate: bool = False, precision: str = "float64"):

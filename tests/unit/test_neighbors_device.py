@@ -18,7 +18,7 @@ KINDS = ["brute", "cells", "vesin", "nvalchemi"]
 
 def search_for(kind, *arguments, **options):
     if kind == "nvalchemi" and not has_nvalchemi():
-        pytest.skip("nvalchemi-toolkit-ops is not installed")
+        pytest.skip("optional package: pip install nvalchemi-toolkit-ops")
     return make_search(kind, *arguments, **options)[0]
 
 

@@ -29,9 +29,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_vector(vectors, edge, known):
-    """(x, y, z) of edges ``[E, 3]``; zero where there is none."""
-    place = vectors + edge * 3
+def load_xyz(table, row, known):
+    """(x, y, z) of rows of a table ``[rows, 3]``, edges or points of the grid; zero where a row is not known."""
+    place = table + row * 3
     x = tl.load(place, mask=known, other=0.0)
     y = tl.load(place + 1, mask=known, other=0.0)
     z = tl.load(place + 2, mask=known, other=0.0)
@@ -41,7 +41,7 @@ def load_vector(vectors, edge, known):
 @triton.jit
 def load_edge(vectors, edge, known):
     """(x, y, z, r) and 1/r (0 for 0) of edges ``[E, 3]``."""
-    x, y, z = load_vector(vectors, edge, known)
+    x, y, z = load_xyz(vectors, edge, known)
     squared = x * x + y * y + z * z
     some = squared > 0.0
     r = tl.where(some, tl.sqrt(tl.where(some, squared, 1.0)), 0.0)
@@ -52,18 +52,8 @@ def load_edge(vectors, edge, known):
 @triton.jit
 def load_direction(vectors_dot, edge, known, x, per_r):
     """Derivative of (x, y, z, r)."""
-    dx, dy, dz = load_vector(vectors_dot, edge, known)
+    dx, dy, dz = load_xyz(vectors_dot, edge, known)
     return dx, dy, dz, (x[0] * dx + x[1] * dy + x[2] * dz) * per_r
-
-
-@triton.jit
-def load_point(grid, k, real):
-    """A grid point, or a block of them."""
-    place = grid + k * 3
-    gx = tl.load(place, mask=real, other=0.0)
-    gy = tl.load(place + 1, mask=real, other=0.0)
-    gz = tl.load(place + 2, mask=real, other=0.0)
-    return gx, gy, gz
 
 
 @triton.jit
@@ -110,7 +100,7 @@ def field_along(x, dx, g, inverse):
 @triton.jit
 def _answer(x, grid, node, tables, num_points, at, known, SQUARED: tl.constexpr, KINK: tl.constexpr):
     """Answering point ``at`` of every edge: its direction, f, factor of the derivative, q, F and t."""
-    g = load_point(grid, at, True)
+    g = load_xyz(grid, at, True)
     field, inverse = field_of(x, g, SQUARED, KINK)
     q = tl.load(node + 1 + at, mask=known, other=0.0).to(field.dtype)
     column = tl.load(tables + 2 + num_points + at)
@@ -278,7 +268,7 @@ def row_kernel(
         k = (first + tl.arange(0, POINTS)).to(tl.int64)
         real = k < num_points
         inside = real[:, None] & known[None, :]
-        g = load_point(grid, k, real)
+        g = load_xyz(grid, k, real)
         f, inverse = field_of(across(x, 0), across_points(g, 1), SQUARED, KINK)
         table, w = _first_tables(tables, k, real, num_points)
         w = w[:, None]
@@ -337,7 +327,7 @@ def _column_sums(
     by_point, by_field, by_point_dot, by_field_dot = nothing, nothing, nothing, nothing
     c, value_slope = tl.load(tables), tl.load(tables + 1)
     for at in tl.range(0, num_points, loop_unroll_factor=UNROLL):
-        g = load_point(grid, at, True)
+        g = load_xyz(grid, at, True)
         fk, inverse = field_of(x, g, SQUARED, KINK)
         b = (slope + c * fk + tl.load(tables + 2 + at))[None, :]
         level = _kept_row(kept, 0, at, edge, num_points, num_edges, known)
@@ -424,7 +414,7 @@ def column_kernel(
         k = (first + tl.arange(0, POINTS)).to(tl.int64)
         real = k < num_points
         inside = real[:, None] & known[None, :]
-        g = load_point(grid, k, real)
+        g = load_xyz(grid, k, real)
         f, inverse = field_of(across(x, 0), across_points(g, 1), SQUARED, KINK)
         q = tl.load(node[None, :] + 1 + k[:, None], mask=inside, other=0.0).to(f.dtype)
         value = tl.load(tables + 1) * f + tl.load(tables + 2 + 2 * num_points + k, mask=real, other=0.0)[:, None]

@@ -11,7 +11,7 @@ from steradian.operators.mara_triton import (
     field_of,
     load_direction,
     load_edge,
-    load_point,
+    load_xyz,
     logits_along,
 )
 
@@ -113,7 +113,7 @@ def table_kernel(
     real_k, real_l = k < num_points, at < num_points
     tables += head * table_size
     kept += head * ARRAYS * num_points * num_edges
-    gk, gl = load_point(grid, k, real_k), load_point(grid, at, real_l)
+    gk, gl = load_xyz(grid, k, real_k), load_xyz(grid, at, real_l)
     c, value_slope = tl.load(tables), tl.load(tables + 1)
     asking_table = tl.load(tables + 2 + k, mask=real_k, other=0.0)
     column = tl.load(tables + 2 + num_points + at, mask=real_l, other=0.0)[None, :]
