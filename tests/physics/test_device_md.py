@@ -395,4 +395,9 @@ def test_mistakes(tmp_path):
         run_md(model, Atoms(), tmp_path / "a", steps=1, engine="device")
     with pytest.raises(ValueError, match="does not know Ar"):
         run_md(model, argon(), tmp_path / "a", steps=1, engine="device")
+    for engine in ("ase", "device"):
+        lost = ethanol()
+        lost.positions[2, 1] = np.nan
+        with pytest.raises(SimulationError, match="the position of atom 2 is not finite"):
+            run_md(model, lost, tmp_path / "a", steps=1, engine=engine)
     assert not (tmp_path / "a").exists()

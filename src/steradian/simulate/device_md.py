@@ -32,7 +32,7 @@ from steradian.kernels import prepare_backend
 from steradian.operators.base import asks_for_the_lattice
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
-from steradian.simulate.settings import MDSettings, SimulationError
+from steradian.simulate.settings import MDSettings, SimulationError, check_start
 from steradian.verlet import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 
 __all__ = ["CHECK_EVERY", "DeviceMD", "ForceField", "Snapshot"]
@@ -99,7 +99,7 @@ class DeviceMD:
         list_every: steps between lists of fixed shape; None: as seldom as the motion allows.
 
     Raises:
-        SimulationError: no systems, or one without atoms.
+        SimulationError: no systems, or one that cannot start.
         ValueError: an element the model was not trained on.
     """
 
@@ -118,8 +118,10 @@ class DeviceMD:
         mode: str = "eager",
         list_every: int | None = None,
     ) -> None:
-        if not systems or not all(len(atoms) for atoms in systems):
-            raise SimulationError("no atoms to simulate")
+        if not systems:
+            raise SimulationError("no systems to simulate")
+        for atoms in systems:
+            check_start(atoms)
         self.field, self.systems, self.settings = field, [atoms.copy() for atoms in systems], settings
         self.device, self.dtype, self.mode = torch.device(device), dtype, mode
         on_gpu = self.device.type == "cuda"

@@ -23,7 +23,7 @@ from steradian.potential import Potential
 from steradian.simulate.analysis import energy_drift
 from steradian.simulate.device_md import DeviceMD, Snapshot
 from steradian.simulate.files import RunFiles
-from steradian.simulate.settings import MDSettings, SimulationError
+from steradian.simulate.settings import MDSettings, SimulationError, check_start
 from steradian.verlet import Capacity
 
 __all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "choose_device", "run_md"]
@@ -106,14 +106,13 @@ def run_md(
         device: ``cpu``, ``cuda`` or ``auto``: where the potential is, or a GPU if there is one and a file is read.
 
     Raises:
-        SimulationError: the folder is in use, settings differ from those of the run to resume, the atoms fly apart, or
-            there is no such device or engine.
+        SimulationError: the start is not finite or has no atoms, the folder is in use, settings differ from those of
+            the run to resume, the atoms fly apart, or there is no such device or engine.
         KeyboardInterrupt: passed on; what is written stays valid.
     """
     settings = settings or MDSettings()
     files = RunFiles(Path(folder))
-    if not len(atoms):
-        raise SimulationError("no atoms to simulate")
+    check_start(atoms)
     place = choose_device(device, potential)
     chosen = _engine(engine, place, files if resume else None)
     if not isinstance(potential, Potential):

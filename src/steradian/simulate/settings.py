@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ENSEMBLES", "MDSettings", "SimulationError"]
+import numpy as np
+from ase import Atoms
+
+__all__ = ["ENSEMBLES", "MDSettings", "SimulationError", "check_start"]
 
 ENSEMBLES = ("nve", "langevin", "bussi")
 
@@ -49,3 +52,19 @@ class MDSettings:
                 raise SimulationError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.ensemble == "bussi" and not self.friction:
             raise SimulationError("bussi needs a positive friction, the inverse of its relaxation time")
+
+
+def check_start(atoms: Atoms) -> None:
+    """Refuse a start that no simulation can begin with.
+
+    Raises:
+        SimulationError: there are no atoms, or a position, velocity or lattice vector is not finite.
+    """
+    if not len(atoms):
+        raise SimulationError("no atoms to simulate")
+    for name, values in (("position", atoms.get_positions()), ("velocity", atoms.get_velocities())):
+        if not np.isfinite(values).all():
+            atom = int(np.argmax(~np.isfinite(values).all(axis=1)))
+            raise SimulationError(f"the {name} of atom {atom} is not finite (NaN or infinity): mend the structure")
+    if not np.isfinite(atoms.cell[:]).all():
+        raise SimulationError("the cell is not finite (NaN or infinity): mend the structure")
