@@ -172,7 +172,7 @@ def _spread_backward(ctx: Any, by_vectors: Tensor | None, by_nodes: Tensor | Non
     gradient, vectors, nodes, tables, receivers, grid = ctx.saved_tensors
     along_vectors = torch.zeros_like(vectors) if by_vectors is None else by_vectors
     along_nodes = torch.zeros_like(nodes) if by_nodes is None else by_nodes
-    nothing = (None,) * 8
+    nothing = (None,) * 7  # receivers, grid, the three saved derivatives, squared, ascending
     if torch.is_grad_enabled():  # somebody will differentiate again
         inputs = [_alias(tensor) for tensor in (gradient, vectors, nodes, tables)]
         pooled = plain_pool(inputs[1], inputs[2], inputs[3], receivers, grid, ctx.squared)
