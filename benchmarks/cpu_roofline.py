@@ -27,9 +27,9 @@ from steradian.config import KeysConfig, MACEConfig, MARAConfig, ModelConfig, Un
 from steradian.data.read import read_structures
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import batch_graphs
-from steradian.kernels import apply
-from steradian.neighbors import make_graph
-from steradian.operators import mara_cpu
+from steradian.graph.neighbors import make_graph
+from steradian.operators.mara import cpu as mara_cpu
+from steradian.polynomials import cpu as apply
 
 #: Floating-point operations per exponential of the gate's kernels (kernels/sphere_attention.py).
 SPHERE_FLOPS = {"value": 26, "slopes": 42, "tables": 42, "tangent": 78}

@@ -30,8 +30,8 @@ def first_calls(task: str, gated: bool) -> list[float]:
     from steradian.build import build_potential
     from steradian.config import MACEConfig, MARAConfig, ModelConfig, NoGate
     from steradian.data.statistics import DatasetStatistics
+    from steradian.graph.neighbors import make_graph
     from steradian.interfaces.ase import _structure
-    from steradian.neighbors import make_graph
 
     torch.set_num_threads(1)
     numbers = DatasetStatistics(

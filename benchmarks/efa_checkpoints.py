@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from settings import machine, write
 
-from steradian.data.structures import Structure
 from steradian.graph import batch_graphs
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.interfaces.efa_jax import potential_from_reference
-from steradian.neighbors import make_graph
 
 #: energy MAE, centred energy MAE and force MAE of the reference (float32), whole files
 REFERENCE = {

@@ -23,10 +23,10 @@ import torch
 from matplotlib import pyplot as plt
 from settings import RESULTS
 
-from steradian.data.structures import Structure
 from steradian.graph import batch_graphs
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.interfaces.efa_jax import potential_from_reference
-from steradian.neighbors import make_graph
 
 LABEL, WITH, WITHOUT, THIRD, FOURTH = "black", "tab:red", "tab:blue", "tab:cyan", "tab:green"
 

@@ -40,13 +40,13 @@ from settings import machine, write
 from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
 from steradian.equivariant.irreps import natural_degrees
 from steradian.graph import batch_graphs
-from steradian.neighbors import make_graph
-from steradian.operators import efa_cpu
-from steradian.operators.efa import EuclideanFastAttention
-from steradian.operators.efa_basis import RuleWaves
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
+from steradian.operators.efa import cpu as efa_cpu
+from steradian.operators.efa.basis import RuleWaves
+from steradian.operators.efa.efa import EuclideanFastAttention
 
 #: milliseconds of the JAX reference: (atoms, systems, points) -> forward, forward + gradient; better of two stacks
 JAX_BLOCK = {

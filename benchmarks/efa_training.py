@@ -28,7 +28,7 @@ from steradian import load_potential
 from steradian.config import RunConfig
 from steradian.data.load import load_dataset
 from steradian.graph import batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
 
 #: Of the released checkpoint ``cluster16_efa_T2`` on its test frames, as ``efa_checkpoints.py`` has them [eV, eV/Å].
 PUBLISHED = {"energy_mae_centred": 0.001462, "forces_mae": 0.00134, "forces_rmse": 0.00204}

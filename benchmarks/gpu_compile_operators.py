@@ -26,7 +26,11 @@ from settings import text
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steradian.operators import efa_gpu, efa_triton, mara_gpu, mara_triton, mara_triton_sums
+from steradian.operators.efa import triton as efa_gpu
+from steradian.operators.efa import triton_kernels as efa_triton
+from steradian.operators.mara import triton as mara_gpu
+from steradian.operators.mara import triton_kernels as mara_triton
+from steradian.operators.mara import triton_sums as mara_triton_sums
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

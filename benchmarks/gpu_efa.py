@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry
 
 from steradian.config import EFAConfig
 from steradian.equivariant.irreps import natural_degrees
-from steradian.operators import efa_attention
-from steradian.operators.efa import EuclideanFastAttention
+from steradian.operators.efa import attention as efa_attention
+from steradian.operators.efa.efa import EuclideanFastAttention
 
 BAR_PERCENT = 50.0
 COUNTED = 256  # atoms of the system whose operations are counted
@@ -94,7 +94,7 @@ def calls(size: int, points: int, device: str) -> dict[str, Any]:
 
 def operations(points: int) -> dict[str, float]:
     """Floating-point operations per atom of the plain form, forward and forward + gradient."""
-    from steradian.kernels import use_backend
+    from steradian.polynomials import use_backend
 
     found = {}
     with use_backend("reference"):

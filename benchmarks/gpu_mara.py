@@ -4,8 +4,8 @@
     python benchmarks/gpu_mara.py --device cpu --smoke
 
 The host with and without the gate, in turn in one process, random weights, float32, periodic boxes of water at 0.1
-atoms per Å^3, the backend of polynomials that :func:`steradian.kernels.prepare_backend` chooses. Overheads are medians
-of ratios of neighbours in time. Bar: 2 % on top of the host.
+atoms per Å^3, the backend of polynomials that :func:`steradian.polynomials.prepare_backend` chooses. Overheads are
+medians of ratios of neighbours in time. Bar: 2 % on top of the host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BAR_PERCENT = 2.0
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
     from steradian.execution.runner import Runner, prepared
-    from steradian.kernels import prepare_backend
+    from steradian.polynomials import prepare_backend
 
     graph = graph_of(system(size, periodic=True))
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, graph.num_edges / size)

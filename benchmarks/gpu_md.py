@@ -38,7 +38,7 @@ WAYS = {"recorded": ("eager", True), "compiled and recorded": ("compile", True),
 
 def measure(kind: str, size: int, arguments: Any, backend: str, way: str, gate: bool = False) -> dict[str, Any]:
     """One row: milliseconds per step over a stretch of steps, waiting for the GPU at its ends only."""
-    from steradian.kernels import use_backend
+    from steradian.polynomials import use_backend
     from steradian.simulate.device_md import DeviceMD
     from steradian.simulate.settings import MDSettings
 

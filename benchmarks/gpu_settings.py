@@ -210,8 +210,8 @@ def build(config: Any, device: str, neighbors: float = 40.0, force_scale: float 
 
 def graph_of(atoms: Atoms, cutoff: float = 5.0) -> Any:
     """The graph on the host, without labels."""
+    from steradian.graph.neighbors import make_graph
     from steradian.interfaces.ase import _structure
-    from steradian.neighbors import make_graph
 
     return make_graph(_structure(atoms), cutoff)
 
@@ -247,6 +247,6 @@ def gpu_backends(device: str) -> list[str]:
     """Backends of polynomials to list; the best that each has to offer is found by trying."""
     if torch.device(device).type == "cpu":
         return ["reference"]
-    from steradian.kernels.choice import available_backends
+    from steradian.execution.kernel_choice import available_backends
 
     return available_backends()

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steradian.operators.mara import MARA
-from steradian.operators.mara_dense import dense_mara
-from steradian.operators.mara_intrinsic import IntrinsicMARA
+from steradian.operators.mara.intrinsic import IntrinsicMARA
+from steradian.operators.mara.mara import MARA
+from steradian.operators.mara.paper import dense_mara
 from steradian.sphere.grids import lebedev
 
 NUM_ATOMS, NUM_EDGES, NUM_FEATURES, HIDDEN_DIM = 135, 2242, 128, 32

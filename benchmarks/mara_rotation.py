@@ -22,8 +22,8 @@ from scipy.stats import ortho_group
 from steradian.build import build_potential
 from steradian.config import ModelConfig, parse_config
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 
 GATES: dict[str, dict[str, Any]] = {
     "no gate": {"kind": "none"},

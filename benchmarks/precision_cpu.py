@@ -21,7 +21,7 @@ from steradian.build import load_potential
 from steradian.config import KeysConfig, PrecisionConfig, UnitsConfig
 from steradian.data.read import read_structures
 from steradian.graph import batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
 
 CASES: dict[str, str | PrecisionConfig] = {
     "float32": "float32",

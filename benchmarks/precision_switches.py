@@ -82,7 +82,7 @@ def batches(arguments: argparse.Namespace, cutoff: float, count: int = 40) -> li
     from steradian.config import KeysConfig, UnitsConfig
     from steradian.data.read import read_structures
     from steradian.graph import batch_graphs
-    from steradian.neighbors import make_graph
+    from steradian.graph.neighbors import make_graph
 
     _, test, units = files("3bpa", arguments.data)
     frames = read_structures(test, KeysConfig(), UnitsConfig(**units), ignore_cell=True)[:count]
@@ -94,7 +94,7 @@ def untrained(arguments: argparse.Namespace) -> dict[str, Any]:
     """Change of forces by int8 and by layers of bfloat16, against the same weights in float64; refusals."""
     from steradian.build import load_potential
     from steradian.config import PrecisionConfig
-    from steradian.int8 import QuantizationError, quantized
+    from steradian.execution.int8 import QuantizationError, quantized
 
     run = arguments.runs / PLAIN
     exact = load_potential(run, precision="float64")

@@ -89,7 +89,7 @@ def random_potential(label: str, name: str, frames: list[Any]) -> Any:
 
 def measure(label: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from steradian.build import load_potential
-    from steradian.evaluation.precision import StudySettings, precision_study
+    from steradian.studies.precision import StudySettings, precision_study
 
     count, batch, _ = SETS[name]
     if label == "main":

@@ -158,9 +158,9 @@ class Steradian(Side):
         from steradian.build import build_potential
         from steradian.config import MARAConfig
         from steradian.graph import batch_graphs
+        from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
         from steradian.interfaces.mace_torch import config_and_weights_from_mace_torch
-        from steradian.neighbors import make_graph
 
         torch.set_num_threads(case["threads"])
         with np.load(self.folder / "weights.npz") as file:

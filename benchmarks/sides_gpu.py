@@ -60,7 +60,7 @@ class SteradianOnDevice(OnDevice, Steradian):
     """steradian; ``case`` names the backend of polynomials and how steps are run, ``BACKEND/MODE``."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        from steradian.kernels import set_backend
+        from steradian.polynomials import set_backend
 
         self.device = case["device"]
         backend, self.mode = case["way"].split("/")
@@ -76,9 +76,9 @@ class SteradianOnDevice(OnDevice, Steradian):
         from gpu_settings import training_steps
 
         from steradian.execution.runner import Runner, prepared
+        from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
-        from steradian.kernels import prepare_backend
-        from steradian.neighbors import make_graph
+        from steradian.polynomials import prepare_backend
 
         super().select(task)
         training = task == "training step"

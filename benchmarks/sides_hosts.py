@@ -113,9 +113,9 @@ class Converted(Side):
         import torch
 
         from steradian.graph import batch_graphs
+        from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
         from steradian.interfaces.convert import convert_file
-        from steradian.neighbors import make_graph
 
         torch.set_num_threads(case["threads"])
         elements = case["elements"] if case["peer"] == "torch_geometric" else None

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from steradian.build import build_potential, load_potential, save_potential
     from steradian.config import RunConfig, load_config, parse_config
     from steradian.data.read import read_structures
-    from steradian.data.structures import Structure
     from steradian.evaluation.errors import evaluate
     from steradian.execution.runner import Runner
     from steradian.graph import Edges, Graph, Prediction, batch_graphs
+    from steradian.graph.neighbors import make_graph
+    from steradian.graph.structures import Structure
     from steradian.interfaces.ase import SteradianCalculator
-    from steradian.neighbors import make_graph
-    from steradian.operators.mara import MARA
-    from steradian.operators.mara_standalone import SEAttention
+    from steradian.operators.mara.mara import MARA
+    from steradian.operators.mara.standalone import SEAttention
     from steradian.potential import Potential
     from steradian.training.fit import fit
 
@@ -31,7 +31,7 @@ _HOME = {
     "load_config": "steradian.config",
     "parse_config": "steradian.config",
     "read_structures": "steradian.data.read",
-    "Structure": "steradian.data.structures",
+    "Structure": "steradian.graph.structures",
     "evaluate": "steradian.evaluation.errors",
     "Runner": "steradian.execution.runner",
     "Edges": "steradian.graph",
@@ -39,9 +39,9 @@ _HOME = {
     "Prediction": "steradian.graph",
     "batch_graphs": "steradian.graph",
     "SteradianCalculator": "steradian.interfaces.ase",
-    "make_graph": "steradian.neighbors",
-    "MARA": "steradian.operators.mara",
-    "SEAttention": "steradian.operators.mara_standalone",
+    "make_graph": "steradian.graph.neighbors",
+    "MARA": "steradian.operators.mara.mara",
+    "SEAttention": "steradian.operators.mara.standalone",
     "Potential": "steradian.potential",
     "fit": "steradian.training.fit",
 }

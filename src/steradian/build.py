@@ -11,17 +11,17 @@ import torch
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
 from steradian.config import EFAConfig, MARAConfig, ModelConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.element_tables import compress_element_tables
+from steradian.execution.self_test import SelfTest, SelfTestError
 from steradian.hosts.base import Host
-from steradian.hosts.mace import MACE
+from steradian.hosts.mace.element_tables import compress_element_tables
+from steradian.hosts.mace.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
-from steradian.operators.efa_mixer import efa_factory
-from steradian.operators.mara import mara_factory
+from steradian.operators.efa.mixer import efa_factory
+from steradian.operators.mara.mara import mara_factory
 from steradian.potential import PLAIN, Potential
-from steradian.self_test import SelfTest, SelfTestError
 
 HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.capture import capturing
+from steradian.compiler.capture import capturing
 from steradian.config import ModelConfig, PrecisionConfig
 from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
 from steradian.hosts.base import Host
-from steradian.operators.efa_systems import keep_layout
+from steradian.operators.efa.systems import keep_layout
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
-    from steradian.self_test import SelfTest
+    from steradian.execution.self_test import SelfTest
 
 __all__ = ["Potential"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steradian.config_precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
-from steradian.kernels.frozen import of_weight
+from steradian.compiler.frozen import of_weight
+from steradian.config.precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
 
 __all__ = ["POLICIES", "PrecisionPolicy", "WithRole", "assign", "cast", "policy_of"]
 
@@ -44,7 +44,7 @@ class PrecisionPolicy:
         forces: sums of what the edges of an atom contribute to its force.
         tf32: on a GPU, products of float32 matrices may use units of TF32 (10 bits of mantissa).
         layers: roles of single layers.
-        int8: roles whose weights are int8, for inference alone (:mod:`steradian.int8`).
+        int8: roles whose weights are int8, for inference alone (:mod:`steradian.execution.int8`).
     """
 
     name: str
@@ -152,7 +152,7 @@ class WithRole(nn.Module):
     low: torch.dtype | None = None
     #: Whether all products go through :meth:`multiply`, so that they can be int8.
     takes_int8 = False
-    #: ``weights`` or ``dynamic`` where products are int8 (:mod:`steradian.int8`).
+    #: ``weights`` or ``dynamic`` where products are int8 (:mod:`steradian.execution.int8`).
     int8: str | None = None
 
     def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -165,7 +165,7 @@ class WithRole(nn.Module):
             if self.low is None:
                 return x @ (weight if scale == 1.0 else weight * scale)
             return cast(x, self.low) @ of_weight(weight, (scale, self.low), lambda w: cast(w * scale, self.low))
-        from steradian.int8 import Int8Product, int8_weights
+        from steradian.execution.int8 import Int8Product, int8_weights
 
         if weight.requires_grad and self.training:
             raise ValueError("int8 is for inference; train with another precision")

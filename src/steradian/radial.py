@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.activations import silu
-from steradian.capture import constant
+from steradian.compiler.capture import constant
 from steradian.config import RadialConfig
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.equivariant.activations import silu
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
 
 __all__ = [

@@ -20,11 +20,11 @@ from steradian.config import (
     O3MPNNConfig,
     ViSNetConfig,
 )
-from steradian.config_efa import TensorIntegrationConfig
+from steradian.config.efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
 from steradian.graph import Graph, batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.operators.base import EdgeGate, SlotSpec
 from steradian.potential import Potential
 

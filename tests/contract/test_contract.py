@@ -12,8 +12,8 @@ import torch
 
 from steradian.build import load_potential, save_potential
 from steradian.graph import Edges
-from steradian.kernels import use_backend
 from steradian.operators.base import EdgeGate
+from steradian.polynomials import use_backend
 
 HOSTS = list(cases.HOSTS)
 OPERATORS = list(cases.OPERATORS)

@@ -16,14 +16,14 @@ if not torch.cuda.is_available():
 from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
+from steradian.execution.kernel_choice import available_backends
+from steradian.graph.neighbors import neighbor_pairs
+from steradian.graph.neighbors_device import Boxes, has_nvalchemi, make_search
+from steradian.graph.skin import Capacity, HostList
 from steradian.interfaces.ase import SteradianCalculator
-from steradian.kernels import use_backend
-from steradian.kernels.choice import available_backends
-from steradian.neighbors import neighbor_pairs
-from steradian.neighbors_device import Boxes, has_nvalchemi, make_search
+from steradian.polynomials import use_backend
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.settings import MDSettings
-from steradian.verlet import Capacity, HostList
 
 HOSTS = {
     "mace": MACEConfig(num_channels=16, l_max=2, correlation=3, radial_mlp=[8], cutoff_A=4.0),

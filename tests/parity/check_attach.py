@@ -20,12 +20,12 @@ import torch
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import EFAConfig, MARAConfig
-from steradian.data.structures import Structure
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.interfaces.attach import AttachError, attach, detach, load_attached, save_attached
 from steradian.interfaces.convert import convert_file
 from steradian.interfaces.foreign_export import export
-from steradian.neighbors import make_graph
-from steradian.operators.mara import MARA
+from steradian.operators.mara.mara import MARA
 
 torch.set_default_dtype(torch.float64)
 FRAME = frozen.structures()["molecule"]

@@ -9,9 +9,9 @@ from typing import Any
 import frozen
 import numpy as np
 
-from steradian.data.structures import Structure
 from steradian.graph import Graph
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 
 DATA = Path(__file__).parent / "data"
 RELATIVE = 1e-9

@@ -15,10 +15,10 @@ from frozen_models import DATA, graph_of, read, relative
 
 from steradian.build import load_potential, save_potential
 from steradian.checkpoint import ModelFileError
+from steradian.execution.self_test import SelfTestError
 from steradian.interfaces.convert import convert_file, exporter_source
 from steradian.interfaces.foreign import ForeignModelError
-from steradian.kernels import use_backend
-from steradian.self_test import SelfTestError
+from steradian.polynomials import use_backend
 
 PACKAGES = {"nequip": "degree_two", "torch_geometric": "vertex"}
 PREFIX = {"nequip": "nequip", "torch_geometric": "pyg_visnet"}

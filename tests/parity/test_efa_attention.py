@@ -18,8 +18,8 @@ from steradian.interfaces.efa_jax import (
     features_to_reference,
     path_kernel,
 )
-from steradian.operators.efa import EuclideanFastAttention, TensorIntegration, _nominal
-from steradian.operators.efa_attention import DirectionRule, attention_per_direction, rotary_attention
+from steradian.operators.efa.attention import DirectionRule, attention_per_direction, rotary_attention
+from steradian.operators.efa.efa import EuclideanFastAttention, TensorIntegration, _nominal
 
 RELATIVE = 1e-10  # the tolerance the reference numbers are good for in float64
 

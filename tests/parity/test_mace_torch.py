@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from steradian.build import build_potential, load_potential, save_potential
-from steradian.data.structures import Structure
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.interfaces.mace_torch import (
     ForeignModelError,
     config_and_weights_from_mace_torch,
     path_signs,
 )
-from steradian.neighbors import make_graph
 
 DATA = Path(__file__).parent / "data"
 TABLES = {"couplings", "wigner_3j"}

@@ -11,7 +11,7 @@ from steradian.build import build_potential, load_potential, save_potential
 from steradian.hosts.nequip import layer_degrees
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.interfaces.nequip import config_and_weights_from_nequip
-from steradian.kernels import use_backend
+from steradian.polynomials import use_backend
 
 NAMES = sorted({path.stem.removeprefix("nequip_") for path in DATA.glob("nequip_*.npz")} - {"wigner_3j"})
 

@@ -26,12 +26,12 @@ from steradian.config import (
 )
 from steradian.execution.graphs import Repeater
 from steradian.graph import Prediction
+from steradian.graph.skin import Capacity, DeviceList, HostList
 from steradian.interfaces.ase import SteradianCalculator
-from steradian.kernels import use_backend
+from steradian.polynomials import use_backend
 from steradian.simulate import device_md
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.md import MDSettings, SimulationError, run_md
-from steradian.verlet import Capacity, DeviceList, HostList
 
 
 class LennardJones:

@@ -9,9 +9,9 @@ import torch
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
 from steradian.graph import batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 
 CUTOFF = 3.0
 STATISTICS = DatasetStatistics(

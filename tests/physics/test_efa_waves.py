@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.config_efa import EFAConfig, TensorIntegrationConfig
+from steradian.config.efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.irreps import natural_degrees
-from steradian.operators.efa import EuclideanFastAttention, frequencies_up_to
-from steradian.operators.efa_attention import DirectionRule, rotary_attention
-from steradian.operators.efa_periodic import lattice_vectors, reciprocal_attention, shell_weights
+from steradian.operators.efa.attention import DirectionRule, rotary_attention
+from steradian.operators.efa.efa import EuclideanFastAttention, frequencies_up_to
+from steradian.operators.efa.periodic import lattice_vectors, reciprocal_attention, shell_weights
 from steradian.sphere.grids import lebedev
 
 CELL = torch.tensor([[5.1, 0.0, 0.0], [0.9, 4.7, 0.0], [-0.6, 0.8, 5.6]], dtype=torch.float64)

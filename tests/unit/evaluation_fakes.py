@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from steradian.data.structures import Structure
 from steradian.graph import Graph, Prediction
+from steradian.graph.structures import Structure
 
 
 class PairPotential(nn.Module):
@@ -34,7 +34,7 @@ class PairPotential(nn.Module):
 
 def molecules(count: int, seed: int = 0, *, strength: float = 1.1, noise: float = 0.01) -> list[Structure]:
     """Random molecules of C, H and O labelled by a pair potential of another strength plus noise."""
-    from steradian.neighbors import make_graph
+    from steradian.graph.neighbors import make_graph
 
     generator = np.random.default_rng(seed)
     found = []

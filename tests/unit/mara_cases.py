@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from steradian.graph import Edges
-from steradian.operators.mara import MARA
+from steradian.operators.mara.mara import MARA
 
 DOUBLE = torch.float64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steradian.activations import silu
+from steradian.equivariant.activations import silu
 
 
 def derivative(function, x, order):

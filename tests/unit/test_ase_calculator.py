@@ -13,10 +13,10 @@ from ase.optimize import BFGS
 from made_up import STATISTICS
 from steradian.build import build_potential, save_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.data.structures import Structure
+from steradian.graph.neighbors import make_graph
+from steradian.graph.skin import Capacity
+from steradian.graph.structures import Structure
 from steradian.interfaces.ase import SteradianCalculator
-from steradian.neighbors import make_graph
-from steradian.verlet import Capacity
 
 
 def potential(gate: bool = False, precision: str = "float64"):

@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_hosts import STATISTICS, graph
 
-from steradian import kernels
+from steradian import polynomials as kernels
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.equivariant.harmonics import harmonics_polynomial
-from steradian.kernels import Polynomial, backend, choice, evaluate, gate, prepare_backend, set_backend, use_backend
-from steradian.kernels.choice import choose_backend
-from steradian.kernels.reference import evaluate_reference
+from steradian.execution import kernel_choice as choice
+from steradian.execution.kernel_choice import choose_backend
+from steradian.polynomials import Polynomial, backend, evaluate, gate, prepare_backend, set_backend, use_backend
+from steradian.polynomials.reference import evaluate_reference
 
 GPU = torch.device("cuda", 0)
 SECONDS = {"reference": 4.0, "same": 2.0, "slow": 8.0, "wrong": 1.0, "broken": 1.0, "nearly": 1.0}
@@ -174,7 +175,7 @@ def test_a_cpu_has_nothing_to_choose(monkeypatch):
 
 @pytest.mark.usefixtures("_forgotten")
 def test_deterministic_algorithms_exclude_cuequivariance(monkeypatch):
-    monkeypatch.setattr("steradian.kernels.cuequivariance.cuequivariance_works", lambda: True)
+    monkeypatch.setattr("steradian.polynomials.cuequivariance.cuequivariance_works", lambda: True)
     assert choice.available_backends() == ["reference", "triton", "cuequivariance"]
     backend.set_measured_backend(GPU, "cuequivariance")
     torch.use_deterministic_algorithms(True)
@@ -225,7 +226,7 @@ def tried(monkeypatch):
             seen.append(len(inputs[0]))
             return function(evaluate_reference(table, inputs, gathers, scatter, num_rows))
 
-        monkeypatch.setattr("steradian.kernels.triton_backend.evaluate_triton", evaluate_fake)
+        monkeypatch.setattr("steradian.polynomials.triton.evaluate_triton", evaluate_fake)
         monkeypatch.setattr(kernels, "backend_for", lambda *_: "triton")
         return seen
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from steradian.config import BatchConfig
-from steradian.data.batching import BatchSampler, GraphDataset, collate
-from steradian.data.structures import DataError, Structure
+from steradian.graph.batches import BatchSampler, GraphDataset, collate
+from steradian.graph.structures import DataError, Structure
 
 
 def dataset(count=23, seed=0):

@@ -11,8 +11,8 @@ from steradian.build import build_potential, load_potential, save_potential
 from steradian.checkpoint import ModelFileError, write_atomically
 from steradian.config import MACEConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 
 STATISTICS = DatasetStatistics(
     elements=(1, 8),

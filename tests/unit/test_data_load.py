@@ -5,8 +5,8 @@ import pytest
 
 from steradian.config import DataConfig, ReferenceEnergiesConfig, SplitConfig
 from steradian.data.load import bundled_file, load_dataset, split_indices
-from steradian.data.structures import DataError, Structure
 from steradian.data.write import write_structures
+from steradian.graph.structures import DataError, Structure
 
 
 def some_frames(count, seed, numbers=(8, 1, 1)):

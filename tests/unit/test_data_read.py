@@ -12,8 +12,8 @@ from ase.units import Bohr, GPa, Hartree
 
 from steradian.config import KeysConfig, UnitsConfig
 from steradian.data.read import read_structures
-from steradian.data.structures import DataError, Structure
 from steradian.data.write import write_structures
+from steradian.graph.structures import DataError, Structure
 from steradian.units import KCAL_PER_MOL
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import pytest
 
 from steradian.config import ReferenceEnergiesConfig
 from steradian.data.statistics import DatasetStatistics, compute_statistics, reference_energies
-from steradian.data.structures import DataError, Structure
+from steradian.graph.structures import DataError, Structure
 
 E0 = {1: -13.6, 6: -1030.0, 8: -2043.5}
 

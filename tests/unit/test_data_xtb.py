@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from steradian.cli.dataset import app
 from steradian.data.read import read_structures
-from steradian.data.structures import DataError
 from steradian.data.xtb import Recipe, autocorrelation_time, make_dataset, starting_geometry
+from steradian.graph.structures import DataError
 
 needs_tblite = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("tblite") is None, reason="needs tblite (the xtb extra)"

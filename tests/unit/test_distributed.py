@@ -12,11 +12,11 @@ import torch
 
 from steradian.build import build_potential, save_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
-from steradian.config_efa import TensorIntegrationConfig
+from steradian.config.efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
-from steradian.distributed import predict_distributed, slab
-from steradian.neighbors import make_graph
+from steradian.execution.distributed import predict_distributed, slab
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 
 CUTOFF = 2.5
 EFA = EFAConfig(max_length_A=40.0, num_features_qk=4, periodic=True, shell_width_per_A=0.8, zero_init=False)
@@ -56,8 +56,8 @@ WORKER = """
 import sys
 import numpy as np, torch, torch.distributed as dist
 from steradian.build import load_potential
-from steradian.data.structures import Structure
-from steradian.distributed import predict_distributed
+from steradian.graph.structures import Structure
+from steradian.execution.distributed import predict_distributed
 folder, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_{size}", rank=rank, world_size=size)

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from steradian.config_efa import EFAConfig, TensorIntegrationConfig
+from steradian.config.efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.irreps import all_degrees, dim, natural_degrees
-from steradian.operators import efa_attention, efa_kernel, efa_pairs
-from steradian.operators.efa import EuclideanFastAttention, frequencies_up_to
-from steradian.operators.efa_attention import DirectionRule, attention_per_direction, rotary_attention, rotary_encoding
-from steradian.operators.efa_systems import blocks_of_systems, join_blocks
+from steradian.operators.efa import attention as efa_attention
+from steradian.operators.efa import pairs as efa_pairs
+from steradian.operators.efa import sums as efa_kernel
+from steradian.operators.efa.attention import DirectionRule, attention_per_direction, rotary_attention, rotary_encoding
+from steradian.operators.efa.efa import EuclideanFastAttention, frequencies_up_to
+from steradian.operators.efa.systems import blocks_of_systems, join_blocks
 from steradian.sphere.grids import design, lebedev
 
 

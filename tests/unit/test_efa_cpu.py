@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from steradian.kernels.backend import use_backend
-from steradian.operators import efa_cpu
-from steradian.operators.efa_attention import DirectionRule, rotary_attention
-from steradian.operators.efa_basis import STEPS, RuleWaves, step_of_phase
-from steradian.operators.efa_cpu_pairs import PairShape, attend_pairs, attend_pairs_plainly
-from steradian.operators.efa_cpu_sums import aligned
-from steradian.operators.efa_kernel import moments
-from steradian.operators.efa_limits import spiral
+from steradian.operators.efa import cpu as efa_cpu
+from steradian.operators.efa.attention import DirectionRule, rotary_attention
+from steradian.operators.efa.basis import STEPS, RuleWaves, step_of_phase
+from steradian.operators.efa.cpu_pairs import PairShape, attend_pairs, attend_pairs_plainly
+from steradian.operators.efa.cpu_sums import aligned
+from steradian.operators.efa.limits import spiral
+from steradian.operators.efa.sums import moments
+from steradian.polynomials.backend import use_backend
 from steradian.sphere.grids import lebedev
 
 COUNTS = {"several": [4, 2, 0, 5, 1], "one atom": [1], "one system": [37], "equal": [3, 3, 3]}

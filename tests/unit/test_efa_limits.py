@@ -13,11 +13,11 @@ from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
 from steradian.equivariant.irreps import natural_degrees
 from steradian.evaluation.rotations import rotation_audit
-from steradian.operators.efa import EuclideanFastAttention
-from steradian.operators.efa_limits import RESOLVED, plane_wave_error, resolved_phase
+from steradian.graph.structures import Structure
+from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.limits import RESOLVED, plane_wave_error, resolved_phase
 from steradian.sphere.grids import lebedev
 
 #: points and the largest phase over pi that the paper's code considers resolved

@@ -14,15 +14,17 @@ pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorc
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.build import build_potential
+from steradian.compiler.triton_gate import on_every_device
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
-from steradian.kernels import use_backend
-from steradian.operators import efa_attention, efa_gpu, efa_kernel
-from steradian.operators.efa_attention import DirectionRule, rotary_attention
-from steradian.operators.efa_gpu import TritonSums
-from steradian.operators.efa_kernel import PLAIN
-from steradian.operators.triton_gate import on_every_device
+from steradian.operators.efa import attention as efa_attention
+from steradian.operators.efa import sums as efa_kernel
+from steradian.operators.efa import triton as efa_gpu
+from steradian.operators.efa.attention import DirectionRule, rotary_attention
+from steradian.operators.efa.sums import PLAIN
+from steradian.operators.efa.triton import TritonSums
+from steradian.polynomials import use_backend
 from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from test_precision import STATISTICS, graph
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import MACEConfig, ModelConfig, NequIPConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.element_tables import LowRank, RoundedRows
+from steradian.hosts.mace.element_tables import LowRank, RoundedRows
 
 MANY = DatasetStatistics(tuple(range(1, 21)), dict.fromkeys(range(1, 21), 0.0), avg_num_neighbors=5.0)
 HOST = MACEConfig(num_channels=8, cutoff_A=4.0, radial_mlp=[8])

@@ -17,7 +17,7 @@ from steradian.evaluation.metrics import (
     force_error_statistics,
 )
 from steradian.graph import Graph, Prediction, batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
 
 
 def accumulated(structures, sizes, potential=None) -> ErrorAccumulator:

@@ -12,9 +12,9 @@ from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import MACEConfig, MARAConfig, ModelConfig, NequIPConfig, ViSNetConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.hosts.nequip import layer_degrees
-from steradian.neighbors import make_graph
 from steradian.operators.base import EdgeGate
 
 STATISTICS = DatasetStatistics(

@@ -7,25 +7,25 @@ import warnings
 import pytest
 import torch
 
+from steradian.compiler import native
+from steradian.compiler import threads as team
 from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.kernels import (
+from steradian.polynomials import (
     Operand,
     Polynomial,
     Terms,
-    apply,
     backend_for,
     evaluate,
-    native,
     set_backend,
-    team,
     use_backend,
 )
-from steradian.kernels import backend as backend_module
-from steradian.kernels.apply import passes_of
-from steradian.kernels.program import folded, program_of
+from steradian.polynomials import backend as backend_module
+from steradian.polynomials import cpu as apply
+from steradian.polynomials.cpu import passes_of
+from steradian.polynomials.program import folded, program_of
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}  # of the largest number; rounding of sums of some hundred terms
 ATOMS, EDGES = 12, 70

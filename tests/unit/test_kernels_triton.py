@@ -22,15 +22,16 @@ from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.paths import _message_polynomial, _product_polynomial, coupling_paths
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
+from steradian.graph import device_rows
 from steradian.hosts.nequip import gate_polynomial
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
-from steradian.kernels import Operand, Polynomial, Terms, device_rows, triton_parts, triton_run, use_backend
-from steradian.kernels.polynomial_ops import name_of, polynomial
-from steradian.kernels.program import program_of
-from steradian.kernels.reference import evaluate_reference
-from steradian.kernels.triton_backend import evaluate_triton
-from steradian.kernels.triton_run import Tile
-from steradian.kernels.triton_source import source_of
+from steradian.polynomials import Operand, Polynomial, Terms, triton_parts, triton_run, use_backend
+from steradian.polynomials.program import program_of
+from steradian.polynomials.reference import evaluate_reference
+from steradian.polynomials.triton import evaluate_triton
+from steradian.polynomials.triton_ops import name_of, polynomial
+from steradian.polynomials.triton_run import Tile
+from steradian.polynomials.triton_source import source_of
 from steradian.radial import _interpolation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,10 +303,10 @@ COMPILE = """
 import json, torch
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.kernels.program import program_of
-from steradian.kernels.triton_compile import H200, MI300, compile_part
-from steradian.kernels.triton_parts import parts_of
-from steradian.kernels.triton_run import Tile
+from steradian.polynomials.program import program_of
+from steradian.polynomials.triton_compile import H200, MI300, compile_part
+from steradian.polynomials.triton_parts import parts_of
+from steradian.polynomials.triton_run import Tile
 table, _ = channelwise_polynomial(natural_degrees(1), 2, natural_degrees(1))
 value = program_of(table, (0, None, None), 1)
 first = value.gradient((True, True, True), (True,))
@@ -323,8 +324,8 @@ import json, torch, triton
 from triton.backends.compiler import GPUTarget
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.kernels import triton_run
-from steradian.kernels.triton_backend import evaluate_triton
+from steradian.polynomials import triton_run
+from steradian.polynomials.triton import evaluate_triton
 
 class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -383,7 +384,7 @@ def test_kernels_compile_for_real_gpus_without_spilling():
 
 
 def test_a_cpu_is_served_only_by_the_interpreter(monkeypatch):
-    from steradian.kernels import backend_for
+    from steradian.polynomials import backend_for
 
     tensor = torch.zeros(1)
     with use_backend("triton"):

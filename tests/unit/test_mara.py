@@ -9,12 +9,13 @@ from mara_cases import DOUBLE, edges_of, random_mara, system
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
-from steradian.kernels import use_backend
-from steradian.operators import mara_cpu, mara_kernel
 from steradian.operators.base import SlotSpec
-from steradian.operators.mara import MARA, sphere_field
-from steradian.operators.mara_dense import dense_mara
-from steradian.operators.mara_standalone import SEAttention
+from steradian.operators.mara import cpu as mara_cpu
+from steradian.operators.mara import factorised as mara_kernel
+from steradian.operators.mara.mara import MARA, sphere_field
+from steradian.operators.mara.paper import dense_mara
+from steradian.operators.mara.standalone import SEAttention
+from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
 
 

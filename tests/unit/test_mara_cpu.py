@@ -6,9 +6,9 @@ import pytest
 import torch
 from mara_cases import edges_of, random_mara, system
 
-from steradian.kernels import use_backend
-from steradian.operators import mara_cpu
-from steradian.operators.mara_kernel import flat_tables
+from steradian.operators.mara import cpu as mara_cpu
+from steradian.operators.mara.factorised import flat_tables
+from steradian.polynomials import use_backend
 from steradian.sphere.grids import lebedev
 
 

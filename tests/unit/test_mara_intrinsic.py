@@ -10,10 +10,10 @@ from torch.func import functional_call
 
 from steradian.config import LebedevGrid, MARAConfig, SphericalDesign
 from steradian.equivariant.harmonics import spherical_harmonics
-from steradian.operators import mara_basis_kernel
 from steradian.operators.base import SlotSpec
-from steradian.operators.mara import MARA, sphere_field
-from steradian.operators.mara_intrinsic import MAX_TEMPERATURE, IntrinsicMARA
+from steradian.operators.mara import intrinsic_kernel as mara_basis_kernel
+from steradian.operators.mara.intrinsic import MAX_TEMPERATURE, IntrinsicMARA
+from steradian.operators.mara.mara import MARA, sphere_field
 from steradian.sphere.grids import design, gauss_legendre, lebedev
 
 DOUBLE = torch.float64

@@ -17,14 +17,15 @@ from mara_cases import edges_of, random_mara, system
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.build import build_potential
+from steradian.compiler import triton_gate
+from steradian.compiler.triton_gate import on_every_device
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
-from steradian.kernels import use_backend
-from steradian.operators import mara_gpu, triton_gate
-from steradian.operators.mara_gpu import plain_pool, pool_on_sphere
-from steradian.operators.mara_kernel import flat_tables
-from steradian.operators.triton_gate import on_every_device
+from steradian.operators.mara import triton as mara_gpu
+from steradian.operators.mara.factorised import flat_tables
+from steradian.operators.mara.triton import plain_pool, pool_on_sphere
+from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,11 +18,13 @@ from test_hosts import STATISTICS
 
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.data.structures import Structure
+from steradian.execution import kernel_choice as choice
 from steradian.execution.padding import Buckets, Sizes
 from steradian.execution.runner import Runner
-from steradian.kernels import choice, gate, polynomial_ops, triton_run, use_backend
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
+from steradian.polynomials import gate, triton_run, use_backend
+from steradian.polynomials import triton_ops as polynomial_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp=[4])
@@ -31,7 +33,7 @@ HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch):
     """The check of every polynomial has tests of its own."""
-    monkeypatch.setattr("steradian.kernels.passes", lambda *_: True)
+    monkeypatch.setattr("steradian.polynomials.passes", lambda *_: True)
     assert gate.TOLERANCE
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.data.structures import DataError, Structure
-from steradian.neighbors import make_graph, neighbor_pairs
+from steradian.graph.neighbors import make_graph, neighbor_pairs
+from steradian.graph.structures import DataError, Structure
 
 TRICLINIC = np.array([[3.1, 0.0, 0.0], [1.3, 2.7, 0.0], [-0.9, 0.8, 3.4]])
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.data.structures import DataError
-from steradian.neighbors import neighbor_pairs
-from steradian.neighbors_device import Boxes, has_nvalchemi, make_search
+from steradian.graph.neighbors import neighbor_pairs
+from steradian.graph.neighbors_device import Boxes, has_nvalchemi, make_search
+from steradian.graph.structures import DataError
 
 TRICLINIC = np.array([[3.1, 0.0, 0.0], [1.3, 2.7, 0.0], [-0.9, 0.8, 3.4]])
 KINDS = ["brute", "cells", "vesin", "nvalchemi"]
@@ -131,7 +131,7 @@ def test_atoms_that_leave_the_grid_of_a_cell_list_keep_their_neighbours():
 
 
 def test_rows_in_pieces_equal_rows_at_once(monkeypatch):
-    from steradian import neighbors_device
+    from steradian.graph import neighbors_device
 
     monkeypatch.setattr(neighbors_device, "PAIRS_AT_ONCE", 1000)
     positions = np.random.default_rng(9).uniform(0, 12, (150, 3))

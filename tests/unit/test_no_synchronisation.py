@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.config import LossConfig
 from steradian.execution.buffers import tensors_of, with_tensors
 from steradian.execution.dataset import DeviceData
 from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.graph import Graph
-from steradian.kernels import use_backend
-from steradian.neighbors import make_graph
-from steradian.pairs import with_pairs
+from steradian.graph.neighbors import make_graph
+from steradian.graph.pairs import with_pairs
+from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))

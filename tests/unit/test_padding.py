@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.config import LossConfig
 from steradian.execution.padding import Buckets, Sizes, ghost_edges, pad_graph, real_part
 from steradian.graph import Graph
-from steradian.kernels import use_backend
-from steradian.pairs import with_pairs
+from steradian.graph.pairs import with_pairs
+from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))

@@ -13,10 +13,10 @@ import steradian.hosts.visnet
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig, NequIPConfig, ViSNetConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.data.structures import Structure
 from steradian.graph import batch_graphs
-from steradian.neighbors import make_graph
-from steradian.pairs import pairs_of
+from steradian.graph.neighbors import make_graph
+from steradian.graph.pairs import pairs_of
+from steradian.graph.structures import Structure
 
 CUTOFF = 3.5
 HOSTS = {

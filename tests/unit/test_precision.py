@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from steradian import kernels
+from steradian import polynomials as kernels
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import (
     ConfigError,
@@ -20,7 +20,7 @@ from steradian.config import (
 )
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
-from steradian.kernels import use_backend
+from steradian.polynomials import use_backend
 from steradian.precision import POLICIES, WithRole, cast, policy_of
 
 HOSTS = {
@@ -251,7 +251,7 @@ def _product_inputs(channels: int):
 @pytest.mark.parametrize("channels", [16, 24])
 def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels, stack, shared, monkeypatch):
     """Same numbers as casting by hand; gradients and second derivatives in bfloat16 are the rounded ones."""
-    monkeypatch.setattr("steradian.kernels.apply.MOST_STACK", stack)
+    monkeypatch.setattr("steradian.polynomials.cpu.MOST_STACK", stack)
     polynomial, features, harmonics, weights, senders, receivers, atoms = _product_inputs(channels)
     generator = torch.Generator().manual_seed(1)
     of_edge = torch.randint(len(weights), (len(weights),), generator=generator) if shared else None
@@ -291,7 +291,7 @@ def test_kernels_read_and_write_bfloat16_as_pytorch_would(channels, stack, share
 
 def test_weights_that_two_edges_share_are_read_as_they_are(monkeypatch):
     """Widening them first would cost more than bfloat16 brings."""
-    from steradian.kernels import apply
+    from steradian.polynomials import cpu as apply
 
     polynomial, features, harmonics, weights, senders, receivers, atoms = _product_inputs(16)
     seen = []
@@ -329,9 +329,9 @@ def test_rounding_to_bfloat16_is_that_of_pytorch():
     """A product with one: what the machine code writes are PyTorch's bits, ties, infinities and NaN included."""
     import numpy as np
 
-    from steradian.kernels.apply import run_program
-    from steradian.kernels.polynomial import Operand, Polynomial, Terms
-    from steradian.kernels.program import program_of
+    from steradian.polynomials.cpu import run_program
+    from steradian.polynomials.polynomial import Operand, Polynomial, Terms
+    from steradian.polynomials.program import program_of
 
     zero = np.zeros((1, 1), dtype=np.int64)
     same = Polynomial((Operand("x", 1),), Operand("y", 1), (Terms((0,), zero, zero[0], np.ones(1)),))

@@ -10,8 +10,8 @@ import torch
 from test_precision import potential
 
 from steradian.build import save_potential
-from steradian.data.structures import Structure
-from steradian.evaluation.precision import PrecisionRow, PrecisionStudy, StudySettings, precision_study
+from steradian.graph.structures import Structure
+from steradian.studies.precision import PrecisionRow, PrecisionStudy, StudySettings, precision_study
 
 SMALL = StudySettings(max_structures=3, md_steps=20, repeats=2, presets=("float64", "float32", "mixed"))
 

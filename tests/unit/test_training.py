@@ -19,10 +19,10 @@ from training_cases import toy_config, toy_file, toy_frames
 
 from steradian.build import load_potential
 from steradian.config import ConfigError, LossConfig, OptimizerConfig, RunConfig, ScheduleConfig, load_config
-from steradian.data.batching import GraphDataset
 from steradian.data.load import load_dataset
 from steradian.evaluation.metrics import METRICS, ErrorAccumulator
 from steradian.graph import Graph, Prediction, batch_graphs
+from steradian.graph.batches import GraphDataset
 from steradian.training.ema import MovingAverage
 from steradian.training.fit import fit
 from steradian.training.losses import Loss, MissingLabelError, labels_in_use

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from steradian.build import build_potential
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.config import LossConfig, MACEConfig, ModelConfig
-from steradian.data.structures import Structure
 from steradian.execution.buffers import tensors_of
 from steradian.execution.dataset import DeviceData
 from steradian.execution.graphs import Repeater
 from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
 from steradian.graph import Graph, batch_graphs
-from steradian.kernels import use_backend
-from steradian.neighbors import make_graph
-from steradian.pairs import with_pairs
+from steradian.graph.neighbors import make_graph
+from steradian.graph.pairs import with_pairs
+from steradian.graph.structures import Structure
+from steradian.polynomials import use_backend
 from steradian.potential import Potential
 from steradian.training.losses import Loss
 

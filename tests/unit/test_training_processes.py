@@ -15,11 +15,11 @@ from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import RunConfig, dump_config
-from steradian.data.batching import GraphDataset
 from steradian.data.load import load_dataset
 from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import batch_graphs
+from steradian.graph.batches import GraphDataset
 from steradian.training.fit import fit
 from steradian.training.record import RunDirectory
 from steradian.training.state import read_state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
 
 __all__ = ["attend"]
 
@@ -57,7 +57,7 @@ def read_one(source: str) -> Structure:
         ValueError: it cannot be read.
     """
     from steradian.data.read import read_structures
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
 
     if source.startswith("bundled:"):
         from steradian.data.load import bundled_file

@@ -11,8 +11,8 @@ import typer
 from steradian.config import KeysConfig, UnitsConfig
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
     from steradian.data.summary import Summary
+    from steradian.graph.structures import Structure
 
 __all__ = ["app", "convert", "info", "make"]
 
@@ -142,8 +142,8 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the frames in another format, in eV and Å, under the usual names."""
-    from steradian.data.structures import DataError
     from steradian.data.write import write_structures
+    from steradian.graph.structures import DataError
 
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key)
     units = UnitsConfig(energy=energy_unit, length=length_unit, forces=forces_unit, stress=stress_unit)

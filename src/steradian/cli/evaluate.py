@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steradian.config import KeysConfig, UnitsConfig
-from steradian.config_precision import PRESETS
+from steradian.config.precision import PRESETS
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
     from steradian.evaluation.report import Evaluated
     from steradian.evaluation.tables import Table
+    from steradian.graph.structures import Structure
     from steradian.potential import Potential
 
 __all__ = ["compare", "evaluate"]

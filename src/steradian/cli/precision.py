@@ -42,8 +42,8 @@ def precision(
 
     from steradian.cli.evaluate import check_writable, load
     from steradian.config import KeysConfig
-    from steradian.config_precision import PRESETS
-    from steradian.evaluation.precision import StudySettings, precision_study
+    from steradian.config.precision import PRESETS
+    from steradian.studies.precision import StudySettings, precision_study
 
     potential = load(model, device, None)
     frames = read(data, KeysConfig(), parsed_units(units), ())

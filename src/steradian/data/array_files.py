@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 
-from ..config import KeysConfig
-from .labels import USUAL_KEYS, RawFrame, missing_label
-from .structures import DataError
+from steradian.config import KeysConfig
+from steradian.data.labels import USUAL_KEYS, RawFrame, missing_label
+from steradian.graph.structures import DataError
 
 __all__ = ["deepmd_systems", "read_deepmd", "read_npz", "read_pymatgen_json"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from ase import Atoms
 from ase.io.extxyz import read_xyz
 
-from .labels import RawFrame
-from .structures import DataError
+from steradian.data.labels import RawFrame
+from steradian.graph.structures import DataError
 
 __all__ = ["read_ase", "read_ase_db", "read_extxyz"]
 

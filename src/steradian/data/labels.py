@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import KeysConfig, UnitsConfig
-from ..units import energy_factor, force_factor, length_factor, stress_factor
-from .structures import DataError, Structure, stress_matrix
+from steradian.config import KeysConfig, UnitsConfig
+from steradian.graph.structures import DataError, Structure, stress_matrix
+from steradian.units import energy_factor, force_factor, length_factor, stress_factor
 
 __all__ = ["USUAL_KEYS", "Factors", "RawFrame", "keep_uniform_labels", "nearest", "to_structures"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from ..config import DataConfig, KeysConfig, SplitConfig, UnitsConfig
-from .labels import keep_uniform_labels
-from .read import read_structures
-from .statistics import is_isolated_atom
-from .structures import DataError, Structure
+from steradian.config import DataConfig, KeysConfig, SplitConfig, UnitsConfig
+from steradian.data.labels import keep_uniform_labels
+from steradian.data.read import read_structures
+from steradian.data.statistics import is_isolated_atom
+from steradian.graph.structures import DataError, Structure
 
 __all__ = ["Dataset", "bundled_file", "frame_key", "load_dataset", "split_indices"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..config import KeysConfig, UnitsConfig
-from .array_files import deepmd_systems, read_deepmd, read_npz, read_pymatgen_json
-from .ase_files import read_ase, read_ase_db, read_extxyz
-from .labels import RawFrame, keep_uniform_labels, nearest, to_structures
-from .structures import DataError, Structure
+from steradian.config import KeysConfig, UnitsConfig
+from steradian.data.array_files import deepmd_systems, read_deepmd, read_npz, read_pymatgen_json
+from steradian.data.ase_files import read_ase, read_ase_db, read_extxyz
+from steradian.data.labels import RawFrame, keep_uniform_labels, nearest, to_structures
+from steradian.graph.structures import DataError, Structure
 
 __all__ = ["read_raw", "read_structures"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-from ..config import KeysConfig, ReferenceEnergiesConfig, UnitsConfig
-from ..neighbors import neighbor_pairs
-from .structures import DataError, Structure
+from steradian.config import KeysConfig, ReferenceEnergiesConfig, UnitsConfig
+from steradian.graph.neighbors import neighbor_pairs
+from steradian.graph.structures import DataError, Structure
 
 __all__ = ["DatasetStatistics", "compute_statistics", "is_isolated_atom", "reference_energies", "split_isolated_atoms"]
 
@@ -142,7 +142,7 @@ def _from_isolated_atoms(
         if not rest:
             raise DataError("the training data hold nothing but isolated atoms")
         return references, f"isolated atoms, {len(references)} frames of the training data", rest
-    from .read import read_structures
+    from steradian.data.read import read_structures
 
     read = read_structures(config.file, keys or KeysConfig(), units or UnitsConfig(), require=("energy",))
     references, others = split_isolated_atoms([_without_cell(frame) if len(frame) == 1 else frame for frame in read])

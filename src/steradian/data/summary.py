@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
-from ..config import ReferenceEnergiesConfig
-from ..neighbors import neighbor_pairs
-from .load import frame_key
-from .statistics import reference_energies
-from .structures import DataError, Structure, formula
+from steradian.config import ReferenceEnergiesConfig
+from steradian.data.load import frame_key
+from steradian.data.statistics import reference_energies
+from steradian.graph.neighbors import neighbor_pairs
+from steradian.graph.structures import DataError, Structure, formula
 
 __all__ = ["Summary", "summarize"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .structures import DataError, Structure
+from steradian.graph.structures import DataError, Structure
 
 __all__ = ["WRITABLE", "write_structures"]
 

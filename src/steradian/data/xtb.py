@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms, units
 
-from .structures import DataError, Structure
-from .write import WRITABLE, write_structures
+from steradian.data.write import WRITABLE, write_structures
+from steradian.graph.structures import DataError, Structure
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -106,7 +106,7 @@ def starting_geometry(molecule: str) -> Atoms:
             f"molecule '{molecule}': neither malonaldehyde, nor a name that ase.build.molecule knows (CH3CH2OH, C6H6, "
             "...), nor a file"
         )
-    from .read import read_structures
+    from steradian.data.read import read_structures
 
     structure = read_structures(molecule, require=())[0]
     if structure.periodic:

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from steradian.compiler.frozen import of_weight
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import _per_irrep
-from steradian.kernels.frozen import of_weight
 from steradian.precision import WithRole, cast
 
 __all__ = ["MLP", "Activation", "Dense", "add_features", "change_degrees", "gated", "lecun_normal", "union"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 
 __all__ = ["harmonics_polynomial", "spherical_harmonics", "unit_vectors"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.capture import capturing
+from steradian.compiler.capture import capturing
+from steradian.compiler.frozen import of_weight
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
-from steradian.kernels.frozen import of_weight
 from steradian.precision import WithRole, cast
 
 __all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear", "sort_by_element"]

@@ -18,7 +18,7 @@ from steradian.equivariant.couplings import coupling
 from steradian.equivariant.dense import Dense, lecun_normal
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
 from steradian.graph import Edges
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
 __all__ = ["CoupledProduct", "MessagePassing", "Paths", "SelfCoupling", "coupled_degrees", "coupling_paths"]

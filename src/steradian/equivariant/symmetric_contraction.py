@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
 __all__ = ["SymmetricContraction", "contraction_polynomial", "published_path_count"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steradian.equivariant.irreps import Degrees, format_degrees, natural_degrees, to_cue
 from steradian.graph import Edges
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
 __all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial"]

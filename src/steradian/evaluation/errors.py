@@ -31,11 +31,11 @@ from steradian.evaluation.metrics import (
 )
 from steradian.evaluation.tables import Table, format_number
 from steradian.graph import Graph, Prediction, batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
 from steradian.units import KCAL_PER_MOL, STRESS
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
 
 __all__ = ["ErrorReport", "WorstStructure", "evaluate"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from steradian.evaluation.tables import Table, format_number
 from steradian.graph import Graph, Prediction, batch_graphs
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
 
 __all__ = ["RotationAudit", "RotationFigures", "random_orthogonal", "rotation_audit"]
 

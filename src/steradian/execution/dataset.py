@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steradian.execution.padding import APART, Sizes, ghost_partner
 from steradian.graph import Graph
-from steradian.pairs import Pairs, with_pairs
+from steradian.graph.pairs import Pairs, with_pairs
 
 __all__ = ["DeviceData", "room_for"]
 

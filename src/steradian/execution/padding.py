@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steradian.graph import Graph, Prediction
-from steradian.pairs import Pairs
+from steradian.graph.pairs import Pairs
 
 __all__ = ["Buckets", "Sizes", "ghost_edges", "ghost_partner", "pad_graph", "real_part"]
 

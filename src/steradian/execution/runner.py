@@ -10,15 +10,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.execution.buffers import GraphBuffers, StepCache, tensors_of, with_tensors
 from steradian.execution.check import MismatchError, check_prediction, weights_state
 from steradian.execution.graphs import CudaRecorder, Recorded, Recorder, first_line, record, say
 from steradian.execution.padding import Buckets, Sizes, pad_graph, real_part
 from steradian.graph import Graph, Prediction
-from steradian.kernels import use_backend
+from steradian.graph.pairs import with_pairs
 from steradian.operators.base import GlobalMixer
-from steradian.pairs import with_pairs
+from steradian.polynomials import use_backend
 from steradian.potential import Potential
 
 __all__ = ["Mode", "Runner", "StaticStep", "prepared", "resolve_mode"]

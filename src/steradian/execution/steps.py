@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.execution.buffers import GraphBuffers, StepCache, tensors_of, with_tensors
 from steradian.execution.check import MismatchError, check_gradients, check_loss, check_prediction, weights_state
 from steradian.execution.dataset import DeviceData

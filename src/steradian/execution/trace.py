@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
+from steradian.compiler.native import cache_folder
 from steradian.execution.graphs import map_tensors, tensors_in
-from steradian.kernels.native import cache_folder
 
 __all__ = ["compile_step", "keep_compiled_code", "named_state"]
 

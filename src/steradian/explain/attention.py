@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from steradian.checkpoint import write_atomically
-from steradian.data.structures import Structure
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.potential import Potential
 
 __all__ = ["AttentionResult", "LayerAttention", "attention_of"]

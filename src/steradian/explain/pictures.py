@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from steradian.data.structures import Structure
 from steradian.evaluation.plots import COLORS, FAINT, INK
 from steradian.explain.attention import AttentionResult, LayerAttention
+from steradian.graph.structures import Structure
 
 __all__ = ["central_atom", "distance_picture", "molecule_picture", "sphere_picture"]
 

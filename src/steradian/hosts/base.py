@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.graph import Edges, Graph
-from steradian.pairs import pairs_of
+from steradian.graph.pairs import pairs_of
 from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
 __all__ = ["ConvolutionHost", "Host", "HostOutput"]

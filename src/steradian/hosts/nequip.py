@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.activations import silu
 from steradian.config import NequIPConfig
+from steradian.equivariant.activations import silu
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.hosts.base import ConvolutionHost, HostOutput
-from steradian.kernels import Operand, Polynomial, Terms, evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
+from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
 from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steradian.activations import silu
-from steradian.capture import constant
+from steradian.compiler.capture import constant
 from steradian.config import ViSNetConfig
+from steradian.equivariant.activations import silu
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
+from steradian.graph.pairs import Pairs, pairs_of
 from steradian.hosts.base import Host, HostOutput
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
-from steradian.kernels import evaluate
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
-from steradian.pairs import Pairs, pairs_of
+from steradian.polynomials import evaluate
 from steradian.precision import WithRole, cast
 from steradian.radial import cosine_envelope, safe_norm
 

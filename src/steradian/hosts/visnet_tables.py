@@ -1,4 +1,4 @@
-"""Products of ViSNet's message passing, as polynomials (see :mod:`steradian.kernels`)."""
+"""Products of ViSNet's message passing, as polynomials (see :mod:`steradian.polynomials`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from steradian.kernels import Operand, Polynomial, Terms
+from steradian.polynomials import Operand, Polynomial, Terms
 
 __all__ = ["product_polynomial", "rejected_product", "vector_message"]
 

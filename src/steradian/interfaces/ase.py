@@ -15,15 +15,15 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from steradian.build import load_potential
-from steradian.config_precision import PrecisionConfig
-from steradian.data.structures import Structure
+from steradian.config.precision import PrecisionConfig
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
-from steradian.kernels import prepare_backend
-from steradian.neighbors import make_graph
+from steradian.graph.neighbors import make_graph
+from steradian.graph.skin import Capacity, DeviceList
+from steradian.graph.structures import Structure
 from steradian.operators.base import asks_for_the_lattice
+from steradian.polynomials import prepare_backend
 from steradian.potential import Potential
-from steradian.verlet import Capacity, DeviceList
 
 __all__ = ["SteradianCalculator"]
 
@@ -35,9 +35,9 @@ class SteradianCalculator(Calculator):
     with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
     have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
 
-    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.verlet.DeviceList`), and the part of
-    the model is recorded: a call sends positions up and brings everything down in one transfer. While the cell changes
-    from call to call lists are made on the host.
+    On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.graph.skin.DeviceList`), and the
+    part of the model is recorded: a call sends positions up and brings everything down in one transfer. While the
+    cell changes from call to call lists are made on the host.
 
     Args:
         potential: a :class:`~steradian.potential.Potential`, a model file or the folder of a run.

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from steradian.build import build_potential
+from steradian.execution.self_test import SelfTest
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.interfaces.mace_torch import config_and_weights_from_mace_torch
 from steradian.interfaces.nequip import config_and_weights_from_nequip
 from steradian.interfaces.pyg_visnet import config_and_weights_from_pyg_visnet
 from steradian.potential import Potential
-from steradian.self_test import SelfTest
 
 __all__ = ["convert_arrays", "convert_file", "exporter_source"]
 

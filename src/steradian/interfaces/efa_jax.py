@@ -17,15 +17,15 @@ from torch import Tensor
 
 from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig
-from steradian.config_efa import TensorIntegrationConfig
+from steradian.config.efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.equivariant.couplings import to_cartesian_order
 from steradian.equivariant.dense import MLP, Dense
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
 from steradian.equivariant.paths import Paths
 from steradian.hosts.o3mpnn import O3MPNN, O3Layer
-from steradian.operators.efa import EuclideanFastAttention
-from steradian.operators.efa_mixer import EFAMixer
+from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.mixer import EFAMixer
 from steradian.potential import Potential
 from steradian.sphere.grids import LEBEDEV_DEGREES
 

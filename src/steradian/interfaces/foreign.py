@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from steradian.equivariant.irreps import Degrees
-from steradian.kernels import Polynomial
+from steradian.polynomials import Polynomial
 
 __all__ = ["ForeignArrays", "ForeignModelError", "coupling_signs"]
 

@@ -24,16 +24,16 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from steradian.capture import static_step
+from steradian.compiler.capture import static_step
 from steradian.execution.graphs import record
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
-from steradian.kernels import prepare_backend
+from steradian.graph.skin import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 from steradian.operators.base import asks_for_the_lattice
+from steradian.polynomials import prepare_backend
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError, check_start
-from steradian.verlet import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 
 __all__ = ["CHECK_EVERY", "DeviceMD", "ForceField", "Snapshot"]
 
@@ -93,7 +93,7 @@ class DeviceMD:
         dtype: of positions and velocities. Energies are float64 in any case.
         fixed_shapes: use lists of fixed shape; default: on a GPU.
         record: record the step (CUDA graph); default: on a GPU.
-        search: of neighbours, see :func:`~steradian.neighbors_device.make_search`.
+        search: of neighbours, see :func:`~steradian.graph.neighbors_device.make_search`.
         capacity: of lists of fixed shape, as a run that is resumed had it.
         mode: ``eager``, or ``compile``: the model's part of a step is compiled first (lists of fixed shape only).
         list_every: steps between lists of fixed shape; None: as seldom as the motion allows.

@@ -17,14 +17,14 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 
 from steradian.build import load_potential
-from steradian.data.structures import DataError
+from steradian.graph.skin import Capacity
+from steradian.graph.structures import DataError
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.potential import Potential
 from steradian.simulate.analysis import energy_drift
 from steradian.simulate.device_md import DeviceMD, Snapshot
 from steradian.simulate.files import RunFiles
 from steradian.simulate.settings import MDSettings, SimulationError, check_start
-from steradian.verlet import Capacity
 
 __all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "choose_device", "run_md"]
 

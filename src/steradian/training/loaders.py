@@ -14,7 +14,7 @@ from steradian.training.prefetch import prefetched, to_device
 from steradian.training.state import Position
 
 if TYPE_CHECKING:
-    from steradian.data.batching import BatchSampler, GraphDataset
+    from steradian.graph.batches import BatchSampler, GraphDataset
 
 __all__ = ["Batch", "GraphBatches", "TrainingData"]
 

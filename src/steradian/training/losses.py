@@ -22,7 +22,7 @@ from steradian.config import LossConfig
 from steradian.graph import Graph, Prediction
 
 if TYPE_CHECKING:
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
 
 __all__ = ["LABELS", "Loss", "LossTerms", "MissingLabelError", "check_labels", "labels_in_use"]
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from steradian.config import TrainingConfig
 from steradian.execution.dataset import DeviceData, room_for
 from steradian.execution.graphs import CudaRecorder, Recorder, say
+from steradian.execution.kernel_choice import prepare_backend
 from steradian.execution.padding import Buckets, Sizes
 from steradian.execution.runner import Mode, prepared, resolve_mode, tell_of_compiling
 from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
-from steradian.kernels.choice import prepare_backend
 from steradian.potential import Potential
 from steradian.training.losses import Loss, labels_in_use
 
 if TYPE_CHECKING:
-    from steradian.data.batching import BatchSampler, GraphDataset
+    from steradian.graph.batches import BatchSampler, GraphDataset
     from steradian.training.loaders import Batch, TrainingData
 
 __all__ = ["Pipeline", "make_pipeline", "uses_pipeline"]

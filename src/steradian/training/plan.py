@@ -15,7 +15,7 @@ from steradian.training.losses import LABELS
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
-    from steradian.data.structures import Structure
+    from steradian.graph.structures import Structure
     from steradian.potential import Potential
 
 __all__ = ["check_monitor", "plan_rows"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from steradian.graph import Graph
-from steradian.pairs import with_pairs
+from steradian.graph.pairs import with_pairs
 
 __all__ = ["prefetched", "to_device"]
 

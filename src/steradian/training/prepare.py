@@ -8,10 +8,10 @@ from typing import Any
 
 from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
-from steradian.data.batching import BatchSampler, GraphDataset
 from steradian.data.load import load_dataset
 from steradian.data.statistics import DatasetStatistics, compute_statistics
-from steradian.data.structures import Structure
+from steradian.graph.batches import BatchSampler, GraphDataset
+from steradian.graph.structures import Structure
 from steradian.potential import Potential
 from steradian.training.loaders import TrainingData
 from steradian.training.losses import LABELS, check_labels, labels_in_use

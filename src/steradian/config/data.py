@@ -1,0 +1,82 @@
+"""Configuration sections of data: files, labels, units, splits and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from steradian.config.section import Section
+
+__all__ = ["BatchConfig", "DataConfig", "KeysConfig", "ReferenceEnergiesConfig", "SplitConfig", "UnitsConfig"]
+
+
+class KeysConfig(Section):
+    """Names of the labels in the files; null: the usual names are tried."""
+
+    energy: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    positions: str | None = None
+    numbers: str | None = None
+    cell: str | None = None
+    config_type: str = "config_type"
+
+
+class UnitsConfig(Section):
+    """Units of the files. Everything is converted to eV and Å on read."""
+
+    energy: str = "eV"
+    length: str = "Angstrom"
+    forces: str | None = Field(None, description="ENERGY/LENGTH; null: from energy and length")
+    stress: str = "eV/Angstrom^3"
+
+
+class SplitConfig(Section):
+    """How one file becomes training and validation frames; counts, fractions or an index file."""
+
+    train: int | float | None = Field(None, description="count (integer) or fraction (below 1); null: the rest")
+    validation: int | float = Field(0.05, description="count (integer) or fraction (below 1)")
+    test: int | float = Field(0, description="count (integer) or fraction (below 1)")
+    seed: int = 0
+    shuffle: bool = True
+    index_file: Path | None = Field(None, description="npz or JSON with arrays train, validation and, if wanted, test")
+
+
+class ReferenceEnergiesConfig(Section):
+    """Energies of the isolated atoms, taken off before learning."""
+
+    kind: Literal["least_squares", "isolated_atoms", "given", "average", "zero"] = "least_squares"
+    values: dict[str, float] = Field({}, description="element symbol to energy [eV], for kind 'given'")
+    file: Path | None = Field(None, description="file with the isolated atoms; null: frames of one atom in the data")
+
+
+class BatchConfig(Section):
+    """Systems per batch, or a budget of atoms and edges."""
+
+    graphs: int | None = Field(5, ge=1)
+    max_atoms: int | None = Field(None, ge=1)
+    max_edges: int | None = Field(None, ge=1)
+    balanced: bool = Field(False, description="batches of nearly equal numbers of atoms and edges")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> BatchConfig:
+        if self.graphs is None and self.max_atoms is None and self.max_edges is None:
+            raise ValueError("give graphs, max_atoms or max_edges")
+        return self
+
+
+class DataConfig(Section):
+    """Files, labels, units, splits and batches."""
+
+    train: Path | list[Path] | Literal["bundled:malonaldehyde"] = "bundled:malonaldehyde"
+    validation: Path | list[Path] | None = Field(None, description="null: split off the training files")
+    test: Path | list[Path] | Literal["bundled:malonaldehyde"] | None = None
+    keys: KeysConfig = KeysConfig()
+    units: UnitsConfig = UnitsConfig()
+    split: SplitConfig = SplitConfig()
+    reference_energies: ReferenceEnergiesConfig = ReferenceEnergiesConfig()
+    batch: BatchConfig = BatchConfig()
+    validation_batch: BatchConfig = BatchConfig(graphs=32)
+    ignore_cell: bool = Field(False, description="treat every system as not periodic")

@@ -1,0 +1,93 @@
+"""Energies and forces that a converted model must give, checked whenever it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
+from steradian.polynomials.backend import compiler_works, use_backend
+
+if TYPE_CHECKING:
+    from steradian.potential import Potential
+
+__all__ = ["SelfTest", "SelfTestError"]
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+"""Largest difference of forces, relative to the largest one, and of energies, relative to their own size without the
+reference energies. Float32 has seven digits, of which sums over some thousand terms leave four to five."""
+
+
+class SelfTestError(ValueError):
+    """A model that does not give the numbers it was converted with."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Structures (not periodic) with the energies [eV] and forces [eV/Å] of the package that a model comes from.
+
+    Attributes:
+        source: that package, for messages.
+        structures: with ``numbers``, ``positions`` [Å], ``energy`` and ``forces``.
+    """
+
+    source: str
+    structures: tuple[dict[str, np.ndarray], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        entries = [{key: np.asarray(value).tolist() for key, value in entry.items()} for entry in self.structures]
+        return {"source": self.source, "structures": entries}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> SelfTest:
+        entries = [{key: np.asarray(value) for key, value in entry.items()} for entry in content["structures"]]
+        return SelfTest(str(content["source"]), tuple(entries))
+
+    def check(self, potential: Potential, backends: Sequence[str] | None = None, bound: float | None = None) -> float:
+        """Compare on every backend that the potential's device has.
+
+        Args:
+            potential: in evaluation mode.
+            backends: names; None for ``reference`` and, on a CPU with a compiler, ``cpu``.
+            bound: None for what the precision allows.
+
+        Returns:
+            The largest relative difference of forces and energies.
+
+        Raises:
+            SelfTestError: a difference beyond rounding.
+        """
+        if backends is None:
+            has_cpu = potential.device.type == "cpu" and compiler_works()
+            backends = ("reference", "cpu") if has_cpu else ("reference",)
+        bound = TOLERANCE[potential.dtype] if bound is None else bound
+        worst = 0.0
+        for backend in backends:
+            with use_backend(backend):
+                found = max(_difference(potential, entry) for entry in self.structures)
+            if not found <= bound:
+                raise SelfTestError(
+                    f"self-test failed on backend '{backend}': energies and forces differ from those of {self.source} "
+                    f"by {found:.1e} (relative), more than {bound:.0e}; the model is not used"
+                )
+            worst = max(worst, found)
+        return worst
+
+
+def _difference(potential: Potential, entry: dict[str, np.ndarray]) -> float:
+    graph = make_graph(Structure(entry["numbers"], entry["positions"]), potential.cutoff)
+    found = potential(graph.to(potential.device))
+    references = float((found.energy - found.interaction_energy)[0])
+    # on the scale of the interaction energy: reference energies of thousands of eV would hide a difference
+    expected = float(np.asarray(entry["energy"]).reshape(())) - references
+    scale = max(abs(expected), 1e-3 * len(entry["numbers"]))
+    energy = abs(float(found.interaction_energy[0]) - expected) / scale
+    assert found.forces is not None
+    forces = np.asarray(entry["forces"])
+    difference = np.abs(found.forces.detach().cpu().double().numpy() - forces).max()
+    return max(energy, float(difference / max(np.abs(forces).max(), 1e-3)))

@@ -1,0 +1,252 @@
+"""Atoms, edges and batches: what every host, operator and reader exchanges.
+
+Legend of dimension letters, used in every docstring of the package:
+
+====  =======================================================================
+N     atoms of all systems of a batch
+E     directed edges (neighbour pairs), both directions listed
+S     systems (molecules or cells) of a batch
+D     components of an irreps list in order: ``0e + 1o`` has D = 4
+C     channels, the same number for every irrep; last and contiguous
+K     points of a grid on the unit sphere
+R     radial basis functions
+P     coupling paths of a tensor product, or weights per path
+====  =======================================================================
+
+Units inside the package are eV, Å, amu and fs. An edge points from the receiver i (the atom whose environment is
+described) to the sender j (the neighbour that sends the message): ``vectors = x[j] + shift - x[i]``. Edges are sorted
+by receiver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steradian.graph.sharing import Share
+
+if TYPE_CHECKING:
+    from steradian.graph.pairs import Pairs
+
+__all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One or several systems with their neighbour lists and, where known, their labels.
+
+    Attributes:
+        positions: ``[N, 3]`` positions [Å].
+        numbers: ``[N]`` atomic numbers, int64.
+        system: ``[N]`` index of the system an atom belongs to, ascending.
+        senders: ``[E]`` index j of the neighbour.
+        receivers: ``[E]`` index i of the centre, ascending.
+        shifts: ``[E, 3]`` whole cell vectors to add to the neighbour's position, in units of the cell vectors.
+        cell: ``[S, 3, 3]`` lattice vectors as rows [Å]; zeros where a system is not periodic.
+        pbc: ``[S, 3]`` periodicity along each lattice vector.
+        num_systems: S, stored so that a system without atoms or a batch on a GPU needs no synchronisation.
+        energy: ``[S]`` total energies [eV], float64, or None.
+        forces: ``[N, 3]`` forces [eV/Å] or None.
+        stress: ``[S, 3, 3]`` Cauchy stress [eV/Å^3], positive under tension (ASE's sign), or None.
+        weight: ``[S]`` weight of a system in the loss, or None for ones.
+        dipoles: ``[N, 3]`` atomic dipoles, for models that embed them, or None.
+        share: where the graph is one process's part of a system, the atoms it answers for; positions are centred.
+        pairs: pairs of opposite edges where they were looked for beforehand (:func:`steradian.graph.pairs.with_pairs`).
+            They belong to these edges: to be dropped where senders and receivers are replaced.
+        real: ``[S]`` bool, False for systems that only fill up a bucket (:mod:`steradian.execution.padding`), or None.
+        periodic: whether any system is periodic, where it is known; saves a question to a GPU.
+        composition: ``(atomic number, atoms)`` of the elements present, where it is known; saves the same.
+        layout: atoms of every system, where they are known; for attention between all atoms of a system.
+        config_type: one label per system, for tables of errors per configuration type.
+    """
+
+    positions: Tensor
+    numbers: Tensor
+    system: Tensor
+    senders: Tensor
+    receivers: Tensor
+    shifts: Tensor
+    cell: Tensor
+    pbc: Tensor
+    num_systems: int
+    energy: Tensor | None = None
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+    weight: Tensor | None = None
+    dipoles: Tensor | None = None
+    share: Share | None = None
+    pairs: Pairs | None = None
+    real: Tensor | None = None
+    periodic: bool | None = None
+    composition: tuple[tuple[int, int], ...] | None = None
+    layout: tuple[int, ...] | None = None
+    config_type: tuple[str, ...] = ()
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether any system is periodic; asks ``pbc`` where it is not known."""
+        return bool(self.pbc.any()) if self.periodic is None else self.periodic
+
+    @property
+    def pbc_if_periodic(self) -> Tensor | None:
+        """``pbc``, or None where it is known that no system is periodic."""
+        return None if self.periodic is False else self.pbc
+
+    @property
+    def num_atoms(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_edges(self) -> int:
+        return self.senders.shape[0]
+
+    @property
+    def atoms_per_system(self) -> Tensor:
+        """``[S]`` number of atoms of each system, int64."""
+        # not bincount, which waits for a GPU
+        return self.system.new_zeros(self.num_systems).index_add(0, self.system, torch.ones_like(self.system))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
+        """Move to a device and cast the floating-point inputs; energies stay float64 (totals need the digits)."""
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                floating = value.is_floating_point() and field.name != "energy"
+                changes[field.name] = value.to(device=device, dtype=dtype if floating else None)
+        if self.pairs is not None:
+            first, of_edge = self.pairs.first.to(device=device), self.pairs.of_edge.to(device=device)
+            changes["pairs"] = replace(self.pairs, first=first, of_edge=of_edge)
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The geometry of a graph's edges as a host and its operators see it; differentiable.
+
+    Attributes:
+        senders, receivers: ``[E]`` as in :class:`Graph`.
+        vectors: ``[E, 3]`` from receiver to sender [Å].
+        lengths: ``[E]`` their norms [Å].
+        radial: ``[E, R]`` radial basis times envelope.
+        envelope: ``[E]`` smooth cutoff, 1 at zero distance and 0 (with zero slope) at the cutoff.
+        harmonics: ``[E, (l_max + 1)^2]`` real spherical harmonics of the direction, "component" normalisation
+            (squares of a degree sum to 2 l + 1), degrees in order.
+        num_atoms: N.
+        system: ``[N]`` index of the system of each atom; num_systems: S.
+        cell: ``[S, 3, 3]`` lattice vectors as rows [Å], strained and differentiable, or None where nothing is periodic.
+        pbc: ``[S, 3]`` periodicity, or None.
+        share: as in :class:`Graph`.
+        pairs: of opposite edges, or None where they are not known.
+        radial_of_pairs: ``[Q, R]`` the radial basis of pairs, where it was computed for them first.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    vectors: Tensor
+    lengths: Tensor
+    radial: Tensor
+    envelope: Tensor
+    harmonics: Tensor
+    num_atoms: int
+    system: Tensor
+    num_systems: int
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
+    share: Share | None = None
+    pairs: Pairs | None = None
+    radial_of_pairs: Tensor | None = None
+
+    @cached_property
+    def pair_radial(self) -> Tensor:
+        """``[Q, R]`` the radial basis of one edge of each pair; ``[E, R]`` where pairs are not known."""
+        if self.pairs is None:
+            return self.radial
+        return self.radial.index_select(0, self.pairs.first) if self.radial_of_pairs is None else self.radial_of_pairs
+
+    @cached_property
+    def pair_lengths(self) -> Tensor:
+        """``[Q]`` lengths of pairs [Å], or ``[E]`` as for :attr:`pair_radial`."""
+        return self.lengths if self.pairs is None else self.lengths.index_select(0, self.pairs.first)
+
+    def sum_at_receivers(self, values: Tensor) -> Tensor:
+        """Sum per-edge values ``[E, ...]`` at their receivers: ``[N, ...]``."""
+        out = values.new_zeros((self.num_atoms, *values.shape[1:]))
+        return out.index_add(0, self.receivers, values)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a potential returns. Units eV, eV/Å, eV/Å^3; sign of the stress as in ASE (positive under tension).
+
+    Attributes:
+        energy: ``[S]`` total energies, float64, reference energies of the atoms included.
+        atom_energies: ``[N]`` their per-atom parts, float64.
+        interaction_energy: ``[S]`` total minus the reference energies of the atoms, float64.
+        forces: ``[N, 3]`` or None.
+        stress: ``[S, 3, 3]`` or None; zero for systems without a cell.
+        gates: one ``[E]`` tensor of edge weights alpha per gated layer (empty where no gate is in use).
+    """
+
+    energy: Tensor
+    atom_energies: Tensor
+    interaction_energy: Tensor
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+    gates: tuple[Tensor, ...] = ()
+
+
+def batch_graphs(graphs: Sequence[Graph]) -> Graph:
+    """Put several graphs into one; atoms, edges and systems keep their order.
+
+    Raises:
+        ValueError: for an empty list, or where a label is present in some graphs and missing in others.
+    """
+    if not graphs:
+        raise ValueError("cannot make a batch of no graphs")
+    if len(graphs) == 1:
+        return graphs[0]
+    atom_offsets = [0]
+    system_offsets = [0]
+    for graph in graphs:
+        atom_offsets.append(atom_offsets[-1] + graph.num_atoms)
+        system_offsets.append(system_offsets[-1] + graph.num_systems)
+
+    def joined(name: str, offsets: list[int] | None = None) -> Tensor:
+        values = [getattr(graph, name) for graph in graphs]
+        if offsets is not None:
+            values = [value + offset for value, offset in zip(values, offsets)]
+        return torch.cat(values)
+
+    def joined_label(name: str) -> Tensor | None:
+        present = [getattr(graph, name) is not None for graph in graphs]
+        if not any(present):
+            return None
+        if not all(present):
+            raise ValueError(
+                f"{name} is known for {sum(present)} of {len(graphs)} systems of a batch: label all or none"
+            )
+        return joined(name)
+
+    return Graph(
+        positions=joined("positions"),
+        numbers=joined("numbers"),
+        system=joined("system", system_offsets),
+        senders=joined("senders", atom_offsets),
+        receivers=joined("receivers", atom_offsets),
+        shifts=joined("shifts"),
+        cell=joined("cell"),
+        pbc=joined("pbc"),
+        num_systems=system_offsets[-1],
+        energy=joined_label("energy"),
+        forces=joined_label("forces"),
+        stress=joined_label("stress"),
+        weight=joined_label("weight"),
+        dipoles=joined_label("dipoles"),
+        config_type=tuple(label for graph in graphs for label in graph.config_type),
+    )

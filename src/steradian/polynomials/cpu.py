@@ -1,0 +1,307 @@
+"""Programs under autograd: gather, run, scatter, and derivatives of any order by derived programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from steradian.compiler.frozen import of_weight
+from steradian.compiler.lanes import lanes_of
+from steradian.compiler.native import compiled
+from steradian.compiler.threads import run_tasks
+from steradian.polynomials.polynomial import Operand, Polynomial
+from steradian.polynomials.program import Program, folded, program_of
+
+__all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program"]
+
+#: Multiply-adds below which a second thread costs more than it brings.
+WORTH_A_THREAD = 400_000
+#: Part of the separate work that a shared run may have at most.
+WORTH_SHARING = 0.7
+#: Bytes of the stack on which the machine code may sum, in float32, what it then stores in bfloat16.
+MOST_STACK = 128 * 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row index ``[B]`` and how it sorts the work.
+
+    Attributes:
+        index: the row index itself.
+        num_rows: of what it indexes.
+        order: rows of the work in order of their target, None where they are in order.
+        bounds: ``[num_rows + 1]`` where the rows of each target begin.
+    """
+
+    index: Tensor
+    num_rows: int
+    order: np.ndarray | None
+    bounds: np.ndarray
+
+
+_ROWS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def rows_of(index: Tensor, num_rows: int) -> Rows:
+    """The sorted form of an index, kept as long as the index lives."""
+    known = _ROWS.get(index)
+    if known is None or known.num_rows != num_rows:
+        contiguous = index.contiguous()
+        array = contiguous.numpy()
+        if array.size and not 0 <= array.min() <= array.max() < num_rows:
+            raise IndexError(f"row index out of range: {array.min()}..{array.max()} for {num_rows} rows")
+        in_order = bool((array[1:] >= array[:-1]).all())
+        order = None if in_order else np.argsort(array, kind="stable")
+        bounds = np.zeros(num_rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(array, minlength=num_rows), out=bounds[1:])
+        known = Rows(contiguous, num_rows, order, bounds)
+        # the entry must not keep its own key alive
+        _ROWS[index] = known if contiguous is not index else Rows(index.detach(), num_rows, order, bounds)
+        known = _ROWS[index]
+    return known
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run over the rows: the outputs that are scattered by one index, or by none.
+
+    Attributes:
+        program: with these outputs only.
+        positions: of the outputs in the whole program.
+        index: the row index that sorts the work, or None.
+        written: for each output whether every number of it is written; others are added to.
+        sums_channels: whether an output has no channels, so that a row's channels belong to one thread.
+        weight: multiply-adds per row and channel.
+    """
+
+    program: Program
+    positions: tuple[int, ...]
+    index: int | None
+    written: tuple[bool, ...]
+    sums_channels: bool
+    weight: int
+
+
+_PASSES: WeakKeyDictionary[Program, list[Pass]] = WeakKeyDictionary()
+
+
+def passes_of(program: Program) -> list[Pass]:
+    """Split the outputs of a program into runs over the rows; those scattered by different indices cannot share one.
+
+    Outputs share a run where that saves a good part of the work: short code keeps its values in registers.
+    """
+    if program not in _PASSES:
+        groups: list[tuple[int | None, tuple[int, ...]]] = []
+        for position, slot in enumerate(program.outputs):
+            new: tuple[int | None, tuple[int, ...]] = (slot.index, (position,))
+            for place, (index, others) in enumerate(groups):
+                together = program.part((*others, position)).num_terms
+                apart = program.part(others).num_terms + program.part((position,)).num_terms
+                possible = None in (index, slot.index) or index == slot.index
+                if possible and together <= WORTH_SHARING * apart:
+                    new = (slot.index if index is None else index, (*others, position))
+                    groups.pop(place)
+                    break
+            groups.append(new)
+        _PASSES[program] = [_make_pass(program, index, positions) for index, positions in groups]
+    return _PASSES[program]
+
+
+def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) -> Pass:
+    part = program.part(positions)
+    written = tuple(slot.operand.has_channels for slot in part.outputs)
+    sums = any(not slot.operand.has_channels for slot in part.outputs)
+    return Pass(part, positions, index, written, sums, part.num_terms)
+
+
+def run_program(
+    program: Program,
+    rows: tuple[Rows, ...],
+    num_rows: int,
+    inputs: list[Tensor],
+    channels: int,
+    formats: tuple[torch.dtype, ...] | None = None,
+) -> list[Tensor]:
+    """Outputs of a program; inputs are contiguous, with whole vectors of channels.
+
+    Inputs with channels may be bfloat16; ``formats`` says in which format each output is wanted (None: the widest).
+    """
+    outputs: list[Tensor | None] = [None] * len(program.outputs)
+    like = next((value for value in inputs if value.dtype != torch.bfloat16), None)
+    if like is None:
+        like = inputs[0].new_empty(0, dtype=torch.float32)
+    for one in passes_of(program):
+        for position, written in zip(one.positions, one.written):
+            slot = program.outputs[position]
+            count = num_rows if slot.index is None else rows[slot.index].num_rows
+            shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
+            # sums are kept in the wide format, and rounded when they are complete
+            rounds = written and (slot.index is None or 4 * slot.operand.dim * channels <= MOST_STACK)
+            dtype = formats[position] if formats and rounds else like.dtype
+            outputs[position] = like.new_empty(shape, dtype=dtype) if written else like.new_zeros(shape)
+        _run_pass(one, rows, num_rows, inputs, [outputs[position] for position in one.positions], channels)
+    if formats is None:
+        return outputs  # type: ignore[return-value]
+    return [output.to(dtype) for output, dtype in zip(outputs, formats)]  # type: ignore[union-attr]
+
+
+def _run_pass(
+    one: Pass, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], outputs: list, channels: int
+) -> None:
+    itemsize = max(value.element_size() for value in inputs)
+    halves = tuple(value.dtype == torch.bfloat16 for value in (*inputs, *outputs))
+    itemsize = max(itemsize, 4)
+    function = compiled(one.program, itemsize, channels, halves if any(halves) else ())
+    slots = one.program.inputs
+    tables = np.array(
+        [
+            *(value.data_ptr() for value in inputs),
+            *(0 if slot.index is None else rows[slot.index].index.data_ptr() for slot in slots),
+            *(value.data_ptr() for value in outputs),
+        ],
+        dtype=np.int64,
+    )
+    start = tables.ctypes.data
+    addresses = (start, start + 8 * len(inputs), start + 16 * len(inputs))
+    if one.index is None:
+        locality = one.program.locality
+        order, bounds = None if locality is None else rows[locality].order, _plain_rows(num_rows)
+    else:
+        order, bounds = rows[one.index].order, rows[one.index].bounds
+    listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
+    num_segments, num_blocks = len(bounds) - 1, channels * itemsize // 64
+
+    threads = torch.get_num_threads()
+    if threads == 1 or one.weight * num_rows * channels < WORTH_A_THREAD:
+        function(*addresses, *listing, 0, num_segments, 0, num_blocks)
+        return
+    if num_segments < 4 * threads and num_blocks > 1 and not one.sums_channels:
+        cuts = [round(num_blocks * part / threads) for part in range(threads + 1)]
+        tasks = [(0, num_segments, a, b) for a, b in pairwise(cuts) if b > a]
+    else:
+        targets = [num_rows * part // threads for part in range(1, threads)]
+        cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
+        tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
+    run_tasks(function, [(*addresses, *listing, *task) for task in tasks], threads)
+
+
+@cache
+def _plain_rows(count: int) -> np.ndarray:
+    """Bounds of rows that are each a segment of their own."""
+    return np.arange(count + 1)
+
+
+class _Apply(torch.autograd.Function):
+    """A program as a differentiable function; its backward is the derived program, under this same function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, program: Program, rows: tuple[Rows, ...], num_rows: int, formats: Any, *inputs: Tensor
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.program, ctx.rows, ctx.num_rows = program, rows, num_rows
+        ctx.save_for_backward(*inputs)
+        channels = next(value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels)
+        return tuple(run_program(program, rows, num_rows, [value.contiguous() for value in inputs], channels, formats))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[4:])
+        given = tuple(cotangent is not None for cotangent in cotangents)
+        derived = ctx.program.gradient(wanted, given)
+        extra = [cotangent for cotangent in cotangents if cotangent is not None]
+        one = all(value.dtype == inputs[0].dtype for value in (*inputs, *extra))
+        formats = None if one else tuple(value.dtype for value, asked in zip(inputs, wanted) if asked)
+        gradients = iter(_Apply.apply(derived, ctx.rows, ctx.num_rows, formats, *inputs, *extra))
+        return (None, None, None, None, *(next(gradients) if asked else None for asked in wanted))
+
+
+_PROGRAMS: WeakKeyDictionary[Polynomial, dict] = WeakKeyDictionary()
+
+
+def _cached(polynomial: Polynomial, key: tuple, make: Any) -> Any:
+    known = _PROGRAMS.setdefault(polynomial, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def evaluate_cpu(
+    polynomial: Polynomial,
+    inputs: list[Tensor],
+    gathers: list[Tensor | None],
+    scatter: Tensor | None,
+    num_rows: int | None,
+    locality: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`steradian.polynomials.evaluate`."""
+    if not any(operand.has_channels for operand in polynomial.inputs):
+        return _rows_as_channels(polynomial, inputs[0])
+    outer = polynomial.outer
+    if outer is not None and gathers[outer] is not None and polynomial.folds:
+        # weights shared by many rows: put everything linear in them together first
+        matrix, polynomial = _cached(polynomial, ("folded",), lambda: _folded_tensors(polynomial))
+        weights = inputs[outer]
+        inputs = [*inputs]
+        fold = matrix.setdefault(weights.dtype, matrix[torch.float64].to(weights.dtype))
+        inputs[outer] = of_weight(weights, polynomial, lambda value: torch.matmul(fold, value))
+    indices: list[Tensor] = []
+    counts: list[int] = []
+
+    def number(index: Tensor | None, count: int) -> int | None:
+        if index is None:
+            return None
+        for position, known in enumerate(indices):
+            if known is index:
+                return position
+        indices.append(index)
+        counts.append(count)
+        return len(indices) - 1
+
+    gathered = tuple(number(index, value.shape[0]) for index, value in zip(gathers, inputs))
+    scattered = number(scatter, num_rows or 0)
+    near = number(locality, 0)
+    program = _cached(
+        polynomial, (gathered, scattered, near), lambda: program_of(polynomial, gathered, scattered, near)
+    )
+    rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
+    work = next((len(index) for index in indices), inputs[0].shape[0])
+    channels = max(value.shape[2] for value in inputs if value.ndim == 3)
+    missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
+    if missing:
+        inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
+    formats = None if dtype is None or not polynomial.output.has_channels else (dtype,)
+    (out,) = _Apply.apply(program, rows, work, formats, *inputs)
+    return out[..., :channels] if missing else out
+
+
+def _folded_tensors(polynomial: Polynomial) -> tuple[dict, Polynomial]:
+    matrix, small = folded(polynomial)
+    return {torch.float64: torch.from_numpy(matrix)}, small
+
+
+def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
+    """A polynomial of one input without channels: the rows take the place of the channels."""
+    widened = _cached(polynomial, ("rows as channels",), lambda: _with_channels(polynomial))
+    across = value.t().unsqueeze(0)
+    missing = -across.shape[2] % lanes_of(value.element_size())
+    program = _cached(widened, (), lambda: program_of(widened, (None,), None))
+    (out,) = _Apply.apply(program, (), 1, None, torch.nn.functional.pad(across, (0, missing)))
+    return out[0, :, : value.shape[0]].t()
+
+
+def _with_channels(polynomial: Polynomial) -> Polynomial:
+    inputs = tuple(Operand(operand.name, operand.dim) for operand in polynomial.inputs)
+    return Polynomial(
+        inputs, Operand(polynomial.output.name, polynomial.output.dim), polynomial.terms, polynomial.outer
+    )
