@@ -20,7 +20,7 @@ from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
 from steradian.operators.efa.mixer import efa_factory
-from steradian.operators.mara.mara import mara_factory
+from steradian.operators.mara import mara_factory
 from steradian.potential import PLAIN, Potential
 
 HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}

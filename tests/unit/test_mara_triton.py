@@ -23,7 +23,6 @@ from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
 from steradian.operators.mara import triton as mara_gpu
-from steradian.operators.mara.factorised import flat_tables
 from steradian.operators.mara.triton import plain_pool, pool_on_sphere
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, lebedev
@@ -37,7 +36,7 @@ def problem(num_points, heads, atoms=4, dtype=torch.float64, nodes=None, cutoff=
     mara = random_mara(5, GRIDS[num_points], 8, num_heads=heads)
     features, positions = system(atoms)
     edges = edges_of(positions, cutoff)
-    tables = flat_tables(mara._tables(), mara.weights).detach()
+    tables = mara._tables().detach()
     given = [edges.vectors, mara._node_tables(features)[0].detach(), tables]
     leaves = [x.to(DEVICE, kind) for x, kind in zip(given, (dtype, nodes or dtype, dtype))]
     return leaves, edges.receivers.to(DEVICE), mara.points.to(DEVICE, dtype)

@@ -35,7 +35,7 @@ def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path):
 def test_whoever_computes_on_a_cpu_imports_no_triton():
     code = """if True:
     import sys, torch, steradian
-    from steradian.operators.mara.mara import MARA
+    from steradian.operators.mara.gate import MARA
     from steradian.operators.efa.attention import DirectionRule, rotary_attention
     from steradian.graph import Edges
     index, vectors = torch.tensor([0, 1]), torch.randn(2, 3, requires_grad=True)

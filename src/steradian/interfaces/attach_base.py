@@ -83,6 +83,7 @@ class ForeignEdges:
     radial: Tensor
     envelope: Tensor
     num_atoms: int
+    harmonics: None = None
 
 
 @dataclass(frozen=True)
