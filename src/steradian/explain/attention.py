@@ -105,13 +105,13 @@ def attention_of(potential: Potential, structure: Structure) -> AttentionResult:
     for index, gate in gated.items():
         features, edges = seen[index]
         maps = gate.attention_maps(features.detach(), edges)
-        weights = maps["grid"].weights.detach().cpu().double().numpy() / (4 * np.pi)
+        weights = maps.grid.weights.detach().cpu().double().numpy() / (4 * np.pi)
         layers.append(
             LayerAttention(
                 layer=index,
-                alpha=maps["alpha"].detach().cpu().double().numpy(),
-                profile=maps["profile"].detach().cpu().double().numpy() / weights,
-                points=maps["grid"].points.detach().cpu().double().numpy(),
+                alpha=maps.alpha.detach().cpu().double().numpy(),
+                profile=maps.profile.detach().cpu().double().numpy() / weights,
+                points=maps.grid.points.detach().cpu().double().numpy(),
             )
         )
         vectors = edges.vectors.detach().cpu().double().numpy()
