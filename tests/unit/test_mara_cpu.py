@@ -4,6 +4,7 @@ import pytest
 import torch
 from mara_cases import edges_of, random_mara, system
 
+from steradian.graph.topology import Rows
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara import factorised
 from steradian.polynomials import use_backend
@@ -23,6 +24,10 @@ def problem(atoms, dtype=torch.float64, **options):
     edges = edges_of(positions)
     leaves = [edges.vectors, mara._node_tables(features)[0], mara._tables()]
     return [leaf.detach().to(dtype) for leaf in leaves], edges.receivers, mara.points.to(dtype)
+
+
+def machine(vectors, nodes, tables, receivers, grid, field):
+    return mara_cpu.pool_on_sphere(vectors, nodes, tables, Rows(receivers, len(nodes)), grid, field)
 
 
 def derivatives(pool, leaves, *rest):
@@ -50,7 +55,7 @@ def test_every_kernel_equals_plain_pytorch(field, atoms, monkeypatch):
     kinds, run = [], mara_cpu._run
     monkeypatch.setattr(mara_cpu, "_run", lambda kind, *given: kinds.append(kind) or run(kind, *given))
     leaves, *rest = problem(atoms)
-    found = derivatives(mara_cpu.pool_on_sphere, leaves, *rest, field)
+    found = derivatives(machine, leaves, *rest, field)
     assert kinds == ["value", "slopes", "tables", "tangent"]
     expected = derivatives(factorised.pool_on_sphere, leaves, *rest, field)
     for place, (one, truth) in enumerate(zip(found, expected, strict=True)):
@@ -66,7 +71,7 @@ def test_every_kernel_equals_plain_pytorch(field, atoms, monkeypatch):
 def test_single_precision_code_equals_the_double(field):
     exact = derivatives(factorised.pool_on_sphere, *problem(9), field)
     leaves, *rest = problem(9, torch.float32)
-    found = derivatives(mara_cpu.pool_on_sphere, leaves, *rest, field)
+    found = derivatives(machine, leaves, *rest, field)
     for one, truth in zip(found, exact, strict=True):
         assert float((one - truth).abs().max()) <= 2e-5 * float(truth.abs().max())
 
@@ -82,7 +87,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 
     def training_step():
         inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        pooled = mara_cpu.pool_on_sphere(*inputs, edges.receivers, mara.points, "distance")
+        pooled = machine(*inputs, edges.receivers, mara.points, "distance")
         first = torch.autograd.grad(pooled.square().sum(), inputs[:2], create_graph=True)
         loss = pooled.sum() + sum(gradient.square().sum() for gradient in first)
         return [pooled, *first, *torch.autograd.grad(loss, inputs)]
@@ -101,10 +106,16 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 def test_edges_in_any_order():
     leaves, receivers, grid = problem(6)
     order = torch.randperm(len(receivers), generator=torch.Generator().manual_seed(0))
-    before = derivatives(mara_cpu.pool_on_sphere, leaves, receivers, grid, "distance")
+    before = derivatives(machine, leaves, receivers, grid, "distance")
     leaves[0] = leaves[0][order]
     expected = derivatives(factorised.pool_on_sphere, leaves, receivers[order], grid, "distance")
-    found = derivatives(mara_cpu.pool_on_sphere, leaves, receivers[order], grid, "distance")
+    found = derivatives(machine, leaves, receivers[order], grid, "distance")
     torch.testing.assert_close(found[0], before[0][order], rtol=0, atol=1e-14)
     for one, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(one, truth, rtol=1e-10, atol=1e-12 * float(truth.abs().max()))
+
+
+def test_an_atom_that_does_not_exist_is_refused():
+    leaves, receivers, grid = problem(4)
+    with pytest.raises(IndexError, match=r"row index out of range: 0..4 for 4 rows"):
+        machine(*leaves, receivers + (receivers == 3), grid, "distance")

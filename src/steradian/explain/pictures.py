@@ -164,7 +164,7 @@ def _atoms(axes: Axes, structure: Structure, points: np.ndarray, radii: np.ndarr
         color = jmol_colors[number]
         axes.add_patch(Circle(tuple(point), radius, facecolor=color, edgecolor=INK, linewidth=0.8, zorder=3))
         ink = "white" if color.mean() < 0.5 else INK
-        axes.text(*point, _name(structure, atom), ha="center", va="center", fontsize=8, color=ink, zorder=4)
+        axes.text(point[0], point[1], _name(structure, atom), ha="center", va="center", fontsize=8, color=ink, zorder=4)
     axes.autoscale_view()
     axes.margins(0.05)
 

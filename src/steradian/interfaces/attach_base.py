@@ -84,6 +84,7 @@ class ForeignEdges:
     envelope: Tensor
     num_atoms: int
     harmonics: None = None
+    topology: None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from steradian.graph import Edges
+from steradian.graph.topology import Topology
 from steradian.sphere.grids import SphereGrid
 
 __all__ = [
@@ -27,8 +28,7 @@ __all__ = [
     "MixerFactory",
     "Operator",
     "SlotSpec",
-    "asks_for_the_lattice",
-    "asks_for_the_layout",
+    "declares",
     "empty_slot",
     "in_layer",
 ]
@@ -104,6 +104,10 @@ class EdgesOfGate(Protocol):
     def harmonics(self) -> Tensor | None:
         """``[E, (l_max + 1)^2]`` real spherical harmonics of the direction."""
 
+    @property
+    def topology(self) -> Topology | None:
+        """What is prepared for these edges, which then are listed in order of their receivers."""
+
 
 class BareEdges(NamedTuple):
     """Edges of anybody's model, in any order."""
@@ -114,6 +118,7 @@ class BareEdges(NamedTuple):
     envelope: Tensor | None = None
     radial: Tensor | None = None
     harmonics: Tensor | None = None
+    topology: Topology | None = None
 
 
 class AttentionMaps(NamedTuple):
@@ -151,10 +156,10 @@ class Operator(nn.Module, ABC):
     rotation_bound: float = 0.0
     """Largest change under a rotation or reflection that a ``quadrature`` operator promises (0 if exact)."""
     supports_pbc: bool = True
-    reads_layout: bool = False
-    """Attends between all atoms of a system, so a recorded step serves systems of these sizes alone."""
-    reads_lattice: bool = False
-    """In a crystal, sums over the reciprocal lattice follow from the cell's shape: such a step cannot be recorded."""
+    needs_system_sizes: bool = False
+    """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    asks_for_the_lattice: bool = False
+    """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
     num_features: int | None = None
     """Channels that the operator was built for; None where it takes any."""
 
@@ -194,8 +199,8 @@ class GlobalMixer(Operator):
     """Adds an equivariant update from all atoms of a system to a layer's local update."""
 
     supports_pbc = False
-    reads_layout = True
-    reads_lattice = True
+    needs_system_sizes = True
+    asks_for_the_lattice = True
 
     @abstractmethod
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
@@ -213,18 +218,9 @@ class GlobalMixer(Operator):
         return local_update + self.global_update(features, local_update, positions, edges)
 
 
-def _operators(model: nn.Module) -> list[Operator]:
-    return [module for module in model.modules() if isinstance(module, Operator)]
-
-
-def asks_for_the_lattice(model: nn.Module) -> bool:
-    """Whether an operator ``reads_lattice``: a step in a crystal cannot be recorded."""
-    return any(operator.reads_lattice for operator in _operators(model))
-
-
-def asks_for_the_layout(model: nn.Module) -> bool:
-    """Whether an operator ``reads_layout``: a recorded step serves systems of the same numbers of atoms alone."""
-    return any(operator.reads_layout for operator in _operators(model))
+def declares(model: nn.Module, fact: str) -> bool:
+    """Whether any module of a model declares a fact, such as ``needs_system_sizes``."""
+    return any(getattr(module, fact, False) for module in model.modules())
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]

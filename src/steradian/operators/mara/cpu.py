@@ -22,6 +22,7 @@ from torch import Tensor
 from steradian.compiler.lanes import lanes_of
 from steradian.compiler.native import compiled_text
 from steradian.compiler.threads import run_tasks
+from steradian.graph.topology import Rows
 from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import (
     ARGUMENTS,
@@ -30,7 +31,7 @@ from steradian.operators.mara.cpu_code import (
     num_table,
     sphere_attention_module,
 )
-from steradian.polynomials.cpu import rows_of, run_program
+from steradian.polynomials.cpu import run_program
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
 from steradian.polynomials.program import Program, program_of
 
@@ -46,22 +47,30 @@ WORTH_A_THREAD = 30_000
 class _Constants(NamedTuple):
     """What a call needs and never differentiates; see :func:`pool_on_sphere`."""
 
-    receivers: Tensor
+    by_receiver: Rows
     grid: Tensor
     field: Literal["distance", "squared"]
+
+    def plain(self, vectors: Tensor, nodes: Tensor, tables: Tensor) -> Tensor:
+        """Pooled attention by plain PyTorch."""
+        return factorised.pool_on_sphere(vectors, nodes, tables, self.by_receiver.index, self.grid, self.field)
 
 
 def pool_on_sphere(
     vectors: Tensor,
     nodes: Tensor,
     tables: Tensor,
-    receivers: Tensor,
+    by_receiver: Rows,
     grid: Tensor,
     field: Literal["distance", "squared"],
 ) -> Tensor:
     """Pooled attention of every edge and head, ``[E, H]``: :func:`steradian.operators.mara.factorised.pool_on_sphere`,
-    with ``nodes`` in the format of ``vectors``."""
-    constants = _Constants(receivers.contiguous(), grid.contiguous(), field)
+    with the receivers as rows and ``nodes`` in the format of ``vectors``.
+
+    Raises:
+        IndexError: a receiver that is not an atom.
+    """
+    constants = _Constants(by_receiver.look(), grid.contiguous(), field)
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))):
         return _run("value", constants, vectors, nodes, tables).pooled
     pooled = _Pooled.apply(vectors, nodes, (tables,), constants)
@@ -121,7 +130,7 @@ class _Slopes(torch.autograd.Function):
         constants, nothing = ctx.constants, (None, None, None)
         if torch.is_grad_enabled():  # somebody will differentiate a third time
             gradient, vectors, nodes, tables = inputs = _aliases(*ctx.saved_tensors)
-            pooled = factorised.pool_on_sphere(vectors, nodes, tables, *constants)
+            pooled = constants.plain(vectors, nodes, tables)
             first = torch.autograd.grad(pooled, [vectors, nodes], gradient, create_graph=True)
             return *torch.autograd.grad(first, inputs, (by_vectors, by_nodes), create_graph=True), *nothing
         gradient, vectors, nodes, tables = ctx.saved_tensors
@@ -153,7 +162,7 @@ class _ByTables(torch.autograd.Function):
         tables, vectors, nodes = ctx.saved_tensors
         if torch.is_grad_enabled():
             tables, vectors, nodes = _aliases(tables, vectors, nodes)
-            pooled = factorised.pool_on_sphere(vectors, nodes, tables, *ctx.constants)
+            pooled = ctx.constants.plain(vectors, nodes, tables)
             return torch.autograd.grad(pooled, tables, gradient, create_graph=True)[0], None, None
         return _run("tables", ctx.constants, vectors, nodes, tables, gradient).by_tables, None, None
 
@@ -195,7 +204,7 @@ def _run(
             rows=vectors.new_zeros(num_heads if with_rows else 0, num_edges, row_size),
             by_tables=vectors.new_empty(num_heads if with_sums else 0, tables.shape[1]),
         )
-        shared = {"vectors": vectors, "receivers": constants.receivers, "grid": constants.grid}
+        shared = {"vectors": vectors, "receivers": constants.by_receiver.index, "grid": constants.grid}
         of_head = {"nodes": nodes.transpose(0, 1), "tables": tables, "pooled": results.pooled}
         if with_rows:
             of_head |= {"by_vectors": results.by_vectors, "rows": results.rows}
@@ -248,12 +257,11 @@ def _over_edges(
 
 def _to_nodes(rows: Tensor, scales: Tensor | None, nodes: Tensor, constants: _Constants) -> Tensor:
     """``[N, H, 1 + K]`` sums of rows ``[H, E, S]`` (times scales ``[H, E]``) over the edges of each centre."""
-    by_receiver = rows_of(constants.receivers, nodes.shape[0])
     program = _summing_program(scales is not None)
     heads = []
     for head in range(nodes.shape[1]):
         inputs = [rows[head].unsqueeze(1), *([] if scales is None else [scales[head].unsqueeze(1)])]
-        (sums,) = run_program(program, (by_receiver,), rows.shape[1], inputs, rows.shape[2])
+        (sums,) = run_program(program, (constants.by_receiver,), rows.shape[1], inputs, rows.shape[2])
         heads.append(sums.squeeze(1)[:, : nodes.shape[2]])
     return torch.stack(heads, dim=1)
 

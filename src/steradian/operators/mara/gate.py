@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.compiler.frozen import of_weights
-from steradian.graph import Edges
+from steradian.graph.topology import Rows
 from steradian.operators.base import AttentionMaps, BareEdges, EdgeGate, EdgesOfGate, Rotation
 from steradian.operators.mara import factorised, paper, triton
 from steradian.polynomials import backend_for
@@ -246,15 +246,16 @@ class MARA(SphereGate):
         """``[E, H]`` pooled attention without the value's node term, by what serves the tensors."""
         dropout = self.dropout if self.training else 0.0
         squared = self.field == "squared"
-        given = edges.vectors, nodes, tables, edges.receivers, self.points
+        given = edges.vectors, nodes, tables
         if not dropout and triton.is_served(edges.vectors, nodes, self.grid.num_points, squared):
-            in_order = isinstance(edges, Edges)  # by definition
-            return triton.pool_on_sphere(*given, squared, in_order)
+            in_order = edges.topology is not None
+            return triton.pool_on_sphere(*given, edges.receivers, self.points, squared, in_order)
         if not dropout and backend_for(edges.vectors, nodes.to(edges.vectors.dtype)) == "cpu":
             from steradian.operators.mara import cpu  # needs llvmlite
 
-            return cpu.pool_on_sphere(*given, self.field)
-        return factorised.pool_on_sphere(*given, self.field, dropout)
+            rows = Rows(edges.receivers, len(nodes)) if edges.topology is None else edges.topology.by_receiver
+            return cpu.pool_on_sphere(*given, rows, self.points, self.field)
+        return factorised.pool_on_sphere(*given, edges.receivers, self.points, self.field, dropout)
 
     def _positions(self) -> Tensor:
         """``[K, d]`` p, or zeros without it."""
