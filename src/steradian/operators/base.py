@@ -31,6 +31,7 @@ __all__ = [
     "declares",
     "empty_slot",
     "in_layer",
+    "no_operator",
 ]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
@@ -230,6 +231,11 @@ MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
 def empty_slot(spec: SlotSpec) -> None:
     """The factory of an empty slot."""
     return
+
+
+def no_operator(config: object) -> Callable[[SlotSpec], None]:
+    """The factory of empty slots, for a configuration section that asks for none."""
+    return empty_slot
 
 
 def in_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:
