@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import cases
 import numpy as np
 import pytest
-import tolerances
 import torch
 
 from steradian.build import load_potential, save_potential
 from steradian.graph import Edges
 from steradian.operators.base import EdgeGate
 from steradian.polynomials import use_backend
+from tests import cases, tolerances
 
 HOSTS = list(cases.HOSTS)
 OPERATORS = list(cases.OPERATORS)

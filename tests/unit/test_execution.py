@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,7 @@ from steradian.execution.runner import Runner, prepared, resolve_mode
 from steradian.execution.trace import compile_step
 from steradian.graph import Graph
 from steradian.potential import Potential
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 TINY = MACEConfig(
     num_layers=1, num_channels=2, hidden_l=0, l_max=1, correlation=1, cutoff_A=cases.CUTOFF, radial_mlp=[2]

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mara_cases import DOUBLE, edges_of, random_mara, system
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
@@ -17,6 +16,7 @@ from steradian.operators.mara.paper import dense_mara
 from steradian.operators.mara.standalone import SEAttention
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
+from tests.unit.mara_cases import DOUBLE, edges_of, random_mara, system
 
 
 @pytest.fixture(autouse=True, params=["reference", "cpu"])

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from mara_cases import edges_of, random_mara, system
 
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara.factorised import flat_tables
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import lebedev
+from tests.unit.mara_cases import edges_of, random_mara, system
 
 
 @pytest.fixture(autouse=True)
