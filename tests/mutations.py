@@ -1,6 +1,6 @@
 """Break the numerical code on purpose, one place at a time, and see whether a test notices. Run by hand:
 
-    python tests/mutations.py                 all of them, about a minute each on one core
+    python tests/mutations.py --jobs 2        all of them, some twenty seconds each on one core
     python tests/mutations.py --only NAME     those whose name contains NAME
     python tests/mutations.py --list
 
@@ -13,18 +13,26 @@ if every mutation is noticed.
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 900
+#: Imported once, before the runs fork: half of a run's time otherwise. Nothing that imports Triton or steradian.
+WARM = ("torch", "numpy", "scipy.integrate", "ase.io", "pydantic", "rich.console", "safetensors.torch", "typer", "yaml")
 
 
 @dataclass(frozen=True)
@@ -139,55 +147,76 @@ def apply(mutation: Mutation, source: Path) -> str | None:
     return None
 
 
-def first_failure(mutation: Mutation, scratch: Path) -> str:
-    """What noticed the mutation."""
-    copy = scratch / mutation.name
-    shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    reason = apply(mutation, copy / "steradian")
-    if reason is not None:
-        return reason
-    # never the user's own folder of machine code: what broken sources generate must not stay there
-    cache = scratch / (f"code-{mutation.name}" if mutation.code else "code")
-    environment = {**os.environ, "PYTHONPATH": str(copy), "STERADIAN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    parts = re.findall(r"'[^']*'|\S+", mutation.tests)
+def run_tests(mutation: Mutation, copy: Path, cache: Path, log: Path) -> None:
+    """In a process of its own: the tests of one mutation on the changed copy; the exit status is pytest's."""
+    with log.open("w", encoding="utf-8") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    # the cache is never the user's own: what broken sources generate must not stay there
+    os.environ |= {"PYTHONPATH": str(copy), "STERADIAN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    sys.path[:0] = [str(ROOT), str(copy)]
+    os.chdir(ROOT)
     options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--no-header"]
-    command = [sys.executable, "-m", "pytest", *options, *(part.strip("'") for part in parts)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return f"SURVIVES: no failure within {LIMIT_S} s"
-    finally:
-        shutil.rmtree(copy)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed:
+    sys.exit(int(pytest.main([*options, *shlex.split(mutation.tests)])))
+
+
+def answer_of(process: BaseProcess, log: Path) -> str:
+    """What noticed the mutation, from how pytest ended and what it printed."""
+    text = log.read_text(encoding="utf-8")
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+    if process.exitcode == 1 and failed:
         return failed[1]
-    if done.returncode == 0:
-        ran = re.search(r"\d+ passed", done.stdout)
+    if process.exitcode == 0:
+        ran = re.search(r"\d+ passed", text)
         return f"SURVIVES: {ran[0] if ran else 'no test ran'}"
-    return f"NOT RUN: pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}"
+    return f"NOT RUN: pytest ended with {process.exitcode}: {' '.join(text.strip().splitlines()[-1:])}"
+
+
+def answers(chosen: list[Mutation], jobs: int, scratch: Path) -> Iterator[tuple[Mutation, float, str]]:
+    """Mutation, seconds and what noticed it, in the order in which they end."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(chosen), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutation = waiting.pop(0)
+            copy, log = scratch / mutation.name, scratch / f"{mutation.name}.log"
+            shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+            reason = apply(mutation, copy / "steradian")
+            if reason is not None:
+                yield mutation, 0.0, reason
+                continue
+            cache = scratch / (f"code-{mutation.name}" if mutation.code else "code")
+            process = context.Process(target=run_tests, args=(mutation, copy, cache, log))
+            process.start()
+            running[process.sentinel] = process, mutation, log, time.perf_counter()
+        for sentinel in wait(list(running), timeout=1.0):
+            process, mutation, log, start = running.pop(sentinel)
+            process.join()
+            yield mutation, time.perf_counter() - start, answer_of(process, log)
+            shutil.rmtree(scratch / mutation.name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="mutations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time")
     parser.add_argument("--list", action="store_true", help="names and changes, nothing is run")
     arguments = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
     if not chosen:
         parser.error(f"no mutation is called '{arguments.only}'")
+    if arguments.list:
+        print("\n".join(f"{mutation.name}: {mutation.old!r} -> {mutation.new!r}" for mutation in chosen))
+        return 0
+    for module in WARM:
+        importlib.import_module(module)
     unnoticed = []
     with tempfile.TemporaryDirectory() as folder:
-        for mutation in chosen:
-            if arguments.list:
-                print(f"{mutation.name}: {mutation.old!r} -> {mutation.new!r}")
-                continue
-            start = time.perf_counter()
-            answer = first_failure(mutation, Path(folder))
+        for mutation, seconds, answer in answers(chosen, arguments.jobs, Path(folder)):
             if not answer.startswith("tests/"):
                 unnoticed.append(mutation.name)
-            print(f"{mutation.name:32} {time.perf_counter() - start:5.0f} s  {answer}", flush=True)
-    if not arguments.list:
-        print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} noticed" + "".join(f"\n  {name}" for name in unnoticed))
+            print(f"{mutation.name:26} {seconds:5.0f} s  {answer}", flush=True)
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} noticed" + "".join(f"\n  {name}" for name in unnoticed))
     return 1 if unnoticed else 0
 
 
