@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from mara_cases import edges_of, random_mara, system
 
 from steradian.graph.topology import Rows
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara import factorised
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import lebedev
+from tests.unit.mara_cases import edges_of, random_mara, system
 
 
 @pytest.fixture(autouse=True)

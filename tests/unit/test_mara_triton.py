@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from mara_cases import edges_of, random_mara, system
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.build import build_potential
@@ -26,6 +25,7 @@ from steradian.operators.mara import triton as mara_gpu
 from steradian.operators.mara.triton import plain_pool, pool_on_sphere
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, lebedev
+from tests.unit.mara_cases import edges_of, random_mara, system
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = {6: lebedev(6), 32: equiangular(4, 8), 50: lebedev(50)}
