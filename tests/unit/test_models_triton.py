@@ -18,13 +18,13 @@ from test_hosts import STATISTICS
 
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.execution import kernel_choice as choice
+from steradian.execution.backend_benchmark import benchmark_backends
 from steradian.execution.padding import Buckets, Sizes
 from steradian.execution.runner import Runner
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
-from steradian.polynomials import gate, triton_run, use_backend
-from steradian.polynomials import triton_ops as polynomial_ops
+from steradian.polynomials import triton as polynomial_ops
+from steradian.polynomials import use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp=[4])
@@ -34,7 +34,6 @@ HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp
 def _unchecked(monkeypatch):
     """The check of every polynomial has tests of its own."""
     monkeypatch.setattr("steradian.polynomials.passes", lambda *_: True)
-    assert gate.TOLERANCE
 
 
 def model(precision="float64", gated=False):
@@ -59,10 +58,10 @@ def batch():
 @pytest.mark.parametrize("gated", [False, True], ids=["mace", "mace-mara"])
 def test_training_step_equals_the_reference(gated, monkeypatch):
     ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
+    run = polynomial_ops.run_program
+    monkeypatch.setattr(polynomial_ops, "run_program", lambda *given: ran.append(1) or run(*given))
     potential, graph = model(gated=gated), batch()
-    found = choice.choose_backend(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
+    found = benchmark_backends(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
     assert not found.refused
     assert found.errors["triton"] < 1e-12
     assert len(ran) > 10
@@ -95,8 +94,8 @@ def test_programs_of_a_model_have_names_that_do_not_depend_on_the_process():
 def test_a_compiled_step_follows_its_batches(monkeypatch):
     """The traced graph holds the operations, not the numbers, of the batch it was traced with."""
     ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
+    run = polynomial_ops.run_program
+    monkeypatch.setattr(polynomial_ops, "run_program", lambda *given: ran.append(1) or run(*given))
     potential = model().eval()
     monkeypatch.setattr(
         "steradian.execution.runner.kernels_of", lambda device: nullcontext()

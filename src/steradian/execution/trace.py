@@ -77,7 +77,7 @@ def compile_step(
         return [value.detach() for value in tensors_in(outputs)]
 
     arguments = [*state.values(), *inputs.values()]
-    with static_step(trace=True), warnings.catch_warnings():
+    with static_step(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's own
         traced = make_fx(flat, tracing_mode="real")(*arguments)
         # once more without writing into slices, which compilers do not follow

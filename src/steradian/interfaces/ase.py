@@ -16,13 +16,13 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from steradian.build import load_potential
 from steradian.config.precision import PrecisionConfig
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
 from steradian.graph.neighbors import make_graph
 from steradian.graph.skin import Capacity, DeviceList
 from steradian.graph.structures import Structure
 from steradian.operators.base import asks_for_the_lattice
-from steradian.polynomials import prepare_backend
 from steradian.potential import Potential
 
 __all__ = ["SteradianCalculator"]

@@ -25,12 +25,12 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.compiler.capture import static_step
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.graphs import record
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
 from steradian.graph.skin import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
 from steradian.operators.base import asks_for_the_lattice
-from steradian.polynomials import prepare_backend
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError, check_start

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.frozen import of_weights
 from steradian.config import MARAConfig
 from steradian.graph import Edges
 from steradian.operators.base import EdgeGate, GateFactory, Rotation, SlotSpec, in_layer
@@ -283,7 +282,7 @@ class MARA(WithRole, EdgeGate):
     def _flat_tables(self) -> Tensor:
         names = ("W_f", "Wk_f", "Wv_f", *(("p",) if self.p is not None else ()))
         weights = [getattr(self, name) for name in names]
-        return of_weights(weights, self, lambda: flat_tables(self._tables(), self.weights))
+        return self.folded("tables", lambda: flat_tables(self._tables(), self.weights), *weights)
 
     def _pool_reference(self, receivers: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor) -> Tensor:
         """What the CPU's machine code computes, from its tables, in plain PyTorch."""
@@ -357,7 +356,7 @@ class MARA(WithRole, EdgeGate):
         """
         points = self.grid.num_points
         weights = [self.W_h, self.Wk_f, self.Wv_h, *([] if self.p is None else [self.p])]
-        columns = of_weights(weights, (self, self.low), lambda: cast(self._node_columns(), self.low))
+        columns = self.folded(("columns", self.low), lambda: cast(self._node_columns(), self.low), *weights)
         out = (cast(scalars, self.low) @ columns).unflatten(1, (self.num_heads, -1))
         nodes = out[..., 2:]
         if self.p is None:
