@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-import cases
-from training_cases import toy_config, toy_file
 
 from steradian.config import LossConfig
 from steradian.execution.dataset import DeviceData
@@ -24,6 +17,8 @@ from steradian.execution.steps import BatchSteps, GradientStep
 from steradian.graph import batch_graphs
 from steradian.training.fit import fit
 from steradian.training.losses import Loss
+from tests import cases
+from tests.unit.training_cases import toy_config, toy_file
 
 COMBINATIONS = [
     *((host, "none") for host in cases.HOSTS),

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_hosts import STATISTICS, graph
 
 from steradian import polynomials as kernels
 from steradian.build import build_potential
@@ -19,6 +18,8 @@ from steradian.execution import backend_benchmark
 from steradian.execution.backend_benchmark import BackendBenchmark, benchmark_backends, prepare_backend
 from steradian.polynomials import Polynomial, backend, evaluate, set_backend, use_backend
 from steradian.polynomials.reference import ROWS, evaluate_reference
+from tests.systems import NO_REFERENCES as STATISTICS
+from tests.systems import seven_atoms as graph
 
 GPU = torch.device("cuda", 0)
 SECONDS = {"reference": 4.0, "same": 2.0, "slow": 8.0, "wrong": 1.0, "broken": 1.0, "nearly": 1.0}
@@ -222,7 +223,7 @@ def tried(monkeypatch):
     seen = []
 
     def use(function):
-        def evaluate_fake(table, inputs, gathers, scatter, num_rows, in_order, dtype):
+        def evaluate_fake(table, inputs, gathers, scatter, num_rows, dtype):
             seen.append(len(inputs[0]))
             return function(evaluate_reference(table, inputs, gathers, scatter, num_rows))
 

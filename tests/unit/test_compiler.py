@@ -23,6 +23,7 @@ from steradian.compiler.folding import Folded
 from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.linear import IrrepsLinear
 from steradian.equivariant.tensor_product import channelwise_polynomial
+from steradian.graph.topology import Rows
 from steradian.operators.efa.cpu_code_sums import sums_module
 from steradian.operators.efa.cpu_code_waves import waves_module
 from steradian.operators.mara.cpu_code import sphere_attention_module
@@ -300,7 +301,7 @@ def test_the_reference_of_a_derivative_is_autograd():
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
     inputs = [random(slot) for slot in second.inputs]
-    rows = tuple(apply.rows_of(index, count) for index, count in zip(indices, counts))
+    rows = tuple(Rows(index, count).look() for index, count in zip(indices, counts))
     padded = [torch.nn.functional.pad(value, (0, 4)) if value.ndim == 3 else value for value in inputs]
     for one in (value, first, second):
         given = len(one.inputs)

@@ -15,10 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "constant", "static_step", "step_number"]
+__all__ = ["capturing", "constant", "static_step"]
 
 _depth = 0
-_steps = 0
 
 
 def capturing() -> bool:
@@ -26,16 +25,10 @@ def capturing() -> bool:
     return _depth > 0
 
 
-def step_number() -> int:
-    """A number of its own for every step that is entered, 0 outside: what is kept under it is kept for one step."""
-    return _steps if _depth else 0
-
-
 @contextmanager
 def static_step() -> Iterator[None]:
     """Inside the ``with`` block :func:`capturing` is true."""
-    global _depth, _steps
-    _steps += not _depth
+    global _depth
     _depth += 1
     try:
         yield

@@ -159,7 +159,7 @@ class Lanes:
             self.b.call(function, [place, I32(0), I32(3), I32(1)])  # to read, keep, data
 
     def splat(self, scalar: Any, kind: Any) -> Any:
-        undefined = ir.Constant(kind, ir.Undefined)
+        undefined = ir.Constant(kind, ir.Undefined)  # the pattern that LLVM knows as one broadcasting instruction
         one = self.b.insert_element(undefined, scalar, I32(0))
         return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, self.width), [0] * self.width))
 
@@ -190,6 +190,7 @@ class Lanes:
             total = total * rest + coefficient
         b = self.b
         shift = ir.Constant(self.whole, [23 if self.itemsize == 4 else 52] * self.width)
+        # 2^n is n added to the exponent, which lies above the mantissa's 23 (52) bits
         power = b.shl(b.fptosi(nearest.ir, self.whole), shift)
         return Value(self, b.bitcast(b.add(b.bitcast(total.ir, self.whole), power), self.vector))
 

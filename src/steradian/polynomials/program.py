@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from steradian.graph.topology import Rows, rows_of
 from steradian.polynomials.polynomial import Made, Operand, Polynomial, Terms
 
 __all__ = ["Graph", "Program", "RowIndices", "Slot", "folded", "needed_in_order", "program_of"]
@@ -280,13 +281,11 @@ class RowIndices:
     """The row indices of one evaluation, each once.
 
     Attributes:
-        indices: the indices, ``[B]`` each.
-        counts: how many rows each of them refers to.
+        rows: the indices, prepared or not.
         gathers, scatter, locality: their numbers, as the slots of a program have them.
     """
 
-    indices: list[Tensor]
-    counts: list[int]
+    rows: list[Rows]
     gathers: tuple[int | None, ...]
     scatter: int | None
     locality: int | None
@@ -295,31 +294,31 @@ class RowIndices:
     def of(
         cls,
         inputs: Sequence[Tensor],
-        gathers: Sequence[Tensor | None],
-        scatter: Tensor | None,
+        gathers: Sequence[Rows | Tensor | None],
+        scatter: Rows | Tensor | None,
         num_rows: int | None,
-        locality: Tensor | None = None,
+        locality: Rows | Tensor | None = None,
     ) -> RowIndices:
         """Number the indices of :func:`steradian.polynomials.evaluate`; ``locality`` is one of ``gathers``."""
-        indices: list[Tensor] = []
-        counts: list[int] = []
+        given: list[Rows | Tensor] = []
+        rows: list[Rows] = []
 
-        def number(index: Tensor | None, count: int | None) -> int | None:
+        def number(index: Rows | Tensor | None, count: int | None) -> int | None:
             if index is None:
                 return None
-            for position, known in enumerate(indices):
-                if known is index and count in (None, counts[position]):
+            for position, known in enumerate(given):
+                if known is index and count in (None, rows[position].num_rows):
                     return position
-            indices.append(index)
-            counts.append(count or 0)
-            return len(indices) - 1
+            given.append(index)
+            rows.append(rows_of(index, count or 0))
+            return len(rows) - 1
 
         gathered = tuple(number(index, value.shape[0]) for index, value in zip(gathers, inputs))
-        return cls(indices, counts, gathered, number(scatter, num_rows or 0), number(locality, None))
+        return cls(rows, gathered, number(scatter, num_rows or 0), number(locality, None))
 
     def num_work(self, inputs: Sequence[Tensor]) -> int:
         """Rows of the work."""
-        return len(self.indices[0]) if self.indices else inputs[0].shape[0]
+        return len(self.rows[0]) if self.rows else inputs[0].shape[0]
 
 
 def _insert(trie: dict, factors: list[tuple[int, int]], coefficient: float) -> None:

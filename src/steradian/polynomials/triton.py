@@ -22,7 +22,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from steradian.graph.device_rows import SortedRows, sorted_rows
+from steradian.graph.topology import Rows
 from steradian.polynomials.polynomial import Operand, Polynomial
 from steradian.polynomials.program import Graph, Program, RowIndices, Slot, program_of
 from steradian.polynomials.triton_source import FUNCTION, Layout, Part, layout_of, parts_of, source_of
@@ -65,10 +65,9 @@ _LOCK = threading.RLock()
 def evaluate_triton(
     table: Polynomial,
     inputs: list[Tensor],
-    gathers: list[Tensor | None],
-    scatter: Tensor | None,
+    gathers: list[Rows | Tensor | None],
+    scatter: Rows | Tensor | None,
     num_rows: int | None,
-    in_order: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`steradian.polynomials.evaluate`; the result is in ``dtype``.
@@ -79,10 +78,22 @@ def evaluate_triton(
     numbered = RowIndices.of(inputs, gathers, scatter, num_rows)
     key = (numbered.gathers, numbered.scatter)
     name: str = table.made.once(("triton", *key), lambda: name_of(program_of(table, *key)))
-    ascending = "".join("01"[in_order and number == numbered.scatter] for number in range(len(numbered.indices)))
-    work, formats = numbered.num_work(inputs), str(dtype).removeprefix("torch.")
-    (out,) = polynomial(name, inputs, numbered.indices, numbered.counts, ascending, work, formats)
+    rows, work, formats = numbered.rows, numbered.num_work(inputs), str(dtype).removeprefix("torch.")
+    # a gather becomes a sum in the derivative by what is gathered
+    sums = {numbered.scatter, *(place for place, value in zip(numbered.gathers, inputs) if value.requires_grad)}
+    both = [_sorted(row, place in sums) for place, row in enumerate(rows)]
+    order, bounds = [own for own, _ in both], [begin for _, begin in both]
+    listed, counts = [row.index for row in rows], [row.num_rows for row in rows]
+    (out,) = polynomial(name, inputs, listed, order, bounds, counts, work, formats)
     return out
+
+
+def _sorted(rows: Rows, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Order and bounds for :func:`polynomial`; empty where there are none."""
+    nothing = rows.index.new_empty(0)
+    if not wanted:
+        return nothing, nothing
+    return nothing if rows.order is None else rows.order, rows.bounds
 
 
 def name_of(program: Program) -> str:
@@ -124,8 +135,9 @@ def polynomial(
     name: str,
     inputs: Sequence[Tensor],
     indices: Sequence[Tensor],
+    order: Sequence[Tensor],
+    bounds: Sequence[Tensor],
     counts: Sequence[int],
-    ascending: str,
     num_work: int,
     formats: str,
 ) -> list[Tensor]:
@@ -135,17 +147,14 @@ def polynomial(
         name: of the program.
         inputs: as its slots say, ``[rows, dim, C]`` or ``[rows, dim]``.
         indices: row indices ``[num_work]``, int64.
+        order, bounds: of each of them, see :class:`~steradian.graph.topology.Rows`; without numbers where it is in
+            order as it is, and where no output and no derivative is summed by it.
         counts: how many rows each of them refers to.
-        ascending: for each of them ``1`` where the caller promises that it is in order.
         num_work: rows of the work.
         formats: of the outputs, such as ``float32,bfloat16``.
     """
     program = program_named(name)
-    scattering = {slot.index for slot in program.outputs}
-    rows = [
-        sorted_rows(index, count, flag == "1") if number in scattering else None
-        for number, (index, count, flag) in enumerate(zip(indices, counts, ascending))
-    ]
+    rows = [SortedRows(own if len(own) else None, begin) for own, begin in zip(order, bounds)]
     given = [value.contiguous() for value in inputs]
     return run_program(program, rows, list(indices), list(counts), num_work, given, _dtypes(formats))
 
@@ -155,8 +164,9 @@ def _fake(
     name: str,
     inputs: Sequence[Tensor],
     indices: Sequence[Tensor],
+    order: Sequence[Tensor],
+    bounds: Sequence[Tensor],
     counts: Sequence[int],
-    ascending: str,
     num_work: int,
     formats: str,
 ) -> list[Tensor]:
@@ -171,15 +181,16 @@ def _fake(
 
 
 def _remember(ctx: Any, inputs: tuple, output: Any) -> None:
-    name, values, indices, counts, ascending, num_work, _ = inputs
+    name, values, indices, order, bounds, counts, num_work, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.settings = name, len(values), counts, ascending, num_work
-    ctx.save_for_backward(*values, *indices)
+    ctx.settings = name, len(values), len(indices), counts, num_work
+    ctx.save_for_backward(*values, *indices, *order, *bounds)
 
 
 def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
-    name, number, counts, ascending, num_work = ctx.settings
-    inputs, indices = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+    name, number, rows, counts, num_work = ctx.settings
+    inputs, saved = ctx.saved_tensors[:number], list(ctx.saved_tensors[number:])
+    indices, order, bounds = saved[:rows], saved[rows : 2 * rows], saved[2 * rows :]
     wanted = ctx.needs_input_grad[1]
     given = [cotangent is not None for cotangent in cotangents]
     nothing: list[Tensor | None] = [None] * number
@@ -187,9 +198,10 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
         derived = f"{name}|{_text(wanted)}:{_text(given)}"
         formats = ",".join(_name(value.dtype) for value, asked in zip(inputs, wanted) if asked)
         extra = [cotangent for cotangent in cotangents if cotangent is not None]
-        found = iter(polynomial(derived, [*inputs, *extra], list(indices), counts, ascending, num_work, formats))
+        found = iter(polynomial(derived, [*inputs, *extra], indices, order, bounds, counts, num_work, formats))
         nothing = [next(found) if asked else None for asked in wanted]
-    return None, nothing, [None] * len(indices), None if counts else [], None, None, None
+    unknown: list[None] = [None] * rows
+    return None, nothing, unknown, unknown, unknown, None if counts else [], None, None
 
 
 polynomial.register_autograd(_backward, setup_context=_remember)
@@ -204,6 +216,13 @@ def _dtypes(formats: str) -> list[torch.dtype]:
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
+
+
+class SortedRows(NamedTuple):
+    """The sorted form of a row index (:class:`~steradian.graph.topology.Rows`), as kernels read it."""
+
+    order: Tensor | None
+    bounds: Tensor
 
 
 @dataclass(frozen=True)
@@ -240,7 +259,7 @@ def tile_of(part: Part, num_work: int, num_targets: int, channels: int, real: to
 
 def run_program(
     program: Program,
-    rows: Sequence[SortedRows | None],
+    rows: Sequence[SortedRows],
     indices: Sequence[Tensor],
     counts: Sequence[int],
     num_work: int,
@@ -251,7 +270,7 @@ def run_program(
 
     Args:
         program: see :class:`~steradian.polynomials.program.Program`.
-        rows: for every row index its sorted form; None where no output is scattered by it.
+        rows: for every row index its sorted form; not read where no output is scattered by it.
         indices: the row indices ``[num_work]``, int64.
         counts: how many rows each of them refers to.
         num_work: rows of the work.
@@ -303,7 +322,7 @@ def _empty(program: Program, position: int, shape: tuple[int, ...], dtype: torch
 
 
 def _summed(
-    value: Tensor, index: int, rows: Sequence[SortedRows | None], indices: Sequence[Tensor], counts: Sequence[int]
+    value: Tensor, index: int, rows: Sequence[SortedRows], indices: Sequence[Tensor], counts: Sequence[int]
 ) -> Tensor:
     """Rows without channels summed by target: their components take the place of the channels."""
     program = _row_sum(index)
@@ -322,7 +341,7 @@ def _row_sum(index: int) -> Program:
 def _launch(
     part: Part,
     tile: Tile,
-    rows: Sequence[SortedRows | None],
+    rows: Sequence[SortedRows],
     indices: Sequence[Tensor],
     num_work: int,
     targets: int,
@@ -342,9 +361,7 @@ def _launch(
         loops = any(not program.outputs[place].operand.has_channels for place in layout.written)
         grid = (triton.cdiv(targets, tile.rows), 1 if loops else blocks, 1)
     else:
-        order_and_bounds = rows[part.index]
-        assert order_and_bounds is not None
-        order, bounds = order_and_bounds.order, order_and_bounds.bounds
+        order, bounds = rows[part.index]
         arguments += [bounds if order is None else order, bounds]
         constants = {"ORDERED": order is not None, "PARTS": tile.parts}
         grid = (targets, blocks, tile.parts)

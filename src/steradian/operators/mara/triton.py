@@ -8,13 +8,14 @@ the device, no shape depends on data, and sums have a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from steradian.compiler.checked import allowed, register_operator
-from steradian.graph.device_rows import SortedRows, sorted_rows
+from steradian.graph.topology import Rows
+from steradian.operators.mara import factorised
 from steradian.polynomials.backend import may_serve, on_its_device, triton_serves
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
@@ -46,11 +47,11 @@ def pool_on_sphere(
         vectors: ``[E, 3]`` from receiver to sender [Å]; float32 or float64, and so is the arithmetic.
         nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights); in
             this or a shorter format.
-        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.flat_tables`.
+        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.logit_tables`.
         receivers: ``[E]`` centre of each edge.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
-        ascending: the caller's promise that receivers are in order; see :mod:`steradian.graph.device_rows`.
+        ascending: the caller's promise that receivers are in order; see :class:`~steradian.graph.topology.Rows`.
     """
     tables = tables.to(vectors.dtype)
     differentiated = torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))
@@ -66,18 +67,8 @@ def plain_pool(
     vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool
 ) -> Tensor:
     """The same in plain PyTorch."""
-    from steradian.operators.mara.factorised import LogitTables, gate_logits_to_pooled
-    from steradian.operators.mara.mara import sphere_field
-
-    num_points = len(grid)
-    pair, by_point, by_square = tables.split([2, 4 * num_points, num_points**2], dim=1)
-    point_field, field_point, value_point, weights = by_point.unflatten(1, (4, num_points)).unbind(1)
-    weights = weights[0].detach()
-    point_point = by_square.unflatten(1, (num_points, num_points)) - weights.log()
-    unpacked = LogitTables(pair[:, 0], point_field, field_point, point_point, pair[:, 1], value_point)
-    centres = nodes.to(vectors.dtype).index_select(0, receivers)
-    field = sphere_field(vectors, grid, "squared" if squared else "distance")
-    return gate_logits_to_pooled(field, centres[..., 0], centres[..., 1:] + weights.log(), unpacked, weights)
+    field: Literal["distance", "squared"] = "squared" if squared else "distance"
+    return factorised.pool_on_sphere(vectors, nodes, tables, receivers, grid, field)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -151,7 +142,7 @@ def _spread(
         total = gradient * by_vectors[0]
     else:
         total = (gradient.t().unsqueeze(2) * by_vectors).sum(0)
-    rows = sorted_rows(receivers, nodes.shape[0], ascending)
+    rows = Rows(receivers, nodes.shape[0], ascending=ascending)
     return total, _to_nodes(by_slope, by_point, gradient, rows, nodes)
 
 
@@ -209,7 +200,7 @@ def _tangent(
     by_vectors, by_point = run.columns(TANGENT, kept)
     # rows of ``by_point`` carry the gradient already
     by_slope = by_slope * gradient.t()
-    by_nodes = _to_nodes(by_slope, by_point, None, sorted_rows(receivers, nodes.shape[0], ascending), nodes)
+    by_nodes = _to_nodes(by_slope, by_point, None, Rows(receivers, nodes.shape[0], ascending=ascending), nodes)
     by_tables = run.by_tables(TANGENT, kept) if with_tables else tables.new_empty(0)
     return pooled.t().contiguous(), by_vectors.sum(0), by_nodes, by_tables
 
@@ -275,7 +266,7 @@ def _(
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: SortedRows, nodes: Tensor) -> Tensor:
+def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: Rows, nodes: Tensor) -> Tensor:
     """``[N, H, 1 + K]`` sums over the edges of each centre, in the format of ``nodes``."""
     from steradian.operators.mara.triton_sums import node_kernel
 
