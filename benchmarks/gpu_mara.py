@@ -4,7 +4,7 @@
     python benchmarks/gpu_mara.py --device cpu --smoke
 
 The host with and without the gate, in turn in one process, random weights, float32, periodic boxes of water at 0.1
-atoms per Å^3, the backend of polynomials that :func:`steradian.polynomials.prepare_backend` chooses. Overheads are
+atoms per Å^3, the backend of polynomials that :mod:`steradian.execution.backend_benchmark` finds. Overheads are
 medians of ratios of neighbours in time. Bar: 2 % on top of the host.
 """
 
@@ -22,7 +22,7 @@ BAR_PERCENT = 2.0
 
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
-    from steradian.execution.kernel_choice import prepare_backend
+    from steradian.execution.backend_benchmark import prepare_backend
     from steradian.execution.runner import Runner
 
     graph = graph_of(system(size, periodic=True))

@@ -247,6 +247,6 @@ def gpu_backends(device: str) -> list[str]:
     """Backends of polynomials to list; the best that each has to offer is found by trying."""
     if torch.device(device).type == "cpu":
         return ["reference"]
-    from steradian.execution.kernel_choice import available_backends
+    from steradian.execution.backend_benchmark import available_backends
 
     return available_backends()

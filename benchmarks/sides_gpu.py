@@ -74,7 +74,7 @@ class SteradianOnDevice(OnDevice, Steradian):
     def select(self, task: str) -> None:
         from gpu_settings import training_steps
 
-        from steradian.execution.kernel_choice import prepare_backend
+        from steradian.execution.backend_benchmark import prepare_backend
         from steradian.execution.runner import Runner
         from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure

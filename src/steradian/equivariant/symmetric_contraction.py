@@ -133,7 +133,7 @@ class SymmetricContraction(WithRole):
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
         given = [cast(self.weight, self.low), cast(features, self.low)]
         polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)
-        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None], folded=self.folded)
         return out.to(features.dtype)
 
     @torch.no_grad()
