@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from steradian.operators.mara.mara import MARA
     from steradian.operators.mara.standalone import SEAttention
     from steradian.potential import Potential
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
 _HOME = {
     "build_potential": "steradian.build",
@@ -43,7 +43,7 @@ _HOME = {
     "MARA": "steradian.operators.mara.mara",
     "SEAttention": "steradian.operators.mara.standalone",
     "Potential": "steradian.potential",
-    "fit": "steradian.training.fit",
+    "fit": "steradian.training.run",
 }
 
 __all__ = [

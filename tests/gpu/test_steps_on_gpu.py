@@ -22,8 +22,8 @@ from steradian.execution.dataset import DeviceData
 from steradian.execution.runner import Runner, prepared
 from steradian.execution.steps import BatchSteps, GradientStep
 from steradian.graph import batch_graphs
-from steradian.training.fit import fit
 from steradian.training.losses import Loss
+from steradian.training.run import fit
 
 COMBINATIONS = [
     *((host, "none") for host in cases.HOSTS),

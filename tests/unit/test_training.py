@@ -23,14 +23,12 @@ from steradian.data.load import load_dataset
 from steradian.evaluation.metrics import METRICS, ErrorAccumulator
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.ema import MovingAverage
-from steradian.training.fit import fit
+from steradian.training.loop import DivergenceError, Steps
 from steradian.training.losses import Loss, MissingLabelError, labels_in_use
-from steradian.training.module import DivergenceError, TrainingModule
-from steradian.training.optimizers import make_optimizer, parameter_groups
-from steradian.training.plan import check_monitor
+from steradian.training.optimisation import LearningRate, MovingAverage, make_optimizer, parameter_groups
+from steradian.training.prepare import check_monitor
 from steradian.training.record import RunDirectory
-from steradian.training.schedules import LearningRate
+from steradian.training.run import fit
 from steradian.training.state import random_state, read_state, restore_random_state, write_state
 
 
@@ -233,14 +231,14 @@ def test_early_stopping_on_a_tail(folder: Path) -> None:
 
 def test_divergence_names_frames_and_keeps_the_last_good_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = toy_config(folder, "diverges")
-    step = TrainingModule.training_step
+    accumulate = Steps.accumulate
 
-    def broken(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+    def broken(self: Steps, batch: Any, first: bool) -> None:
         if self.step == 5:
             batch = replace(batch, graph=replace(batch.graph, energy=batch.graph.energy * math.nan))
-        return step(self, batch, batch_idx)
+        accumulate(self, batch, first)
 
-    monkeypatch.setattr(TrainingModule, "training_step", broken)
+    monkeypatch.setattr(Steps, "accumulate", broken)
     with pytest.raises(
         DivergenceError, match=r"the loss is nan at step 6, in training frames .*toy\.xyz:\d+"
     ) as caught:
@@ -291,7 +289,6 @@ def test_unknown_metric_is_refused_before_anything_is_read() -> None:
 
 
 def test_missing_logger_is_one_line(folder: Path) -> None:
-    pytest.importorskip("lightning")
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:

@@ -20,8 +20,8 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.fit import fit
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
 
 EXACT = (
@@ -35,8 +35,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from steradian.config import load_config
-from steradian.training.fit import fit
-from steradian.training.trainer import end_processes
+from steradian.training.run import fit
+from steradian.training.machine import end_processes
 for argument in sys.argv[1:]:
     config = load_config(argument.removeprefix("resume:"))
     fit(config, resume=config.output / config.name if argument.startswith("resume:") else None, progress=True)

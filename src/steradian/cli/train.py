@@ -40,9 +40,9 @@ def train(
     steradian train --resume runs/demo_mace
     """
     run = resolve(config, data, name, settings or [], resume)
-    from steradian.training.fit import fit
-    from steradian.training.progress import spell_seconds
-    from steradian.training.trainer import end_processes
+    from steradian.training.machine import end_processes
+    from steradian.training.report import spell_seconds
+    from steradian.training.run import fit
 
     result = fit(
         run,
@@ -117,7 +117,7 @@ def print_plan(rows: list[tuple[str, str]]) -> None:
 
 
 def print_result(result: Any, dry_run: bool, monitor: str, took: str) -> None:
-    from steradian.training.fit import closing_line
+    from steradian.training.run import closing_line
 
     if dry_run:
         typer.echo(f"dry run: {result.steps} steps and one validation batch took {took}; nothing was written")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,18 +12,19 @@ from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
 from steradian.data.load import load_dataset
 from steradian.data.statistics import DatasetStatistics, compute_statistics
+from steradian.evaluation.metrics import METRICS
 from steradian.graph.batches import BatchSampler, GraphDataset
 from steradian.graph.structures import Structure
 from steradian.potential import Potential
-from steradian.training.loaders import TrainingData
+from steradian.training.feeding import TrainingData
 from steradian.training.losses import LABELS, check_labels, labels_in_use
-from steradian.training.plan import plan_rows
-from steradian.training.progressive import start_progressive
+from steradian.training.machine import Process, device_line
+from steradian.training.optimisation import start_progressive
 from steradian.training.record import RunDirectory
+from steradian.training.report import plan_rows
 from steradian.training.state import Position, ResumeError
-from steradian.training.trainer import Process, device_line
 
-__all__ = ["CHANGEABLE", "Prepared", "check_resumable", "prepare"]
+__all__ = ["CHANGEABLE", "Prepared", "check_monitor", "check_resumable", "prepare"]
 
 CHANGEABLE = (
     "max_epochs",
@@ -64,7 +67,7 @@ def prepare(
     """Read the data and build the potential; with a saved state, put its statistics, weights and position back.
 
     Raises:
-        ValueError: a subclass with one clear line; see :func:`steradian.training.fit.fit`.
+        ValueError: a subclass with one clear line; see :func:`steradian.training.run.fit`.
     """
     labels = labels_in_use(config.training.loss)
     dataset = load_dataset(config.data, require=labels)
@@ -88,13 +91,12 @@ def prepare(
         start_progressive(potential.host)
     data = make_data(config, process, only(frames, labels), only(dataset.validation, labels))
     data.frame_names = frame_names(dataset.train, frames, provenance)
-    if saved is not None:
-        restore(potential, data, saved, directory, process)
+    position = Position() if saved is None else restored_position(data, saved, directory, process)
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
     rows = plan_rows(config, sets, statistics, potential, counts, device_line(process, config.training))
     rows += [("note", warning) for warning in provenance.get("warnings", [])]
-    return Prepared(config, potential, data, data.position, provenance, rows)
+    return Prepared(config, potential, data, position, provenance, rows)
 
 
 def make_data(config: RunConfig, process: Process, train: list[Structure], validation: list[Structure]) -> TrainingData:
@@ -107,7 +109,6 @@ def make_data(config: RunConfig, process: Process, train: list[Structure], valid
         validation_set,
         BatchSampler(train_set, config.data.batch, shuffle=True, seed=config.training.seed, **ranks),
         BatchSampler(validation_set, config.data.validation_batch, shuffle=False, **ranks),
-        Position(),
     )
 
 
@@ -134,10 +135,8 @@ def only(frames: list[Structure], labels: tuple[str, ...]) -> list[Structure]:
     return [replace(frame, **unused) for frame in frames]
 
 
-def restore(
-    potential: Potential, data: TrainingData, saved: dict[str, Any], directory: RunDirectory, process: Process
-) -> None:
-    """Put back weights and position.
+def restored_position(data: TrainingData, saved: dict[str, Any], directory: RunDirectory, process: Process) -> Position:
+    """Where a saved run stands, in its data too.
 
     Raises:
         ResumeError: another number of processes, or other batches.
@@ -147,12 +146,11 @@ def restore(
             f"{directory.path}: the run used {len(saved['ranks'])} processes, this one has {process.count};"
             " resume with the same number"
         )
-    potential.load_state_dict(saved["weights"])
-    data.position.load_state_dict(saved["position"])
     try:
         data.train_sampler.load_state_dict(saved["sampler"])
     except ValueError as error:
         raise ResumeError(f"{directory.path}: {error}") from None
+    return Position(**saved["position"])
 
 
 def check_same_data(provenance: dict[str, Any], directory: RunDirectory) -> None:
@@ -172,6 +170,27 @@ def check_same_data(provenance: dict[str, Any], directory: RunDirectory) -> None
             )
     if stored.get("indices") != provenance.get("indices"):
         raise ResumeError(f"{directory.path}: the split of the data has changed; start a new run with --set name=NEW")
+
+
+def check_monitor(monitor: str, labels: Sequence[str]) -> None:
+    """Refuse a metric that no validation will have.
+
+    Args:
+        monitor: ``validation/NAME``. labels: labels in use.
+
+    Raises:
+        ConfigError: unknown, or of a label that is not trained on; with the known names.
+    """
+    known = [f"validation/{name}" for name in METRICS if name.split("_")[0] in labels]
+    if monitor in known:
+        return
+    if monitor.removeprefix("validation/") in METRICS:
+        label = monitor.removeprefix("validation/").split("_")[0]
+        reason = f"needs {label}, which the loss does not use"
+    else:
+        near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
+        reason = f"unknown metric; did you mean '{near[0]}'?" if near else "unknown metric"
+    raise ConfigError(f"training.monitor: {monitor}: {reason} (known: {', '.join(known)})")
 
 
 def check_resumable(directory: RunDirectory, config: RunConfig) -> None:

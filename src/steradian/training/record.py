@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from typing import Any, TextIO
 from steradian.checkpoint import write_atomically
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
 
-__all__ = ["RunDirectory", "RunExistsError"]
+__all__ = ["Loggers", "RunDirectory", "RunExistsError"]
 
 FIRST_COLUMNS = ("epoch", "step", "time_s", "learning_rate", "train/loss")
 
@@ -154,6 +155,55 @@ class RunDirectory:
             self.metrics.unlink()
         elif len(whole) > count + 1 or len(whole) != len(lines):
             write_atomically(self.metrics, "".join(whole[: count + 1]).encode())
+
+
+class Loggers:
+    """Sends rows of the metrics table to TensorBoard and Weights & Biases as well.
+
+    Args:
+        config: the run. directory: of the run; it exists.
+        step: optimiser step from which the run goes on; later points of an earlier session are dropped.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, step: int = 0) -> None:
+        self._board = self._wandb = None
+        if "tensorboard" in config.training.loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1)
+        if "wandb" in config.training.loggers:
+            import wandb
+
+            self._wandb = wandb.init(project="steradian", name=config.name, dir=str(directory.path))
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Refuse a logger whose package is missing.
+
+        Raises:
+            ConfigError: with the command that installs it.
+        """
+        for name in config.training.loggers:
+            if name != "csv" and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"training.loggers: {name} is not installed; pip install 'steradian[{name}]' or leave it out"
+                )
+
+    def add_row(self, row: dict[str, float | int]) -> None:
+        step = int(row["step"])
+        figures = {name: value for name, value in row.items() if name != "step"}
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(figures, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _locked(file: TextIO) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ import torch
 
 from steradian.checkpoint import write_atomically
 
-__all__ = ["Position", "ResumeError", "random_state", "read_state", "restore_random_state", "seed_all", "write_state"]
+__all__ = [
+    "Position",
+    "ResumeError",
+    "on_cpu",
+    "random_state",
+    "read_state",
+    "restore_random_state",
+    "seed_all",
+    "write_state",
+]
 
 FORMAT = "steradian-run-1"
 
@@ -52,13 +61,6 @@ class Position:
     rows: int = 0
     loss_sum: float = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
-
 
 def seed_all(seed: int) -> None:
     """Seed torch, numpy and Python; the same seed gives the same run on the same machine."""
@@ -92,6 +94,17 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def on_cpu(value: Any) -> Any:
+    """Copy of a nested state with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_cpu(item) for item in value)
+    return value
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
