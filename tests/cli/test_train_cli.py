@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,9 +119,34 @@ def test_mistakes_are_one_message(call: Call, own_data: Path, arguments: list[st
     assert not (own_data.parent / "runs").exists()
 
 
-def test_command_line_starts_without_torch() -> None:
-    code = "import sys, steradian.cli.train, steradian.cli.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def processor_seconds(*arguments: str) -> float:
+    """Least processor time of three runs of Python: others use the machine too."""
+
+    def once() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    return min(once() for _ in range(3))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, steradian.cli\nsys.argv = ['steradian', 'train', '--help']\n"
+        "try:\n    steradian.cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = ('torch', 'numpy', 'scipy', 'ase', 'matplotlib', 'numba', 'cuequivariance')\n"
+        "sys.exit(' '.join(name for name in heavy if name in sys.modules) or 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "--resume" in answer.stdout, answer.stderr
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_start_is_quick() -> None:
+    assert processor_seconds("-m", "steradian", "train", "--help") < 0.7
+    torch_alone = processor_seconds("-c", "import torch")
+    assert processor_seconds("-c", "import torch, steradian; dir(steradian)") - torch_alone < 1.5
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
