@@ -15,7 +15,7 @@ import yaml
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import write
+from ase.io import read, write
 
 from steradian.cli import main
 from steradian.config import load_config, parse_config
@@ -88,6 +88,30 @@ def test_own_file_needs_no_configuration(own_data: Path, call: Call) -> None:
     assert further.exit_code == 0, further.output
     assert "finished: 2 epochs" in further.output
     assert load_config("runs/argon/config.yaml").training.max_epochs == 2
+
+
+def test_several_files_a_folder_and_a_pattern(own_data: Path, call: Call) -> None:
+    """24 frames in three files are the 24 frames of one, in the order of the files' names."""
+    frames = read(own_data, ":")
+    (own_data.parent / "parts").mkdir()
+    for part in range(3):
+        write(own_data.parent / f"parts/part{part}.xyz", frames[8 * part : 8 * part + 8], format="extxyz")
+    (own_data.parent / "parts/README.md").write_text("not data")
+    each = [f"--data=parts/part{part}.xyz" for part in range(3)]
+    for number, arguments in enumerate((each, ["--data=parts"], ["--data=parts/p*[0-2].xyz"])):
+        result = call("train", *arguments, *SMALL, *([] if number == 1 else ["--name", f"run{number}"]))
+        assert result.exit_code == 0, result.output
+        assert "23 frames, 3 atoms each (Ar)" in result.output
+        provenance = json.loads(
+            (own_data.parent / f"runs/{'parts' if number == 1 else f'run{number}'}/provenance.json").read_text()
+        )
+        assert [Path(file["path"]).name for file in provenance["files"]] == [f"part{part}.xyz" for part in range(3)]
+        assert sum(provenance["counts"].values()) == 24
+    assert call("train", "--data=parts/q*.xyz").output == "error: parts/q*.xyz: no such file\n"
+    (own_data.parent / "empty").mkdir()
+    assert "no data files in this folder" in call("train", "--data=empty").output
+    assert "given twice" in call("train", "--data=argon.xyz", "--data=argon.xyz").output
+    assert not (own_data.parent / "runs/argon").exists()
 
 
 def test_dry_run(own_data: Path, call: Call) -> None:

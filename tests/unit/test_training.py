@@ -254,7 +254,7 @@ def test_divergence_names_frames_and_keeps_the_last_good_state(folder: Path, mon
     config = toy_config(folder, "diverges")
     accumulate = Steps.accumulate
 
-    def broken(self: Steps, batch: Any, first: bool) -> None:
+    def broken(self: Steps, batch: Any, first: bool = True) -> None:
         if self.step == 5:
             batch = replace(batch, graph=replace(batch.graph, energy=batch.graph.energy * math.nan))
         accumulate(self, batch, first)

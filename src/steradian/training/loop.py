@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -159,6 +160,23 @@ class Steps:
                 self._watched.clear()
                 raise DivergenceError(f"{what} is {value} at step {step}, in {self.data.name_frames(batch)}")
 
+    def rehearse(self) -> None:
+        """The gradients of one training batch and the errors of one validation batch, and no trace of them.
+
+        What cannot work is found here, before a run has written anything.
+
+        Raises:
+            DivergenceError: the loss is not finite.
+        """
+        generators = random_state()
+        with closing(self.data.training_batches(0)) as batches:
+            self.accumulate(next(batches))
+        self.optimizer.zero_grad()
+        self.check_finite()
+        self.validate(1)
+        self.losses = torch.zeros_like(self.losses)
+        restore_random_state(generators)
+
     # ----------------------------------------------------------------------------------------------------- validation
 
     def predict(self, batch: Batch) -> Prediction:
@@ -251,7 +269,6 @@ class Loop:
         self.request = request
         self.on_row = on_row
         self.best_metrics: dict[str, float] = dict(saved["best_metrics"]) if saved else {}
-        self._is_new = saved is None
         self._elapsed_before = position.elapsed_s
         self._started = self._last_save = time.monotonic()
         if saved is not None:
@@ -264,9 +281,7 @@ class Loop:
 
     def run(self) -> Reason:
         """Train until the run ends or is stopped; why it ended."""
-        if self._is_new:
-            self.save()
-        self.reporter.start(self.position)
+        self._tell(self.reporter.start, self.position)
         while self.position.epoch < self.config.max_epochs:
             if reason := self._train_epoch() or self._end_epoch():
                 return reason
@@ -288,7 +303,7 @@ class Loop:
                 if is_step:
                     steps.take(batch)
                     position.step = steps.step
-                self.reporter.step(position, steps.losses)
+                self._tell(self.reporter.step, position, steps.losses)
                 if is_step and not is_last and (reason := self._between_steps(self._due())):
                     return reason
         return None
@@ -298,7 +313,7 @@ class Loop:
         config, position = self.config, self.position
         is_last = position.epoch + 1 >= config.max_epochs  # always validated, whatever the interval
         if is_last or (position.epoch + 1) % config.validate_every == 0:
-            self.reporter.validating()
+            self._tell(self.reporter.validating)
             with self.steps.averaged_weights():
                 self._judge(self.steps.validate(), position.epoch + 1)
         position.epoch += 1
@@ -321,7 +336,8 @@ class Loop:
             self.best_metrics = dict(metrics)
             if self.directory is not None:
                 extra = {"epoch": epoch, "metrics": self.best_metrics, "monitor": self.config.monitor}
-                save_potential(self.directory.model, steps.potential, extra)
+                with self.directory.writing(self.directory.model):
+                    save_potential(self.directory.model, steps.potential, extra)
         else:
             position.stale += 1
         self._write_row(metrics, epoch)
@@ -345,7 +361,15 @@ class Loop:
             self.directory.add_row(row)
         if self.on_row is not None:
             self.on_row(row)
-        self.reporter.validation(row, best=self.position.best_epoch == epoch)
+        self._tell(self.reporter.validation, row, self.position.best_epoch == epoch)
+
+    def _tell(self, event: Callable[..., None], *arguments: Any) -> None:
+        """Show progress. Where nobody reads it any more (``| head``, a closed terminal) the run saves and ends."""
+        try:
+            event(*arguments)
+        except OSError:
+            self.reporter = self.reporter.silent()
+            self.request.receive(signal.SIGTERM)
 
     # ------------------------------------------------------------------------------------------- saving, and stopping
 
@@ -392,7 +416,8 @@ class Loop:
             "ranks": ranks,
             **self.steps.state_dict(),
         }
-        write_state(self.directory.state, state)
+        with self.directory.writing(self.directory.state):
+            write_state(self.directory.state, state)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         own = saved["ranks"][self.process.rank]

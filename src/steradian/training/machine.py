@@ -209,12 +209,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside the block Ctrl-C and SIGTERM only leave a request; a second Ctrl-C ends the program as usual."""
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP only leave a request; a second Ctrl-C ends the program as usual.
+
+    SIGHUP (the terminal was closed) stays ignored where it is, as under ``nohup``.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request
     finally:

@@ -42,6 +42,10 @@ class Reporter:
         self._first = 0
         self._elapsed_before = 0.0
 
+    def silent(self) -> Reporter:
+        """A reporter of the same run that shows nothing."""
+        return Reporter(self.max_epochs, self.batches_per_epoch, self.monitor, self.max_time_s)
+
     def start(self, position: Position) -> None:
         self._started = time.monotonic()
         self._first = self._done(position)

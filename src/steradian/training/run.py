@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,15 @@ def fit(
             show_plan(prepared.rows)
         if saved is not None and is_over(prepared):
             return result_of(directory, prepared.position, saved["best_metrics"], "finished")
+        steps = make_steps(prepared, process)
         if dry_run:
-            return take_dry_steps(prepared, process, directory)
+            return take_dry_steps(prepared, steps, directory)
+        if saved is None:
+            rehearse(steps)
         with directory.held() if process.first else nullcontext():
             if process.first:
                 begin_record(directory, prepared, resume is not None, overwrite)
-            return train(prepared, process, directory, saved, progress)
+            return train(prepared, steps, directory, saved, progress)
 
 
 def is_over(prepared: Prepared) -> bool:
@@ -137,9 +140,20 @@ def make_steps(prepared: Prepared, process: Process) -> Steps:
     return Steps(prepared.potential, training, prepared.data, prepared.total_steps, process, device)
 
 
-def take_dry_steps(prepared: Prepared, process: Process, directory: RunDirectory) -> RunResult:
+def rehearse(steps: Steps) -> None:
+    """See that the first batches work.
+
+    Raises:
+        DivergenceError: the loss of the first batch is not finite.
+    """
+    try:
+        steps.rehearse()
+    except DivergenceError as error:
+        raise DivergenceError(f"{error}, before training; look at these frames (nothing was written)") from None
+
+
+def take_dry_steps(prepared: Prepared, steps: Steps, directory: RunDirectory) -> RunResult:
     """Two steps and one validation batch; nothing is written."""
-    steps = make_steps(prepared, process)
     accumulate = prepared.config.training.optimizer.accumulate
     started = time.monotonic()
     plan = prepared.data.train_sampler.batches(0)[: DRY_STEPS * accumulate]
@@ -154,17 +168,15 @@ def take_dry_steps(prepared: Prepared, process: Process, directory: RunDirectory
 
 
 def train(
-    prepared: Prepared, process: Process, directory: RunDirectory, saved: dict[str, Any] | None, progress: bool
+    prepared: Prepared, steps: Steps, directory: RunDirectory, saved: dict[str, Any] | None, progress: bool
 ) -> RunResult:
     """Train until the run ends or is stopped; the first process keeps the record."""
-    training, position = prepared.config.training, prepared.position
-    steps = make_steps(prepared, process)
-    show = progress and process.first
+    training, position, is_first = prepared.config.training, prepared.position, steps.process.first
     reporter = make_reporter(
-        show, training.max_epochs, prepared.batches_per_epoch, training.monitor, training.max_time_s
+        progress and is_first, training.max_epochs, prepared.batches_per_epoch, training.monitor, training.max_time_s
     )
-    record = directory if process.first else None
-    loggers = Loggers(prepared.config, directory, position.step) if process.first else None
+    record = directory if is_first else None
+    loggers: Loggers | None = None
 
     def on_row(row: Row) -> None:
         if loggers is not None:
@@ -173,16 +185,22 @@ def train(
 
     with stop_on_signals() as request:
         loop = Loop(steps, position, record, reporter, request, saved=saved, on_row=on_row)
+        if saved is None:
+            loop.save()
+            if is_first:
+                directory.settle()
+        loggers = Loggers(prepared.config, directory, position.step) if is_first else None
         try:
             reason = loop.run()
         except DivergenceError as error:
             raise diverged(error, directory, position) from None
         finally:
-            reporter.stop()
+            with suppress(OSError):  # of a terminal that is gone
+                reporter.stop()
             if loggers is not None:
                 loggers.close()
     result = result_of(directory, position, loop.best_metrics, reason, loop.elapsed_s)
-    if process.first:
+    if is_first:
         directory.log(closing_line(result, training.monitor))
     return result
 
