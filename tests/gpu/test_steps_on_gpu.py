@@ -15,8 +15,8 @@ from steradian.execution.dataset import DeviceData
 from steradian.execution.runner import Runner
 from steradian.execution.steps import GradientStep, Steps
 from steradian.graph import batch_graphs
-from steradian.training.fit import fit
 from steradian.training.losses import Loss
+from steradian.training.run import fit
 from tests import cases
 from tests.unit.training_cases import toy_config, toy_file
 

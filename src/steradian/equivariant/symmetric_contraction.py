@@ -112,7 +112,7 @@ class SymmetricContraction(WithRole):
     """
 
     role = "contraction"
-    #: Highest number of factors that takes part at present (see :mod:`steradian.training.progressive`).
+    #: Highest number of factors that takes part at present (see :mod:`steradian.training.optimisation`).
     order: int
     #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
     tables_dtype: torch.dtype | None = None

@@ -23,7 +23,7 @@ from steradian.training.losses import Loss, labels_in_use
 
 if TYPE_CHECKING:
     from steradian.graph.batches import BatchSampler, GraphDataset
-    from steradian.training.loaders import Batch, TrainingData
+    from steradian.training.feeding import Batch, TrainingData
 
 __all__ = ["Pipeline", "make_pipeline", "uses_pipeline"]
 
