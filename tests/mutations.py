@@ -156,7 +156,7 @@ def run_tests(mutation: Mutation, copy: Path, cache: Path, log: Path) -> None:
     os.environ |= {"PYTHONPATH": str(copy), "STERADIAN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     sys.path[:0] = [str(ROOT), str(copy)]
     os.chdir(ROOT)
-    options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--no-header"]
+    options = ["-x", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--no-header"]
     sys.exit(int(pytest.main([*options, *shlex.split(mutation.tests)])))
 
 

@@ -154,6 +154,9 @@ def test_one_isolated_atom(host, operator):
     prediction = potential(cases.graph(atom), stress=True)
     assert torch.isfinite(prediction.energy).all()
     assert prediction.forces.abs().max() == 0
+    reference = cases.STATISTICS.atom_references[6]
+    assert torch.allclose(prediction.energy, prediction.interaction_energy + reference, rtol=0, atol=1e-9)
+    assert torch.allclose(prediction.atom_energies, prediction.energy, rtol=0, atol=1e-9)
     together = potential(cases.batch(atom, cases.ethanol()))
     assert torch.allclose(together.energy[0], prediction.energy[0], rtol=0, atol=1e-10)
 

@@ -177,9 +177,6 @@ def test_leaving_early_ends_the_thread() -> None:
 
 
 def test_moved_graphs_know_pairs_and_periodicity() -> None:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
     from tests import cases
 
     graph = to_device(cases.batch(cases.ethanol(), cases.crystal()), torch.device("cpu"))
