@@ -10,9 +10,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import FolderInUseError, held, write_atomically
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
 
 __all__ = ["RunDirectory", "RunExistsError"]
@@ -79,23 +79,13 @@ class RunDirectory:
 
         Raises:
             RunExistsError: another process trains there.
-            ConfigError: the folder cannot be made.
+            OSError: the folder cannot be made; names it and the way out.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.lock, "w")  # noqa: SIM115 (open as long as the folder is held)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
-        with file:
-            if not _locked(file):
-                raise RunExistsError(
-                    f"{self.path}: another process is training there; wait for it, or choose another name with"
-                    " --set name=NEW"
-                )
-            try:
+            with held(self.path, "training"):
                 yield
-            finally:
-                self.lock.unlink(missing_ok=True)
+        except FolderInUseError as error:
+            raise RunExistsError(f"{error}, or choose another name with --set name=NEW") from None
 
     def start(self, config: RunConfig, overwrite: bool) -> None:
         """Make the folder for a new run and write its configuration.
@@ -154,21 +144,6 @@ class RunDirectory:
             self.metrics.unlink()
         elif len(whole) > count + 1 or len(whole) != len(lines):
             write_atomically(self.metrics, "".join(whole[: count + 1]).encode())
-
-
-def _locked(file: TextIO) -> bool:
-    """Lock a file until it is closed; True also where there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _line(values: list[Any]) -> str:
