@@ -37,6 +37,7 @@ __all__ = [
     "FORMAT_VERSION",
     "FolderInUseError",
     "ModelFileError",
+    "explained",
     "held",
     "made_folder",
     "one_line",

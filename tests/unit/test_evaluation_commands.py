@@ -10,7 +10,8 @@ from evaluation_fakes import molecules
 from typer.testing import CliRunner
 
 from steradian.build import build_potential, save_potential
-from steradian.cli.evaluate import compare, distinct, evaluate, model_name, parsed_units
+from steradian.cli.common import parsed_units
+from steradian.cli.evaluate import compare, distinct, evaluate, model_name
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.errors import ErrorReport
