@@ -14,7 +14,7 @@ from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.simulate.analysis import energy_drift, force_statistics, radial_distribution
 from steradian.simulate.files import RunFiles
-from steradian.simulate.md import MDSettings, SimulationError, run_md
+from steradian.simulate.md import MDSettings, SimulationError, _draw_velocities, run_md
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,16 @@ def test_one_atom_moves(potential, tmp_path, engine, ensemble):
         log = np.genfromtxt(tmp_path / name / "md.csv", delimiter=",", names=True)
         assert np.isfinite(log["total_eV"]).all()
         assert (log["kinetic_eV"] > 0).all()
+
+
+def test_a_single_atom_keeps_the_velocity_it_drew():
+    """Taking off the motion of the whole would leave nothing but rounding, scaled up to the temperature."""
+    for seed in range(20):
+        atoms = Atoms("C")
+        _draw_velocities(atoms, MDSettings(seed=seed), np.random.RandomState(seed))
+        expected = np.random.RandomState(seed).standard_normal((1, 3))
+        assert np.allclose(np.cross(atoms.get_momenta(), expected), 0.0, atol=1e-10)
+        assert np.linalg.norm(atoms.get_momenta()) > 0.01
 
 
 def test_absurd_settings():
