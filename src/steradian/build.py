@@ -134,7 +134,7 @@ def load_potential(
     wanted = config.precision if precision is None else precision
     if "self_test" in header["extra"]:
         try:
-            potential.self_test = SelfTest.from_dict(header["extra"]["self_test"])
+            potential.self_test = SelfTest.from_dict(header["extra"]["self_test"], potential.dtype == torch.float32)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"{path}: its self-test cannot be read ({one_line(error)})") from None
         # its bounds are those of rounding in one format; weights do not change by going to another policy and back

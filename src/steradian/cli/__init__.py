@@ -64,10 +64,11 @@ def main() -> None:
         return
     try:
         app()
-    except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        print(f"interrupted by {error}" if isinstance(error, Stopped) else "interrupted", file=sys.stderr)
-        sys.exit(128 + number)
+    except (KeyboardInterrupt, SystemExit):
+        if Stopped.last is None:
+            raise
+        print(f"stopped by {signal.Signals(Stopped.last).name}", file=sys.stderr)
+        sys.exit(128 + Stopped.last)
     except BrokenPipeError:  # whoever read the output has gone (steradian ... | head); nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)

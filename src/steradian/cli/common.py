@@ -240,20 +240,23 @@ class Progress:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end; goes the way of Ctrl-C, so all that Ctrl-C saves is saved."""
+    """A signal asked the process to end; goes the way of Ctrl-C, so all that Ctrl-C saves is saved.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    Attributes:
+        last: number of the signal that was raised last, or None.
+    """
+
+    last: int | None = None
 
 
 def stop_on_signals() -> None:
     """SIGTERM (schedulers, ``kill``) and SIGHUP (a closed terminal) end a command as Ctrl-C does, with a line."""
 
     def stop(number: int, _: object) -> None:
-        raise Stopped(number)
+        Stopped.last = number
+        raise Stopped(signal.Signals(number).name)
 
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
