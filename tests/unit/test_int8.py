@@ -10,7 +10,8 @@ from test_precision import STATISTICS, graph, potential
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import ModelConfig, O3MPNNConfig, PrecisionConfig
-from steradian.execution.int8 import Int8Product, QuantizationError, int8_weights, quantized
+from steradian.execution.int8 import QuantizationError, quantized
+from steradian.precision import Int8Product, int8_weights
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -22,9 +22,10 @@ __all__ = [
     "GlobalMixer",
     "MixerFactory",
     "SlotSpec",
-    "asks_for_the_lattice",
+    "declares",
     "empty_slot",
     "in_layer",
+    "no_operator",
 ]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
@@ -94,6 +95,10 @@ class GlobalMixer(nn.Module, ABC):
 
     rotation: Rotation = "exact"
     supports_pbc: bool = False
+    needs_system_sizes: bool = True
+    """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    asks_for_the_lattice: bool = True
+    """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
 
     def summary(self) -> str:
         """One line for ``steradian inspect``."""
@@ -115,9 +120,9 @@ class GlobalMixer(nn.Module, ABC):
         return local_update + self.global_update(features, local_update, positions, edges)
 
 
-def asks_for_the_lattice(model: nn.Module) -> bool:
-    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
-    return any(isinstance(module, GlobalMixer) for module in model.modules())
+def declares(model: nn.Module, fact: str) -> bool:
+    """Whether any module of a model declares a fact, such as ``needs_system_sizes``."""
+    return any(getattr(module, fact, False) for module in model.modules())
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]
@@ -127,6 +132,11 @@ MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
 def empty_slot(spec: SlotSpec) -> None:
     """The factory of an empty slot."""
     return
+
+
+def no_operator(config: object) -> Callable[[SlotSpec], None]:
+    """The factory of empty slots, for a configuration section that asks for none."""
+    return empty_slot
 
 
 def in_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:

@@ -10,6 +10,7 @@ from steradian.equivariant.irreps import all_degrees, max_degree, natural_degree
 from steradian.graph import Edges
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.systems import keep_layout
 
 __all__ = ["EFAMixer", "efa_factory"]
 
@@ -69,6 +70,8 @@ class EFAMixer(GlobalMixer):
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
+            if edges.topology.knows_sizes:
+                keep_layout(edges.system, edges.topology.sizes)
             entering = change_degrees(x, self.degrees, self.degrees_in)
             h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc, edges.share)
         else:
