@@ -95,7 +95,7 @@ def test_a_crystal_is_a_sum_over_wave_vectors():
     vectors = 2 * math.pi * steps @ torch.linalg.inv(CELL).T
     vectors = vectors[vectors.norm(dim=1) < float(FREQUENCIES.max()) + WIDTH]
     assert len(vectors) == 2 * len(lattice_vectors(CELL, float(FREQUENCIES.max()) + WIDTH)) - 1
-    factors = torch.tensor([scaling[d] / (2 * d + 1) ** 0.5 for d in (0, 1, 1, 1, 2, 2, 2, 2, 2)]).double()
+    factors = random(1, seed=0).new_tensor([scaling[d] / (2 * d + 1) ** 0.5 for d in (0, 1, 1, 1, 2, 2, 2, 2, 2)])
     for vector in vectors:
         length = vector.norm()
         density = shell_weights(length[None], FREQUENCIES, WIDTH)[0] * (2 * math.pi) ** 3 / torch.linalg.det(CELL)
