@@ -22,8 +22,8 @@ BAR_PERCENT = 2.0
 
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
+    from steradian.execution.kernel_choice import prepare_backend
     from steradian.execution.runner import Runner, prepared
-    from steradian.polynomials import prepare_backend
 
     graph = graph_of(system(size, periodic=True))
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, graph.num_edges / size)

@@ -75,10 +75,10 @@ class SteradianOnDevice(OnDevice, Steradian):
     def select(self, task: str) -> None:
         from gpu_settings import training_steps
 
+        from steradian.execution.kernel_choice import prepare_backend
         from steradian.execution.runner import Runner, prepared
         from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
-        from steradian.polynomials import prepare_backend
 
         super().select(task)
         training = task == "training step"

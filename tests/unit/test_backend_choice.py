@@ -16,8 +16,8 @@ from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.execution import kernel_choice as choice
-from steradian.execution.kernel_choice import choose_backend
-from steradian.polynomials import Polynomial, backend, evaluate, gate, prepare_backend, set_backend, use_backend
+from steradian.execution.kernel_choice import choose_backend, prepare_backend
+from steradian.polynomials import Polynomial, backend, evaluate, gate, set_backend, use_backend
 from steradian.polynomials.reference import evaluate_reference
 
 GPU = torch.device("cuda", 0)

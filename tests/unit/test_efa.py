@@ -229,6 +229,20 @@ def test_small_systems_are_summed_pair_by_pair():
     assert not efa_sums.pairs_are_cheaper(200, *narrow)
 
 
+def test_what_inference_mode_prepared_serves_gradients():
+    sizes, x = (2, 3), random(5, 4, 4).float()
+    attention = EuclideanFastAttention(EFAConfig(num_points=50), natural_degrees(1), 4)
+    arranged.cache_clear()
+    with torch.inference_mode():
+        before = attention(x, x[:, :3, 0], Systems(sizes))
+    positions = x[:, :3, 0].clone().requires_grad_(True)
+    after = attention(x, positions, Systems(sizes))
+    assert torch.equal(after, before)
+    slope = torch.autograd.grad(after.square().sum(), positions, create_graph=True)[0]
+    slope.square().sum().backward()
+    assert bool(positions.grad.any())
+
+
 def test_constants_keep_their_digits_through_casts():
     attention = EuclideanFastAttention(EFAConfig(num_points=50), natural_degrees(1), 4).float().double()
     assert torch.equal(attention.frequencies, frequencies_up_to(math.pi, 15.0, 2))

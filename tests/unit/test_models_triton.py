@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ from test_hosts import STATISTICS
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.execution import kernel_choice as choice
-from steradian.execution.padding import Buckets, Sizes
-from steradian.execution.runner import Runner
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.polynomials import gate, triton_run, use_backend
@@ -90,26 +86,3 @@ def test_programs_of_a_model_have_names_that_do_not_depend_on_the_process():
     program = polynomial_ops._PROGRAMS.pop(derived)
     again = polynomial_ops.program_named(derived)  # as in a process that loads a compiled graph
     assert again.nodes == program.nodes
-
-
-def test_a_compiled_step_follows_its_batches(monkeypatch):
-    """The traced graph holds the operations, not the numbers, of the batch it was traced with."""
-    ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
-    potential = model().eval()
-    monkeypatch.setattr(
-        "steradian.execution.runner.kernels_of", lambda device: nullcontext()
-    )  # not plain PyTorch on a CPU
-    runner = Runner(potential, "compile", backend="trace", buckets=Buckets(exact=(Sizes(6, 40, 2),)))
-    with use_backend("triton"):
-        for shift in (0.0, 0.3):
-            graph = batch()
-            graph = replace(graph, positions=graph.positions * (1 + shift))
-            ran.clear()
-            found = runner(graph)
-            assert len(ran) > 5
-            with use_backend("reference"):
-                truth = potential(graph)
-            assert float((found.forces - truth.forces).abs().max()) < 1e-12 * float(truth.forces.abs().max())
-    assert runner.reason is None

@@ -73,7 +73,7 @@ def test_prepared_run_trains_as_the_plain_one(
     assert recorded[0].on_device is fits
     for steps in (recorded[0]._train, recorded[0]._validation):
         assert steps.reason is None
-        assert 0 < steps._steps.made <= 3
+        assert 0 < steps.made <= 3
     expected, found = weights_of(plain), weights_of(result.run_dir)
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-7, atol=1e-9), name
@@ -116,27 +116,6 @@ def test_half_precision_scales_the_loss_of_prepared_steps(folder: Path, recorded
 def test_frames_that_diverge_are_named(folder: Path, recorded: list[Any]) -> None:
     with pytest.raises(DivergenceError, match=r"training frames .*toy\.xyz:\d+"):
         fit(config(folder, "diverges", "training.optimizer.learning_rate=1e200"), progress=False)
-
-
-def test_compiled_execution_is_asked_for_by_the_configuration(
-    folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from steradian.execution.steps import BatchSteps
-
-    made: list[BatchSteps] = []
-    original = BatchSteps.__init__
-
-    def quick(self: BatchSteps, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **{**options, "backend": "trace"})
-        made.append(self)
-
-    monkeypatch.setattr(BatchSteps, "__init__", quick)
-    small = ("model.host.num_layers=1", "model.host.num_channels=2", "model.host.correlation=1")
-    settings = ("model.edge_gate={kind: none}", "training.execution=compile", "training.max_epochs=1")
-    result = fit(config(folder, "compiled", *small, *settings), dry_run=True)
-    assert [steps.mode for steps in made] == ["compile", "compile"]
-    assert [steps.reason for steps in made] == [None, None]
-    assert result.steps == 2
 
 
 def test_device_of_a_run() -> None:
@@ -209,5 +188,5 @@ def test_moved_graphs_know_pairs_and_periodicity() -> None:
     import cases
 
     graph = to_device(cases.batch(cases.ethanol(), cases.crystal()), torch.device("cpu"))
-    assert graph.periodic is True
-    assert graph.pairs is not None
+    assert graph.topology.is_periodic
+    assert graph.topology.pairs is not None

@@ -47,7 +47,7 @@ def precision(
 
     potential = load(model, device, None)
     frames = read(data, KeysConfig(), parsed_units(units), ())
-    potential.species(torch.from_numpy(np.concatenate([frame.numbers for frame in frames])))  # all known?
+    potential.check_elements(torch.from_numpy(np.concatenate([frame.numbers for frame in frames])))  # all known?
     check_writable(out, None)  # before the work, after what bad input can stop: no empty folder is left
     settings = StudySettings(
         max_structures=structures,

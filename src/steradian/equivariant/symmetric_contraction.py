@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
+from steradian.graph.topology import Rows
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
@@ -128,7 +129,7 @@ class SymmetricContraction(WithRole):
         normal = torch.randn(num_elements, self.polynomial.inputs[0].dim, num_channels)
         self.weight = nn.Parameter(torch.einsum("pq,zqc->zpc", scales, normal))
 
-    def forward(self, features: Tensor, species: Tensor) -> Tensor:
+    def forward(self, features: Tensor, species: Rows | Tensor) -> Tensor:
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
         given = [cast(self.weight, self.low), cast(features, self.low)]
         polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)

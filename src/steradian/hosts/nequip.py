@@ -20,6 +20,7 @@ from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
+from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
@@ -154,7 +155,7 @@ class NequIPLayer(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, features: Tensor, species: Tensor, embedding: Tensor, positions: Tensor, edges: Edges
+        self, features: Tensor, species: Rows, embedding: Tensor, positions: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C_in]``.
 
@@ -273,13 +274,13 @@ class NequIP(ConvolutionHost):
             else:
                 self.register_buffer(name, start)
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
-        features = self.embedding.index_select(0, species).unsqueeze(1)
+        features = self.embedding.index_select(0, species.index).unsqueeze(1)
         gates = []
         for layer in self.layers:
             features, alpha = layer(features, species, self.embedding, positions, edges)
             if alpha is not None:
                 gates.append(alpha)
-        scale, shift = self.scale.index_select(0, species), self.shift.index_select(0, species)
+        scale, shift = self.scale.index_select(0, species.index), self.shift.index_select(0, species.index)
         return HostOutput(scale * self.readout(features[:, 0]) + shift, tuple(gates))

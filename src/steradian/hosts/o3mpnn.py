@@ -18,6 +18,7 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
+from steradian.graph.topology import Rows
 from steradian.hosts.base import Host, HostOutput
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.radial import bernstein_basis, cosine_envelope, safe_norm, smooth_envelope
@@ -165,24 +166,19 @@ class O3MPNN(Host):
         envelope = cut(lengths, self.cutoff)
         radial = bernstein_basis(lengths / (1 + lengths), self.config.num_radial) * envelope.unsqueeze(-1)
         return Edges(
-            senders=graph.senders,
-            receivers=graph.receivers,
+            topology=graph.prepared(),
             vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
             radial=radial.to(dtype),
             envelope=envelope.to(dtype),
             harmonics=spherical_harmonics(unit_vectors(exact, lengths), self.l_max).to(dtype),
-            num_atoms=graph.num_atoms,
-            system=graph.system,
-            num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc_if_periodic,
             share=graph.share,
         )
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
-        features = self.embedding.index_select(0, species).unsqueeze(1)
+        features = self.embedding.index_select(0, species.index).unsqueeze(1)
         if self.dipole is not None:
             if graph.dipoles is None:
                 raise ValueError("this model embeds atomic dipoles, but the structures have none")
@@ -192,5 +188,5 @@ class O3MPNN(Host):
             features, alpha = layer(features, positions, edges)
             if alpha is not None:
                 gates.append(alpha)
-        energies = self.readout(features[:, :1]).flatten() + self.element_bias.index_select(0, species)
+        energies = self.readout(features[:, :1]).flatten() + self.element_bias.index_select(0, species.index)
         return HostOutput(self.scale * energies + self.shift, tuple(gates))

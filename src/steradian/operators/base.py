@@ -22,7 +22,7 @@ __all__ = [
     "GlobalMixer",
     "MixerFactory",
     "SlotSpec",
-    "asks_for_the_lattice",
+    "declares",
     "empty_slot",
     "in_layer",
 ]
@@ -94,6 +94,10 @@ class GlobalMixer(nn.Module, ABC):
 
     rotation: Rotation = "exact"
     supports_pbc: bool = False
+    needs_system_sizes: bool = True
+    """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    asks_for_the_lattice: bool = True
+    """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
 
     def summary(self) -> str:
         """One line for ``steradian inspect``."""
@@ -115,9 +119,9 @@ class GlobalMixer(nn.Module, ABC):
         return local_update + self.global_update(features, local_update, positions, edges)
 
 
-def asks_for_the_lattice(model: nn.Module) -> bool:
-    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
-    return any(isinstance(module, GlobalMixer) for module in model.modules())
+def declares(model: nn.Module, fact: str) -> bool:
+    """Whether any module of a model declares a fact, such as ``needs_system_sizes``."""
+    return any(getattr(module, fact, False) for module in model.modules())
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]

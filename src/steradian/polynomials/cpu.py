@@ -11,16 +11,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from steradian.compiler.frozen import of_weight
 from steradian.compiler.lanes import lanes_of
 from steradian.compiler.native import compiled
 from steradian.compiler.threads import run_tasks
+from steradian.graph.topology import Rows, rows_of
 from steradian.polynomials.polynomial import Operand, Polynomial
 from steradian.polynomials.program import Program, folded, program_of
 
-__all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program"]
+__all__ = ["evaluate_cpu", "run_program"]
 
 #: Multiply-adds below which a second thread costs more than it brings.
 WORTH_A_THREAD = 400_000
@@ -28,45 +28,6 @@ WORTH_A_THREAD = 400_000
 WORTH_SHARING = 0.7
 #: Bytes of the stack on which the machine code may sum, in float32, what it then stores in bfloat16.
 MOST_STACK = 128 * 1024
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A row index ``[B]`` and how it sorts the work.
-
-    Attributes:
-        index: the row index itself.
-        num_rows: of what it indexes.
-        order: rows of the work in order of their target, None where they are in order.
-        bounds: ``[num_rows + 1]`` where the rows of each target begin.
-    """
-
-    index: Tensor
-    num_rows: int
-    order: np.ndarray | None
-    bounds: np.ndarray
-
-
-_ROWS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def rows_of(index: Tensor, num_rows: int) -> Rows:
-    """The sorted form of an index, kept as long as the index lives."""
-    known = _ROWS.get(index)
-    if known is None or known.num_rows != num_rows:
-        contiguous = index.contiguous()
-        array = contiguous.numpy()
-        if array.size and not 0 <= array.min() <= array.max() < num_rows:
-            raise IndexError(f"row index out of range: {array.min()}..{array.max()} for {num_rows} rows")
-        in_order = bool((array[1:] >= array[:-1]).all())
-        order = None if in_order else np.argsort(array, kind="stable")
-        bounds = np.zeros(num_rows + 1, dtype=np.int64)
-        np.cumsum(np.bincount(array, minlength=num_rows), out=bounds[1:])
-        known = Rows(contiguous, num_rows, order, bounds)
-        # the entry must not keep its own key alive
-        _ROWS[index] = known if contiguous is not index else Rows(index.detach(), num_rows, order, bounds)
-        known = _ROWS[index]
-    return known
 
 
 @dataclass(frozen=True)
@@ -176,7 +137,7 @@ def _run_pass(
         order, bounds = None if locality is None else rows[locality].order, _plain_rows(num_rows)
     else:
         order, bounds = rows[one.index].order, rows[one.index].bounds
-    listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
+    listing = (0 if order is None else order.data_ptr(), bounds.data_ptr())
     num_segments, num_blocks = len(bounds) - 1, channels * itemsize // 64
 
     threads = torch.get_num_threads()
@@ -188,15 +149,15 @@ def _run_pass(
         tasks = [(0, num_segments, a, b) for a, b in pairwise(cuts) if b > a]
     else:
         targets = [num_rows * part // threads for part in range(1, threads)]
-        cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
+        cuts = [0, *np.searchsorted(bounds.numpy(), targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
     run_tasks(function, [(*addresses, *listing, *task) for task in tasks], threads)
 
 
 @cache
-def _plain_rows(count: int) -> np.ndarray:
+def _plain_rows(count: int) -> Tensor:
     """Bounds of rows that are each a segment of their own."""
-    return np.arange(count + 1)
+    return torch.arange(count + 1)
 
 
 class _Apply(torch.autograd.Function):
@@ -238,10 +199,10 @@ def _cached(polynomial: Polynomial, key: tuple, make: Any) -> Any:
 def evaluate_cpu(
     polynomial: Polynomial,
     inputs: list[Tensor],
-    gathers: list[Tensor | None],
-    scatter: Tensor | None,
+    gathers: list[Rows | Tensor | None],
+    scatter: Rows | Tensor | None,
     num_rows: int | None,
-    locality: Tensor | None = None,
+    locality: Rows | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`steradian.polynomials.evaluate`."""
@@ -255,10 +216,10 @@ def evaluate_cpu(
         inputs = [*inputs]
         fold = matrix.setdefault(weights.dtype, matrix[torch.float64].to(weights.dtype))
         inputs[outer] = of_weight(weights, polynomial, lambda value: torch.matmul(fold, value))
-    indices: list[Tensor] = []
+    indices: list[Rows | Tensor] = []
     counts: list[int] = []
 
-    def number(index: Tensor | None, count: int) -> int | None:
+    def number(index: Rows | Tensor | None, count: int) -> int | None:
         if index is None:
             return None
         for position, known in enumerate(indices):
@@ -274,7 +235,7 @@ def evaluate_cpu(
     program = _cached(
         polynomial, (gathered, scattered, near), lambda: program_of(polynomial, gathered, scattered, near)
     )
-    rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
+    rows = tuple(rows_of(index, count).look() for index, count in zip(indices, counts))
     work = next((len(index) for index in indices), inputs[0].shape[0])
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
     missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from steradian.graph.topology import Rows, rows_of
 from steradian.polynomials.polynomial import Polynomial
 from steradian.polynomials.program import program_of
 from steradian.polynomials.triton_ops import name_of, polynomial
@@ -19,10 +20,9 @@ _NAMES: WeakKeyDictionary[Polynomial, dict[tuple, str]] = WeakKeyDictionary()
 def evaluate_triton(
     table: Polynomial,
     inputs: list[Tensor],
-    gathers: list[Tensor | None],
-    scatter: Tensor | None,
+    gathers: list[Rows | Tensor | None],
+    scatter: Rows | Tensor | None,
     num_rows: int | None,
-    in_order: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`steradian.polynomials.evaluate`; the result is in ``dtype``.
@@ -30,10 +30,10 @@ def evaluate_triton(
     Weights shared by many rows are not multiplied with the coefficients first, as on a CPU: coefficients are constants
     of the instructions here and cost nothing, while the products would be read from memory for every row.
     """
-    indices: list[Tensor] = []
+    indices: list[Rows | Tensor] = []
     counts: list[int] = []
 
-    def number(index: Tensor | None, count: int) -> int | None:
+    def number(index: Rows | Tensor | None, count: int) -> int | None:
         if index is None:
             return None
         for position, known in enumerate(indices):
@@ -49,8 +49,22 @@ def evaluate_triton(
     key = (gathered, scattered)
     if key not in names:
         names[key] = name_of(program_of(table, gathered, scattered))
-    ascending = "".join("01"[in_order and position == scattered] for position in range(len(indices)))
+    rows = [rows_of(index, count) for index, count in zip(indices, counts)]
+    # a gather becomes a sum in the derivative by what is gathered
+    sums = {scattered, *(place for place, value in zip(gathered, inputs) if value.requires_grad)}
+    both = [_sorted(row, place in sums) for place, row in enumerate(rows)]
     work = next((len(index) for index in indices), inputs[0].shape[0])
     formats = str(dtype).removeprefix("torch.")
-    (out,) = polynomial(names[key], inputs, indices, counts, ascending, work, formats)
+    listed = [row.index for row in rows]
+    (out,) = polynomial(
+        names[key], inputs, listed, [own for own, _ in both], [begin for _, begin in both], counts, work, formats
+    )
     return out
+
+
+def _sorted(rows: Rows, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Order and bounds for :func:`~steradian.polynomials.triton_ops.polynomial`; empty where there are none."""
+    nothing = rows.index.new_empty(0)
+    if not wanted:
+        return nothing, nothing
+    return nothing if rows.order is None else rows.order, rows.bounds

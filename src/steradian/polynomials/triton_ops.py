@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.graph.device_rows import sorted_rows
 from steradian.polynomials.program import Program, needed_in_order
+from steradian.polynomials.triton_parts import SortedRows
 
 __all__ = ["name_of", "polynomial", "program_named"]
 
@@ -74,8 +74,9 @@ def polynomial(
     name: str,
     inputs: Sequence[Tensor],
     indices: Sequence[Tensor],
+    order: Sequence[Tensor],
+    bounds: Sequence[Tensor],
     counts: Sequence[int],
-    ascending: str,
     num_work: int,
     formats: str,
 ) -> list[Tensor]:
@@ -85,19 +86,16 @@ def polynomial(
         name: of the program.
         inputs: as its slots say, ``[rows, dim, C]`` or ``[rows, dim]``.
         indices: row indices ``[num_work]``, int64.
+        order, bounds: of each of them, see :class:`~steradian.graph.topology.Rows`; without numbers where it is in
+            order as it is, and where no output and no derivative is summed by it.
         counts: how many rows each of them refers to.
-        ascending: for each of them ``1`` where the caller promises that it is in order.
         num_work: rows of the work.
         formats: of the outputs, such as ``float32,bfloat16``.
     """
     from steradian.polynomials.triton_run import run_program
 
     program = program_named(name)
-    scattering = {slot.index for slot in program.outputs}
-    rows = [
-        sorted_rows(index, count, flag == "1") if number in scattering else None
-        for number, (index, count, flag) in enumerate(zip(indices, counts, ascending))
-    ]
+    rows = [SortedRows(own if len(own) else None, begin) for own, begin in zip(order, bounds)]
     given = [value.contiguous() for value in inputs]
     return run_program(program, rows, list(indices), list(counts), num_work, given, _dtypes(formats))
 
@@ -107,8 +105,9 @@ def _fake(
     name: str,
     inputs: Sequence[Tensor],
     indices: Sequence[Tensor],
+    order: Sequence[Tensor],
+    bounds: Sequence[Tensor],
     counts: Sequence[int],
-    ascending: str,
     num_work: int,
     formats: str,
 ) -> list[Tensor]:
@@ -123,15 +122,16 @@ def _fake(
 
 
 def _remember(ctx: Any, inputs: tuple, output: Any) -> None:
-    name, values, indices, counts, ascending, num_work, _ = inputs
+    name, values, indices, order, bounds, counts, num_work, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.settings = name, len(values), counts, ascending, num_work
-    ctx.save_for_backward(*values, *indices)
+    ctx.settings = name, len(values), len(indices), counts, num_work
+    ctx.save_for_backward(*values, *indices, *order, *bounds)
 
 
 def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
-    name, number, counts, ascending, num_work = ctx.settings
-    inputs, indices = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+    name, number, rows, counts, num_work = ctx.settings
+    inputs, saved = ctx.saved_tensors[:number], list(ctx.saved_tensors[number:])
+    indices, order, bounds = saved[:rows], saved[rows : 2 * rows], saved[2 * rows :]
     wanted = ctx.needs_input_grad[1]
     given = [cotangent is not None for cotangent in cotangents]
     nothing: list[Tensor | None] = [None] * number
@@ -139,9 +139,10 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
         derived = f"{name}|{_text(wanted)}:{_text(given)}"
         formats = ",".join(_name(value.dtype) for value, asked in zip(inputs, wanted) if asked)
         extra = [cotangent for cotangent in cotangents if cotangent is not None]
-        found = iter(polynomial(derived, [*inputs, *extra], list(indices), counts, ascending, num_work, formats))
+        found = iter(polynomial(derived, [*inputs, *extra], indices, order, bounds, counts, num_work, formats))
         nothing = [next(found) if asked else None for asked in wanted]
-    return None, nothing, [None] * len(indices), None if counts else [], None, None, None
+    unknown: list[None] = [None] * rows
+    return None, nothing, unknown, unknown, unknown, None if counts else [], None, None
 
 
 polynomial.register_autograd(_backward, setup_context=_remember)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
+
+from torch import Tensor
 
 from steradian.polynomials.program import Program
 
-__all__ = ["Part", "parts_of"]
+__all__ = ["Part", "SortedRows", "parts_of"]
 
 #: Terms of a kernel. Compiled for sm_90 with a channel per thread, the kernels of MACE (correlation 3, l_max 3) up to
 #: this size keep within 255 registers without spilling; one and a half times as many terms take ten times as long to
@@ -15,6 +18,13 @@ __all__ = ["Part", "parts_of"]
 MOST_TERMS = 1000
 #: Sums that one kernel keeps in registers from row to row.
 MOST_SUMS = 96
+
+
+class SortedRows(NamedTuple):
+    """The sorted form of a row index (:class:`~steradian.graph.topology.Rows`), as kernels read it."""
+
+    order: Tensor | None
+    bounds: Tensor
 
 
 @dataclass(frozen=True, eq=False)

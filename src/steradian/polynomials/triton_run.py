@@ -28,10 +28,9 @@ from torch import Tensor
 from triton import knobs
 
 from steradian.compiler.native import cache_folder
-from steradian.graph.device_rows import SortedRows
 from steradian.polynomials.polynomial import Operand
 from steradian.polynomials.program import Graph, Program, Slot
-from steradian.polynomials.triton_parts import Part, parts_of
+from steradian.polynomials.triton_parts import Part, SortedRows, parts_of
 from steradian.polynomials.triton_source import FUNCTION, Layout, layout_of, source_of
 
 __all__ = ["Tile", "kernel_of", "run_program", "tile_of"]
@@ -96,7 +95,7 @@ def tile_of(part: Part, num_work: int, num_targets: int, channels: int, real: to
 
 def run_program(
     program: Program,
-    rows: Sequence[SortedRows | None],
+    rows: Sequence[SortedRows],
     indices: Sequence[Tensor],
     counts: Sequence[int],
     num_work: int,
@@ -107,7 +106,7 @@ def run_program(
 
     Args:
         program: see :class:`~steradian.polynomials.program.Program`.
-        rows: for every row index its sorted form; None where no output is scattered by it.
+        rows: for every row index its sorted form; not read where no output is scattered by it.
         indices: the row indices ``[num_work]``, int64.
         counts: how many rows each of them refers to.
         num_work: rows of the work.
@@ -159,7 +158,7 @@ def _empty(program: Program, position: int, shape: tuple[int, ...], dtype: torch
 
 
 def _summed(
-    value: Tensor, index: int, rows: Sequence[SortedRows | None], indices: Sequence[Tensor], counts: Sequence[int]
+    value: Tensor, index: int, rows: Sequence[SortedRows], indices: Sequence[Tensor], counts: Sequence[int]
 ) -> Tensor:
     """Rows without channels summed by target: their components take the place of the channels."""
     program = _row_sum(index)
@@ -178,7 +177,7 @@ def _row_sum(index: int) -> Program:
 def _launch(
     part: Part,
     tile: Tile,
-    rows: Sequence[SortedRows | None],
+    rows: Sequence[SortedRows],
     indices: Sequence[Tensor],
     num_work: int,
     targets: int,
@@ -198,9 +197,7 @@ def _launch(
         loops = any(not program.outputs[place].operand.has_channels for place in layout.written)
         grid = (triton.cdiv(targets, tile.rows), 1 if loops else blocks, 1)
     else:
-        order_and_bounds = rows[part.index]
-        assert order_and_bounds is not None
-        order, bounds = order_and_bounds.order, order_and_bounds.bounds
+        order, bounds = rows[part.index]
         arguments += [bounds if order is None else order, bounds]
         constants = {"ORDERED": order is not None, "PARTS": tile.parts}
         grid = (targets, blocks, tile.parts)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from steradian.graph import Graph
-from steradian.graph.pairs import with_pairs
 
 __all__ = ["prefetched", "to_device"]
 
@@ -58,16 +56,12 @@ def to_device(graph: Graph, device: torch.device, stream: Any = None) -> Graph:
     Args:
         stream: ``torch.cuda.Stream`` to copy on; None copies as usual.
     """
-    graph = with_pairs(replace(graph, periodic=graph.is_periodic))
+    graph.prepared()
     if device.type != "cuda" or stream is None:
         return graph.to(device)
-    from steradian.execution.buffers import tensors_of, with_tensors
-
-    pinned = with_tensors(graph, {name: value.pin_memory() for name, value in tensors_of(graph).items()})
+    pinned = graph.mapped(lambda value: value.pin_memory())
     with torch.cuda.device(device), torch.cuda.stream(stream):
-        moved = with_tensors(
-            pinned, {name: value.to(device, non_blocking=True) for name, value in tensors_of(pinned).items()}
-        )
+        moved = pinned.mapped(lambda value: value.to(device, non_blocking=True))
         # this thread waits, not the one that trains; the copy is then complete for every stream
         stream.synchronize()
     return moved

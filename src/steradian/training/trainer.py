@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from steradian.config import ConfigError, TrainingConfig
-from steradian.execution.runner import resolve_mode
+from steradian.execution.steps import resolve_mode
 
 __all__ = ["Process", "device_line", "make_trainer", "own_threads", "quiet_lightning", "training_device"]
 

@@ -21,6 +21,7 @@ from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
+from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput
 from steradian.hosts.mace.element_pairs import make_repulsion, make_transform
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
@@ -86,9 +87,7 @@ class MACELayer(nn.Module):
         self.gate = gate
         self.mixer = mixer
 
-    def forward(
-        self, features: Tensor, species: Tensor, positions: Tensor, edges: Edges
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, features: Tensor, species: Rows, positions: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
         weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
@@ -226,14 +225,14 @@ class MACE(ConvolutionHost):
         # with a transform the weights depend on the elements, too
         return None if self.distance_transform is not None else super().tabulate_radial(num_intervals)
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
-        pairs = {"species": species, "senders": graph.senders, "receivers": graph.receivers}
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
+        pairs = {"species": species.index, "senders": graph.senders, "receivers": graph.receivers}
         transform = None if self.distance_transform is None else partial(self.distance_transform, **pairs)
         edges = self.edges(graph, vectors, transform)
-        features = (self.embedding * self.embedding.shape[0] ** -0.5).index_select(0, species).unsqueeze(1)
+        features = (self.embedding * self.embedding.shape[0] ** -0.5).index_select(0, species.index).unsqueeze(1)
         energies = torch.zeros_like(features[:, 0, 0])
         if self.repulsion is not None:
-            energies = energies + self.repulsion(edges.lengths, **pairs)
+            energies = energies + self.repulsion(edges.lengths, **pairs, pick=not edges.topology.is_static)
         gates = []
         for layer, readout in zip(self.layers, self.readouts):
             features, alpha = layer(features, species, positions, edges)

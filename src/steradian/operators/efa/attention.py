@@ -294,6 +294,7 @@ class SystemBlock:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve a gradient too
 def arranged(sizes: tuple[int, ...], device: torch.device) -> tuple[list[SystemBlock], Tensor | None]:
     """Blocks that hold every system with atoms once, and for :func:`join_blocks` the place of every atom.
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steradian.compiler.capture import capturing
 from steradian.config import EFAConfig
 from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.irreps import all_degrees, max_degree, natural_degrees
 from steradian.graph import Edges
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.efa.operator import EuclideanFastAttention, Systems
-from steradian.operators.efa.systems import sizes_of
 
 __all__ = ["EFAMixer", "efa_factory"]
 
@@ -72,7 +70,7 @@ class EFAMixer(GlobalMixer):
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            systems = Systems(sizes_of(edges.system, edges.num_systems), capturing())
+            systems = Systems(edges.topology.sizes, edges.topology.is_static)
             h = self.attention(entering, positions, systems, edges.cell, edges.pbc, edges.share)
         else:
             h = self.attention(x)

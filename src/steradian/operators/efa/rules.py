@@ -249,6 +249,7 @@ class RuleWaves:
         self._known: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
         self._rows: dict[tuple[int | None, ...], WaveRows] = {}
 
+    @torch.inference_mode(False)  # what is kept must serve a gradient too
     def rows(self, steps: tuple[int | None, ...]) -> WaveRows:
         """Rows for frequencies of these steps (:func:`step_of_phase`)."""
         if steps not in self._rows:

@@ -19,6 +19,7 @@ from torch import Tensor
 from steradian.compiler.lanes import lanes_of
 from steradian.compiler.native import compiled_text
 from steradian.compiler.threads import run_tasks
+from steradian.graph.topology import Rows, rows_of
 from steradian.operators.mara.cpu_code import (
     ARGUMENTS,
     VERSION,
@@ -26,7 +27,7 @@ from steradian.operators.mara.cpu_code import (
     num_table,
     sphere_attention_module,
 )
-from steradian.polynomials.cpu import Rows, rows_of, run_program
+from steradian.polynomials.cpu import run_program
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
 from steradian.polynomials.program import Program, program_of
 
@@ -287,7 +288,7 @@ def _row_size(num_points: int, itemsize: int) -> int:
 
 def _to_nodes(rows: Tensor, scales: Tensor | None, nodes: Tensor, constants: _Constants) -> Tensor:
     """``[N, H, 1 + K]`` sums of (scaled) rows over the edges of each centre."""
-    by_receiver = rows_of(constants.receivers, nodes.shape[0])
+    by_receiver = rows_of(constants.receivers, nodes.shape[0]).look()
     heads = [
         _sum_rows(rows[head], None if scales is None else scales[head], by_receiver)[:, : nodes.shape[2]]
         for head in range(nodes.shape[1])

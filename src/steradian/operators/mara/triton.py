@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steradian.compiler.triton_gate import largest_error, may_serve, on_its_device, register_check, triton_serves
-from steradian.graph.device_rows import SortedRows, sorted_rows
+from steradian.graph.topology import Rows
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
 
@@ -49,7 +49,7 @@ def pool_on_sphere(
         receivers: ``[E]`` centre of each edge.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
-        ascending: the caller's promise that receivers are in order; see :mod:`steradian.graph.device_rows`.
+        ascending: the caller's promise that receivers are in order; see :class:`~steradian.graph.topology.Rows`.
     """
     tables = tables.to(vectors.dtype)
     differentiated = torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))
@@ -150,7 +150,7 @@ def _spread(
         total = gradient * by_vectors[0]
     else:
         total = (gradient.t().unsqueeze(2) * by_vectors).sum(0)
-    rows = sorted_rows(receivers, nodes.shape[0], ascending)
+    rows = Rows(receivers, nodes.shape[0], ascending=ascending)
     return total, _to_nodes(by_slope, by_point, gradient, rows, nodes)
 
 
@@ -208,7 +208,7 @@ def _tangent(
     by_vectors, by_point = run.columns(TANGENT, kept)
     # rows of ``by_point`` carry the gradient already
     by_slope = by_slope * gradient.t()
-    by_nodes = _to_nodes(by_slope, by_point, None, sorted_rows(receivers, nodes.shape[0], ascending), nodes)
+    by_nodes = _to_nodes(by_slope, by_point, None, Rows(receivers, nodes.shape[0], ascending=ascending), nodes)
     by_tables = run.by_tables(TANGENT, kept) if with_tables else tables.new_empty(0)
     return pooled.t().contiguous(), by_vectors.sum(0), by_nodes, by_tables
 
@@ -274,7 +274,7 @@ def _(
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: SortedRows, nodes: Tensor) -> Tensor:
+def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: Rows, nodes: Tensor) -> Tensor:
     """``[N, H, 1 + K]`` sums over the edges of each centre, in the format of ``nodes``."""
     from steradian.operators.mara.triton_sums import node_kernel
 
