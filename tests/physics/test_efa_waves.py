@@ -73,6 +73,14 @@ def test_shells_integrate_to_one():
     )
 
 
+def test_shells_end_with_value_slope_and_curvature_zero():
+    """As the third power of the distance from the edge."""
+    steps = torch.tensor([1e-4, 2e-4, -1e-9], dtype=torch.float64)
+    near, twice, beyond = shell_weights(1.4 + WIDTH - steps, FREQUENCIES, WIDTH)[:, 2].tolist()
+    assert abs(twice / near - 8) < 0.01
+    assert beyond == 0
+
+
 def test_a_crystal_is_a_sum_over_all_images():
     q, k, v = features(4)
     positions = crystal()
@@ -138,6 +146,7 @@ def test_symmetries_of_a_crystal_are_exact(scaling):
     # another basis of the same lattice
     basis = torch.tensor([[1, 1, 0], [0, 1, 0], [2, 0, 1]], dtype=torch.float64)
     assert torch.allclose(attention(positions, basis @ CELL), before, atol=1e-12 * scale)
+    assert torch.allclose(attention(positions, CELL[[1, 0, 2]]), before, atol=1e-12 * scale)  # a left-handed one
     # a supercell: twice the atoms, the same values
     double = torch.cat([positions, positions + CELL[1]])
     doubled = attention(

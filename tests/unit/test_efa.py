@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from steradian.config.efa import EFAConfig, TensorIntegrationConfig
+from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import all_degrees, dim, natural_degrees
 from steradian.operators.efa import attention as efa_attention
 from steradian.operators.efa import sums as efa_sums
@@ -21,6 +22,7 @@ from steradian.operators.efa.paper import (
     frequencies_up_to,
     invariant_attention,
     mean_over_directions,
+    tensor_integration,
 )
 from steradian.operators.efa.rules import DirectionRule
 from steradian.sphere.grids import design, lebedev
@@ -218,6 +220,29 @@ def test_equivariance_improves_with_the_rule(degrees, integration, order):
     assert errors[0] > errors[1] > errors[2]
     assert errors[1] < 1e-4
     assert errors[2] < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:a system is about")
+@pytest.mark.parametrize("scaling", [None, [1.0, 0.5, 2.0]])
+def test_module_equals_the_paper(scaling, order):
+    """With harmonics up to degree 2, their scaling, a learned coupling, and irreps that are said to be there but are
+    not: the scale of the scores counts them."""
+    torch.manual_seed(0)
+    integration = {"max_degree_sph": 2, "max_degree": 2, "learned_paths": True, "degree_scaling": scaling}
+    config = EFAConfig(num_points=26, tensor_integration=integration, divide_by=3.0, max_degree=2)
+    attention = EuclideanFastAttention(config, natural_degrees(1), 4, nominal=natural_degrees(2)).double()
+    features, positions, grid = random(11, 4, 4), 2 * random(11, 3, seed=1), lebedev(26)
+    queries, keys, values = attention.projections(features)
+    atoms = QKV(queries / math.sqrt(9 * 4), keys, values, positions)
+    per_direction = attention_per_direction(atoms, attention.frequencies, grid.points, SIZES)
+    degrees = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2])
+    factors = (2 * degrees + 1).double().rsqrt() * torch.tensor(scaling or [1.0, 1.0, 1.0], dtype=torch.float64)[
+        degrees
+    ]
+    harmonics = (spherical_harmonics(grid.points, 2) * factors).unsqueeze(-1).expand(-1, -1, 4)
+    theirs = tensor_integration(harmonics, per_direction, grid.weights, attention.integration.product) / 3
+    assert theirs.abs().max() > 0.01
+    assert torch.allclose(attention(features, positions, Systems(SIZES)), theirs, rtol=0, atol=1e-13)
 
 
 def test_small_systems_are_summed_pair_by_pair():

@@ -313,19 +313,16 @@ def arranged(sizes: tuple[int, ...], device: torch.device) -> tuple[list[SystemB
             groups[-1].append(number)
         else:
             groups.append([number])
-    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-    blocks, place, offset = [], torch.empty(sum(sizes), dtype=torch.int64), 0
+    starts, total = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes), sum(sizes)
+    blocks, place, offset = [], torch.empty(total, dtype=torch.int64), 0
     for group in groups:
-        size = sizes[group[-1]]
-        atoms = torch.full((len(group), size), sum(sizes), dtype=torch.int64)
-        for row, number in enumerate(group):
-            count = sizes[number]
-            own = starts[number] + torch.arange(count)
-            atoms[row, :count] = own
-            place[own] = offset + row * size + torch.arange(count)
+        counts, places = torch.tensor([sizes[number] for number in group]), torch.arange(sizes[group[-1]])
+        known = places < counts.unsqueeze(1)
+        atoms = torch.where(known, starts[group].unsqueeze(1) + places, total)
+        place[atoms[known]] = offset + torch.nonzero(known.flatten()).squeeze(1)
         offset += atoms.numel()
-        counts = torch.tensor([sizes[number] for number in group], device=device) if sizes[group[0]] < size else None
-        blocks.append(SystemBlock(tuple(group), size, atoms.flatten().to(device), counts))
+        padded = None if bool(known.all()) else counts.to(device)
+        blocks.append(SystemBlock(tuple(group), len(places), atoms.flatten().to(device), padded))
     return blocks, place.to(device)
 
 

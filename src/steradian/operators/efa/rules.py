@@ -29,17 +29,7 @@ from torch import Tensor
 
 from steradian.sphere.grids import LEBEDEV_DEGREES, SphereGrid, lebedev
 
-__all__ = [
-    "RESOLVED",
-    "DirectionRule",
-    "RuleWaves",
-    "SizeWatch",
-    "WaveRows",
-    "graded_points",
-    "plane_wave_error",
-    "resolved_phase",
-    "step_of_phase",
-]
+__all__ = ["RESOLVED", "DirectionRule", "SizeWatch", "graded_points", "plane_wave_error", "resolved_phase"]
 
 RESOLVED = 2e-5
 """Error of a plane wave's mean up to which a rule counts as sufficient; the largest in the paper's table."""
@@ -253,18 +243,15 @@ class RuleWaves:
     def rows(self, steps: tuple[int | None, ...]) -> WaveRows:
         """Rows for frequencies of these steps (:func:`step_of_phase`)."""
         if steps not in self._rows:
-            matrices = tuple(matrix for step in steps for matrix in self._matrices(step))
+            for step in set(steps) - self._known.keys():
+                self._known[step] = self._make(step)
+            matrices = tuple(matrix for step in steps for matrix in self._known[step])
             starts = [0]
             for matrix in matrices:
                 starts.append(starts[-1] + (len(self.weights) if matrix is None else len(matrix)))
             padded = -(-starts[-1] // 4) * 4
             self._rows[steps] = WaveRows(matrices, tuple(starts), padded, self.weights.sqrt(), self.directions)
         return self._rows[steps]
-
-    def _matrices(self, step: int | None) -> tuple[Tensor | None, Tensor | None]:
-        if step not in self._known:
-            self._known[step] = self._make(step)
-        return self._known[step]
 
     def _make(self, step: int | None) -> tuple[Tensor | None, Tensor | None]:
         if step is None:  # cosines are one, sines are zero

@@ -156,7 +156,9 @@ class PlainSums:
         outputs = [torch.empty_like(tensor) if asked else None for tensor, asked in zip(flat, wanted)]
         for block in _blocks(pairs):
             batch, num_points, _, num_pairs, _ = pairs[0][0].shape
-            contracted = torch.bmm(sums, values[..., block]).view(batch, num_points, 2, num_pairs, -1, _length(block))
+            contracted = torch.bmm(sums, values[..., block]).view(
+                batch, num_points, 2, num_pairs, -1, block.stop - block.start
+            )
             for number, (waves, features) in enumerate(pairs):
                 by_waves, by_features = outputs[2 * number : 2 * number + 2]
                 if by_waves is not None:
@@ -239,10 +241,6 @@ class _Contract(torch.autograd.Function):
             if found is not None:
                 by_inputs[index] = found
         return (None, None, by_values, by_sums, *by_inputs)
-
-
-def _length(block: slice) -> int:
-    return block.stop - block.start
 
 
 # --------------------------------------------------------------------------------------------------------- pair by pair
