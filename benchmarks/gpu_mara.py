@@ -23,7 +23,7 @@ BAR_PERCENT = 2.0
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
     from steradian.execution.kernel_choice import prepare_backend
-    from steradian.execution.runner import Runner, prepared
+    from steradian.execution.runner import Runner
 
     graph = graph_of(system(size, periodic=True))
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, graph.num_edges / size)
@@ -34,7 +34,7 @@ def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> C
         return training_steps(model, [graph], mode)[0]
     model.for_inference()
     prepare_backend(model, graph)
-    static = Runner(model, mode).static(prepared(graph, model))
+    static = Runner(model, mode).static(graph.to(arguments.device))
     return lambda: static()
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser(__doc__, "gpu_mara")
     options.add_argument("--hosts", nargs="*", default=["MACE", "ViSNet", "NequIP"])
     options.add_argument("--sizes", type=int, nargs="*")
-    options.add_argument("--mode", default="cuda_graph", choices=["eager", "cuda_graph", "compile"])
+    options.add_argument("--mode", default="cuda_graph", choices=["eager", "cuda_graph"])
     options.add_argument("--steps", type=int, default=300)
     arguments = options.parse_args()
     arguments.periodic = False  # of the step of dynamics

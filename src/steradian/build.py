@@ -9,35 +9,51 @@ from typing import Any
 import torch
 
 from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
-from steradian.config import EFAConfig, MARAConfig, ModelConfig, PrecisionConfig
+from steradian.config import (
+    EFAConfig,
+    MACEConfig,
+    MARAConfig,
+    ModelConfig,
+    NequIPConfig,
+    NoGate,
+    NoMixer,
+    O3MPNNConfig,
+    PrecisionConfig,
+    ViSNetConfig,
+)
 from steradian.data.statistics import DatasetStatistics
 from steradian.execution.self_test import SelfTest, SelfTestError
-from steradian.hosts.base import Host
+from steradian.hosts.base import Host, TrainingFacts
 from steradian.hosts.mace.element_tables import compress_element_tables
 from steradian.hosts.mace.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
-from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, empty_slot
+from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, no_operator
 from steradian.operators.efa.mixer import efa_factory
-from steradian.operators.mara.mara import mara_factory
+from steradian.operators.mara import mara_factory
 from steradian.potential import PLAIN, Potential
 
-HOSTS: dict[str, Callable[..., Host]] = {"mace": MACE, "nequip": NequIP, "o3mpnn": O3MPNN, "visnet": ViSNet}
+HOSTS: dict[type, Callable[..., Host]] = {
+    MACEConfig: MACE,
+    NequIPConfig: NequIP,
+    O3MPNNConfig: O3MPNN,
+    ViSNetConfig: ViSNet,
+}
+GATES: dict[type, Callable[..., GateFactory]] = {NoGate: no_operator, MARAConfig: mara_factory}
+MIXERS: dict[type, Callable[..., MixerFactory]] = {NoMixer: no_operator, EFAConfig: efa_factory}
 
 __all__ = ["build_potential", "gate_factory", "load_potential", "mixer_factory", "save_potential"]
 
 
 def gate_factory(config: ModelConfig) -> GateFactory:
     """The factory that fills the edge gates as the configuration says."""
-    gate = config.edge_gate
-    return mara_factory(gate) if isinstance(gate, MARAConfig) else empty_slot
+    return GATES[type(config.edge_gate)](config.edge_gate)
 
 
 def mixer_factory(config: ModelConfig) -> MixerFactory:
     """The factory that fills the slots of global mixers as the configuration says."""
-    mixer = config.global_mixer
-    return efa_factory(mixer) if isinstance(mixer, EFAConfig) else empty_slot
+    return MIXERS[type(config.global_mixer)](config.global_mixer)
 
 
 def build_potential(
@@ -64,16 +80,17 @@ def build_potential(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_potential(config, statistics, make_gate=make_gate, make_mixer=make_mixer)
-    elements = {"elements": sorted(statistics.elements)} if config.host.kind == "mace" else {}
-    host = HOSTS[config.host.kind](
-        config.host,
-        num_elements=len(statistics.elements),
+    facts = TrainingFacts(
+        elements=tuple(sorted(statistics.elements)),
         avg_num_neighbors=statistics.avg_num_neighbors,
         scale=statistics.force_rms or 1.0,
         shift=statistics.energy_shift,
+    )
+    host = HOSTS[type(config.host)](
+        config.host,
+        facts,
         make_gate=_isolated(make_gate or gate_factory(config)),
         make_mixer=_isolated(make_mixer or mixer_factory(config)),
-        **elements,
     )
     compress_element_tables(host, config.element_tables, len(statistics.elements))
     return Potential(host, config, statistics)

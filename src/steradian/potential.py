@@ -18,7 +18,6 @@ from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
-    from steradian.execution.self_test import SelfTest
 
 __all__ = ["Potential"]
 
@@ -51,7 +50,7 @@ class Potential(nn.Module):
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
-        self.self_test: SelfTest | None = None  # of a converted model, until it is trained
+        self.self_test: Any = None  # a SelfTest of a converted model, until it is trained
         self.policy: PrecisionPolicy
         self.set_precision(config.precision)
 

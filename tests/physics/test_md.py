@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
-from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.simulate.analysis import energy_drift, force_statistics, radial_distribution
 from steradian.simulate.md import MDSettings, SimulationError, run_md
+from tests.systems import STATISTICS
 
 
 @pytest.fixture(scope="module")

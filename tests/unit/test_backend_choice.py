@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_hosts import STATISTICS, graph
 
 from steradian import polynomials as kernels
 from steradian.build import build_potential
@@ -19,6 +18,8 @@ from steradian.execution import kernel_choice as choice
 from steradian.execution.kernel_choice import choose_backend, prepare_backend
 from steradian.polynomials import Polynomial, backend, evaluate, gate, set_backend, use_backend
 from steradian.polynomials.reference import evaluate_reference
+from tests.systems import NO_REFERENCES as STATISTICS
+from tests.systems import seven_atoms as graph
 
 GPU = torch.device("cuda", 0)
 SECONDS = {"reference": 4.0, "same": 2.0, "slow": 8.0, "wrong": 1.0, "broken": 1.0, "nearly": 1.0}

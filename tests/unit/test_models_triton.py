@@ -12,8 +12,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from test_hosts import STATISTICS
-
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.execution import kernel_choice as choice
@@ -21,6 +19,7 @@ from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.polynomials import gate, triton_run, use_backend
 from steradian.polynomials import triton_ops as polynomial_ops
+from tests.systems import NO_REFERENCES as STATISTICS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp=[4])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import ConfigError
@@ -18,6 +17,8 @@ from steradian.training.module import DivergenceError
 from steradian.training.progressive import order_at, set_order, start_progressive
 from steradian.training.record import RunDirectory
 from steradian.training.state import read_state
+from tests.unit.precision_cases import STATISTICS, graph, potential
+from tests.unit.training_cases import toy_config, toy_file
 
 EPOCHS = 4
 
@@ -112,8 +113,6 @@ def test_orders_come_in_on_the_schedule():
 
 
 def test_raising_the_order_leaves_the_function_and_then_it_learns(folder):
-    from test_precision import STATISTICS, graph, potential
-
     model = potential("mace", "float64")
     full = model(graph()).forces
     start_progressive(model.host)

@@ -15,7 +15,6 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
-from training_cases import toy_config, toy_file, toy_frames
 
 from steradian.build import load_potential
 from steradian.config import ConfigError, LossConfig, OptimizerConfig, RunConfig, ScheduleConfig, load_config
@@ -32,6 +31,7 @@ from steradian.training.plan import check_monitor
 from steradian.training.record import RunDirectory
 from steradian.training.schedules import LearningRate
 from steradian.training.state import random_state, read_state, restore_random_state, write_state
+from tests.unit.training_cases import toy_config, toy_file, toy_frames
 
 
 def two_systems(**labels: Any) -> Graph:

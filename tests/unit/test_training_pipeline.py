@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import load_potential
 from steradian.config import ConfigError, RunConfig, TrainingConfig
@@ -27,6 +26,7 @@ from steradian.training.prefetch import prefetched, to_device
 from steradian.training.record import RunDirectory
 from steradian.training.state import read_state
 from steradian.training.trainer import training_device
+from tests.unit.training_cases import toy_config, toy_file
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_moved_graphs_know_pairs_and_periodicity() -> None:
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-    import cases
+    from tests import cases
 
     graph = to_device(cases.batch(cases.ethanol(), cases.crystal()), torch.device("cpu"))
     assert graph.topology.is_periodic

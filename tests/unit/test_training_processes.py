@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import RunConfig, dump_config
@@ -23,6 +22,7 @@ from steradian.graph.batches import GraphDataset
 from steradian.training.fit import fit
 from steradian.training.record import RunDirectory
 from steradian.training.state import read_state
+from tests.unit.training_cases import toy_config, toy_file
 
 EXACT = (
     "model.edge_gate.dropout=0.0",

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import load_potential
 from steradian.config import dump_config
@@ -20,6 +19,7 @@ from steradian.training.fit import fit
 from steradian.training.keeper import RunKeeper
 from steradian.training.record import RunDirectory, RunExistsError
 from steradian.training.state import ResumeError, read_state
+from tests.unit.training_cases import toy_config, toy_file
 
 STEPS_PER_EPOCH = 4  # seven batches of three, two to a step
 

@@ -15,7 +15,30 @@ from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
 from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
-__all__ = ["ConvolutionHost", "Host", "HostOutput"]
+__all__ = ["ConvolutionHost", "Host", "HostOutput", "TrainingFacts"]
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a host is told of the training set.
+
+    Attributes:
+        elements: atomic numbers, ascending: the order of the species.
+        avg_num_neighbors: edges per atom.
+        scale: [eV] factor on the interaction energies (root mean square force).
+        shift: [eV] added to every atom's interaction energy. Energies of isolated atoms are not in it: the potential
+            adds them.
+    """
+
+    elements: tuple[int, ...]
+    avg_num_neighbors: float
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def num_elements(self) -> int:
+        """Z, the size of the table of elements."""
+        return len(self.elements)
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class Host(nn.Module, ABC):
     """
 
     cutoff: float
+    scale: Tensor
+    shift: Tensor
     #: Whether vectors may come in a wider format than that of the features.
     takes_exact_vectors = False
 
@@ -52,6 +77,11 @@ class Host(nn.Module, ABC):
             positions: ``[N, 3]`` centred positions [Å], differentiable.
             vectors: ``[E, 3]`` from receiver to sender [Å], differentiable.
         """
+
+    def place_scale(self, facts: TrainingFacts) -> None:
+        """Buffers ``scale`` and ``shift``, with all digits whatever the format of the weights."""
+        self.register_buffer("scale", torch.tensor(float(facts.scale), dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(float(facts.shift), dtype=torch.float64))
 
     def tabulate_radial(self, num_intervals: int) -> float | None:
         """Replace the radial networks by tables until :meth:`train`; the largest relative error, None if there is none.

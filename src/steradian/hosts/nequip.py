@@ -21,7 +21,7 @@ from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinea
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
-from steradian.hosts.base import ConvolutionHost, HostOutput
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
@@ -203,23 +203,17 @@ class NequIP(ConvolutionHost):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: messages are divided by its root; ``config.avg_num_neighbors`` wins where it is set.
-        scale: [eV] factor on the atoms' energies, the same for all elements at the start.
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set. Messages are divided by the root of the number of neighbours;
+            ``config.avg_num_neighbors`` wins where it is set.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
 
-    Scale and shift are one number per element. The energies of isolated atoms are not among the shifts: the potential
-    adds them.
+    Scale and shift are one number per element, the same for all at the start.
     """
 
     def __init__(
         self,
         config: NequIPConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
@@ -231,7 +225,7 @@ class NequIP(ConvolutionHost):
             self.radial_scale = math.sqrt(2.0 / config.cutoff_A)
         channels = config.num_channels
         embedding_dim = config.embedding_dim or channels
-        self.embedding = nn.Parameter(torch.randn(num_elements, embedding_dim))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, embedding_dim))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
         layers = []
         for index, (degrees_in, degrees_out) in enumerate(layer_degrees(config)):
@@ -255,20 +249,18 @@ class NequIP(ConvolutionHost):
                 degrees_out=degrees_out,
                 channels_out=channels,
             )
-            neighbors = config.avg_num_neighbors or avg_num_neighbors
+            neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
             layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)
         self.readout = Readout(channels, config.readout_mlp)
-        self._place_scales(config, num_elements, scale, shift)
+        self._place_scales(config, facts)
 
-    def _place_scales(self, config: NequIPConfig, num_elements: int, scale: float, shift: float) -> None:
-        self.scale: Tensor
-        self.shift: Tensor
+    def _place_scales(self, config: NequIPConfig, facts: TrainingFacts) -> None:
         for name, value, trainable in (
-            ("scale", scale, config.trainable_scales),
-            ("shift", shift, config.trainable_shifts),
+            ("scale", facts.scale, config.trainable_scales),
+            ("shift", facts.shift, config.trainable_shifts),
         ):
-            start = torch.full((num_elements,), float(value), dtype=torch.float64)
+            start = torch.full((facts.num_elements,), float(value), dtype=torch.float64)
             if trainable:
                 setattr(self, name, nn.Parameter(start))
             else:

@@ -24,7 +24,7 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows, Topology
-from steradian.hosts.base import Host, HostOutput
+from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import evaluate
@@ -361,10 +361,7 @@ class ViSNet(Host):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: not used; sums over neighbours are not rescaled.
-        scale: [eV] factor on the interaction energies.
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set; sums over neighbours are not rescaled, so their number is not used.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot. A gate weighs the
             attention.
     """
@@ -372,19 +369,16 @@ class ViSNet(Host):
     def __init__(
         self,
         config: ViSNetConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
         super().__init__()
         channels = config.num_channels
         self.cutoff, self.l_max, self.smooth = config.cutoff_A, config.l_max, config.smooth
-        self.embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, channels))
         self.radial_basis = ExpNormalBasis(config.radial.num, config.cutoff_A, config.radial.trainable)
-        self.neighbor_embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.neighbor_embedding = nn.Parameter(torch.randn(facts.num_elements, channels))
         self.neighbor_filter = BlockLinear(config.radial.num, [channels])
         self.combine = BlockLinear(2 * channels, [channels])
         self.edge_filter = BlockLinear(config.radial.num, [channels])
@@ -407,10 +401,7 @@ class ViSNet(Host):
         self.norm = nn.LayerNorm(channels)
         self.vector_norm = VectorNorm(channels, config.l_max, config.vector_norm, config.trainable_vector_norm)
         self.readout = Readout(channels)
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+        self.place_scale(facts)
 
     @property
     def reach(self) -> float:

@@ -15,7 +15,7 @@ from ase import units
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from steradian.simulate.md import MDSettings
+    from steradian.simulate.settings import MDSettings
 
 __all__ = ["Integrator", "State", "kinetic_energy"]
 

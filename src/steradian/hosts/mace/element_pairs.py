@@ -134,26 +134,12 @@ class NuclearRepulsion(_PairModule):
 
 
 def make_transform(kind: str | None, elements: Sequence[int]) -> AgnesiTransform | SoftTransform | None:
-    """The transform of a configuration; None leaves distances as they are.
-
-    Raises:
-        ValueError: the elements are not given.
-    """
+    """The transform of a configuration; None leaves distances as they are."""
     if kind is None:
         return None
-    if not elements:
-        raise ValueError(f"distance_transform '{kind}' needs the elements of the model")
     return AgnesiTransform(elements) if kind == "agnesi" else SoftTransform(elements)
 
 
 def make_repulsion(kind: str | None, elements: Sequence[int], envelope_p: int) -> NuclearRepulsion | None:
-    """The repulsion of a configuration.
-
-    Raises:
-        ValueError: the elements are not given.
-    """
-    if kind is None:
-        return None
-    if not elements:
-        raise ValueError(f"pair_repulsion '{kind}' needs the elements of the model")
-    return NuclearRepulsion(elements, envelope_p)
+    """The repulsion of a configuration."""
+    return None if kind is None else NuclearRepulsion(elements, envelope_p)

@@ -8,7 +8,6 @@ features ``[N, D, C]``. Edge vectors run from receiver to sender here, so the od
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
-from steradian.hosts.base import ConvolutionHost, HostOutput
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
 from steradian.hosts.mace.element_pairs import make_repulsion, make_transform
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.precision import WithRole
@@ -151,38 +150,28 @@ class MACE(ConvolutionHost):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: divides the messages; ``config.avg_num_neighbors`` wins where it is set.
-        scale: [eV] factor on the interaction energies (root mean square force of the training set).
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set. The number of neighbours divides the messages; ``config.avg_num_neighbors`` wins
+            where it is set.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
-        elements: atomic numbers in the order of the species, for transforms of distances and repulsion.
 
     Reference: Batatia et al. 2022; scale and shift as in ``ScaleShiftMACE``.
-
-    Raises:
-        ValueError: transform or repulsion without elements.
     """
 
     def __init__(
         self,
         config: MACEConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
-        elements: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.cutoff = config.cutoff_A
         self.l_max = config.l_max
         self.envelope_p = config.radial.envelope_p
-        self.embedding = nn.Parameter(torch.randn(num_elements, config.num_channels))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, config.num_channels))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
-        self.distance_transform = make_transform(config.distance_transform, elements)
-        self.repulsion = make_repulsion(config.pair_repulsion, elements, config.radial.envelope_p)
+        self.distance_transform = make_transform(config.distance_transform, facts.elements)
+        self.repulsion = make_repulsion(config.pair_repulsion, facts.elements, config.radial.envelope_p)
         hidden = natural_degrees(config.hidden_l)
         scalars = natural_degrees(0)
         layers, readouts = [], []
@@ -194,7 +183,7 @@ class MACE(ConvolutionHost):
                 degrees_message=natural_degrees(config.l_max),
                 degrees_out=scalars if last else hidden,
                 num_channels=config.num_channels,
-                num_elements=num_elements,
+                num_elements=facts.num_elements,
                 correlation=config.correlations[index],
                 block=block,
             )
@@ -210,16 +199,13 @@ class MACE(ConvolutionHost):
             )
             layers.append(
                 MACELayer(
-                    dims, config, config.avg_num_neighbors or avg_num_neighbors, make_gate(spec), make_mixer(spec)
+                    dims, config, config.avg_num_neighbors or facts.avg_num_neighbors, make_gate(spec), make_mixer(spec)
                 )
             )
             readouts.append(Readout(config.num_channels, config.readout.mlp if last else None))
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+        self.place_scale(facts)
 
     def tabulate_radial(self, num_intervals: int) -> float | None:
         # with a transform the weights depend on the elements, too

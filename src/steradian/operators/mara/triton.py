@@ -8,13 +8,14 @@ the device, no shape depends on data, and sums have a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from steradian.compiler.triton_gate import largest_error, may_serve, on_its_device, register_check, triton_serves
 from steradian.graph.topology import Rows
+from steradian.operators.mara import factorised
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
 
@@ -45,7 +46,7 @@ def pool_on_sphere(
         vectors: ``[E, 3]`` from receiver to sender [Å]; float32 or float64, and so is the arithmetic.
         nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights); in
             this or a shorter format.
-        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.flat_tables`.
+        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.logit_tables`.
         receivers: ``[E]`` centre of each edge.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
@@ -65,18 +66,8 @@ def plain_pool(
     vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool
 ) -> Tensor:
     """The same in plain PyTorch."""
-    from steradian.operators.mara.factorised import LogitTables, gate_logits_to_pooled
-    from steradian.operators.mara.mara import sphere_field
-
-    num_points = len(grid)
-    pair, by_point, by_square = tables.split([2, 4 * num_points, num_points**2], dim=1)
-    point_field, field_point, value_point, weights = by_point.unflatten(1, (4, num_points)).unbind(1)
-    weights = weights[0].detach()
-    point_point = by_square.unflatten(1, (num_points, num_points)) - weights.log()
-    unpacked = LogitTables(pair[:, 0], point_field, field_point, point_point, pair[:, 1], value_point)
-    centres = nodes.to(vectors.dtype).index_select(0, receivers)
-    field = sphere_field(vectors, grid, "squared" if squared else "distance")
-    return gate_logits_to_pooled(field, centres[..., 0], centres[..., 1:] + weights.log(), unpacked, weights)
+    field: Literal["distance", "squared"] = "squared" if squared else "distance"
+    return factorised.pool_on_sphere(vectors, nodes, tables, receivers, grid, field)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
