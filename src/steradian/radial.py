@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.constants import constant
 from steradian.config import RadialConfig
 from steradian.equivariant.activations import silu
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate

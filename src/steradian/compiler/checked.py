@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from steradian.compiler.capture import capturing
-
 __all__ = [
     "OF_GRADIENTS",
     "TOLERANCES",
@@ -160,7 +158,7 @@ def agrees(compare: Callable[[], tuple[float, float]], line: str) -> bool:
 def is_static(value: Tensor) -> bool:
     """Whether a step is traced or recorded, so that nothing may be compared now: it was run before, or its backend was
     measured."""
-    if capturing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return value.is_cuda and torch.cuda.is_current_stream_capturing()
 

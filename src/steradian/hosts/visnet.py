@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.constants import constant
 from steradian.config import ViSNetConfig
 from steradian.equivariant.activations import silu
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
