@@ -119,3 +119,15 @@ def test_an_atom_that_does_not_exist_is_refused():
     leaves, receivers, grid = problem(4)
     with pytest.raises(IndexError, match=r"row index out of range: 0..4 for 4 rows"):
         machine(*leaves, receivers + (receivers == 3), grid, "distance")
+
+
+@pytest.mark.parametrize("field", ["distance", "squared"])
+def test_an_edge_of_no_length_and_one_towards_a_grid_point(field):
+    leaves, receivers, grid = problem(4)
+    leaves[0][1] = 0.0
+    leaves[0][2:4] = 1.7 * grid[3:5]
+    leaves[0][3] += 1e-10  # as rounding of coordinates would
+    found = derivatives(machine, leaves, receivers, grid, field)
+    expected = derivatives(factorised.pool_on_sphere, leaves, receivers, grid, field)
+    for one, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-10, atol=1e-12 * float(truth.abs().max()))
