@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from steradian.interfaces.ase import SteradianCalculator
     from steradian.operators.mara.gate import MARA, SEAttention
     from steradian.potential import Potential
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
 _HOME = {
     "build_potential": "steradian.build",
@@ -42,7 +42,7 @@ _HOME = {
     "MARA": "steradian.operators.mara.gate",
     "SEAttention": "steradian.operators.mara.gate",
     "Potential": "steradian.potential",
-    "fit": "steradian.training.fit",
+    "fit": "steradian.training.run",
 }
 
 __all__ = [

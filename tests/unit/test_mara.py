@@ -5,7 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from mara_cases import DOUBLE, edges_of, random_mara, system, written_alpha
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
@@ -16,6 +15,7 @@ from steradian.operators.mara.factorised import sphere_field
 from steradian.operators.mara.gate import MARA, SEAttention
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
+from tests.unit.mara_cases import DOUBLE, edges_of, random_mara, system, written_alpha
 
 
 @pytest.fixture(autouse=True, params=["reference", "cpu"])

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from mara_cases import edges_of, random_mara, system
 
 from steradian.graph.topology import Rows
 from steradian.operators.mara import cpu as mara_cpu
@@ -12,6 +11,7 @@ from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import num_scratch
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import lebedev
+from tests.unit.mara_cases import edges_of, random_mara, system
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import mara_cases
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from steradian.operators.mara import gate_of, intrinsic
 from steradian.operators.mara.gate import MARA
 from steradian.operators.mara.intrinsic import IntrinsicMARA
 from steradian.sphere.grids import design, gauss_legendre, lebedev
+from tests.unit import mara_cases
 
 DOUBLE = torch.float64
 SCALARS, VECTORS = ((0, 1),), ((0, 1), (1, -1))

@@ -117,18 +117,13 @@ def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Grap
     own = torch.arange(ghosts, device=device)
     receivers, senders = ghost_edges(torch.arange(missing, device=device), missing, ghosts)
 
-    def longer(value: Any, count: int, fill: float = 0) -> Any:
-        if value is None:
-            return None
-        return torch.cat([value, value.new_full((count, *value.shape[1:]), fill)])
-
     tensors: dict[str, Any] = {
-        "numbers": longer(graph.numbers, ghosts, number),
-        "system": longer(graph.system, ghosts, have.systems),
+        "numbers": _longer(graph.numbers, ghosts, number),
+        "system": _longer(graph.system, ghosts, have.systems),
         "senders": torch.cat([graph.senders, have.atoms + senders]),
         "receivers": torch.cat([graph.receivers, have.atoms + receivers]),
-        "shifts": longer(graph.shifts, missing),
-        "pbc": longer(graph.pbc, systems),
+        "shifts": _longer(graph.shifts, missing),
+        "pbc": _longer(graph.pbc, systems),
     }
     topology = Topology(
         num_atoms=sizes.atoms,
@@ -138,23 +133,28 @@ def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Grap
         periodic=known.is_periodic,
         composition=_with_ghosts(known.composition, number, ghosts),
         pairs=_padded_pairs(known, missing),
-        real=longer(torch.ones(have.systems, dtype=torch.bool, device=device), systems),
+        real=_longer(torch.ones(have.systems, dtype=torch.bool, device=device), systems),
         **tensors,
     )
     return replace(
         graph,
         positions=torch.cat([graph.positions, ghost_places(own, cutoff).to(graph.positions.dtype)]),
-        cell=longer(graph.cell, systems),
+        cell=_longer(graph.cell, systems),
         num_systems=sizes.systems,
-        energy=longer(graph.energy, systems),
-        forces=longer(graph.forces, ghosts),
-        stress=longer(graph.stress, systems),
-        weight=longer(graph.weight, systems),
-        dipoles=longer(graph.dipoles, ghosts),
+        energy=_longer(graph.energy, systems),
+        forces=_longer(graph.forces, ghosts),
+        stress=_longer(graph.stress, systems),
+        weight=_longer(graph.weight, systems),
+        dipoles=_longer(graph.dipoles, ghosts),
         config_type=graph.config_type + ("",) * systems if graph.config_type else (),
         topology=topology,
         **tensors,
     )
+
+
+def _longer(value: Any, count: int, fill: float = 0) -> Any:
+    """The tensor with so many more rows; None stays None."""
+    return None if value is None else torch.cat([value, value.new_full((count, *value.shape[1:]), fill)])
 
 
 def _padded_pairs(known: Topology, missing: int) -> Pairs | None:

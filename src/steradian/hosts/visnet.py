@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.activations import silu
+from steradian.compiler.constants import constant
 from steradian.config import ViSNetConfig
-from steradian.equivariant.activations import silu
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import compiled_text
+from steradian.compiler.native import function_of
 from steradian.compiler.threads import run_tasks
 from steradian.graph.topology import Rows
 from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import (
     ARGUMENTS,
-    VERSION,
     num_scratch,
     num_table,
     sphere_attention_module,
@@ -177,10 +176,7 @@ def _aliases(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @cache
 def _function(kind: str, field: str, itemsize: int) -> Callable:
-    description = f"sphere attention {VERSION} {kind} {field} {itemsize}"
-    return compiled_text(
-        f"sphere attention, {kind}", description, lambda: sphere_attention_module(kind, field, itemsize), 5
-    )
+    return function_of(f"sphere attention, {kind}", sphere_attention_module, (kind, field, itemsize), 5)
 
 
 def _run(

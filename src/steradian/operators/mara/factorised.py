@@ -28,8 +28,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from steradian.compiler.capture import tracing
-
 __all__ = ["logit_tables", "node_columns", "pool_on_sphere", "sphere_field"]
 
 #: Numbers in a block of [edges, K, K] logits: small enough for the cache, large enough for few calls...
@@ -155,7 +153,7 @@ def pool_on_sphere(
     f = sphere_field(vectors, grid, field)
     centres = nodes.to(vectors.dtype).index_select(0, receivers)
     block = max(1, NUMBERS_PER_BLOCK // len(grid) ** 2)
-    again = len(f) * len(grid) ** 2 > NUMBERS_KEPT and torch.is_grad_enabled() and not tracing()
+    again = len(f) * len(grid) ** 2 > NUMBERS_KEPT and torch.is_grad_enabled()
     heads = []
     for head in range(len(tables)):
         parts = []

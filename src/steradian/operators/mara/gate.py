@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.frozen import of_weights
 from steradian.graph.topology import Rows
 from steradian.operators.base import AttentionMaps, BareEdges, EdgeGate, EdgesOfGate, Rotation
 from steradian.operators.mara import factorised, paper, triton
@@ -267,10 +266,11 @@ class MARA(SphereGate):
     def _node_tables(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per atom a . u' and a . p ``[N, H, 1 + K]`` in the format of the role; mean value, mean query ``[N, H]``."""
         weights = self.W_h, self.Wk_f, self.Wv_h
-        columns = of_weights(
-            [*weights, *self._learned_positions()],
-            (self, self.low),
+        columns = self.folded(
+            ("columns", self.low),
             lambda: cast(factorised.node_columns(*weights, self.p, self.num_heads), self.low),
+            *weights,
+            *self._learned_positions(),
         )
         out = (cast(scalars, self.low) @ columns).unflatten(1, (self.num_heads, -1))
         nodes = out[..., 2:]
@@ -281,10 +281,11 @@ class MARA(SphereGate):
     def _tables(self) -> Tensor:
         """``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.logit_tables`."""
         weights = self.W_f, self.Wk_f, self.Wv_f
-        return of_weights(
-            [*weights, *self._learned_positions()],
-            self,
+        return self.folded(
+            "tables",
             lambda: factorised.logit_tables(*weights, self._positions(), self.weights, self.num_heads),
+            *weights,
+            *self._learned_positions(),
         )
 
     def _pooled_normalized(self, scalars: Tensor, edges: EdgesOfGate) -> Tensor:
