@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -187,6 +188,13 @@ def crystal(seed: int = 1) -> Structure:
 
 def graph(structure: Structure) -> Graph:
     return make_graph(structure, CUTOFF)
+
+
+def without_pairs(graph):
+    """The graph whose opposite edges are not known."""
+    topology = copy.copy(graph.prepared())
+    topology._pairs, topology._looked_for_pairs, topology._prepared = None, True, {}
+    return dataclasses.replace(graph, topology=topology)
 
 
 def batch(*structures: Structure) -> Graph:

@@ -279,7 +279,7 @@ def test_second_derivatives(host, operator):
     """Training on forces needs d(forces)/d(positions): the double backward against differences of forces."""
     potential = cases.potential(host, operator)
     graph = cases.graph(cases.ethanol())
-    species = potential.species(graph.numbers)
+    species = potential.species(graph.prepared())
     start = graph.positions.clone().requires_grad_(True)
 
     def energy(positions):

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
-from steradian.execution.kernel_choice import available_backends
+from steradian.execution.backend_benchmark import available_backends
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.neighbors_device import Boxes, has_nvalchemi, make_search
 from steradian.graph.skin import Capacity, HostList

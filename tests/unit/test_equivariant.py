@@ -16,6 +16,7 @@ from steradian.equivariant.linear import ElementLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction, published_path_count
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, channelwise_polynomial
 from steradian.graph import Edges
+from steradian.graph.topology import Topology
 from steradian.radial import (
     RadialBasis,
     RadialNetwork,
@@ -101,18 +102,9 @@ def make_edges(directions, num_atoms, l_max):
     receivers = torch.randint(num_atoms, (count,), generator=generator).sort().values
     senders = torch.randint(num_atoms, (count,), generator=generator)
     ones = torch.ones(count, dtype=torch.float64)
-    return Edges(
-        senders,
-        receivers,
-        directions,
-        ones,
-        ones[:, None],
-        ones,
-        spherical_harmonics(directions, l_max),
-        num_atoms,
-        torch.zeros(num_atoms, dtype=torch.int64),
-        1,
-    )
+    topology = Topology(senders, receivers, num_atoms)
+    topology._looked_for_pairs = True  # weights are per edge here
+    return Edges(topology, directions, ones, ones[:, None], ones, spherical_harmonics(directions, l_max))
 
 
 def path_representation(table, wigner):

@@ -98,8 +98,9 @@ def test_visnet_rows_are_the_edges_and_every_atom_itself():
     potential = made("visnet")
     _, _, _, edges, rows, _ = layer_inputs(potential)
     num_edges, num_atoms = len(edges.senders), 7
-    assert len(rows.senders) == num_edges + num_atoms
-    assert torch.equal(rows.senders[num_edges:], rows.receivers[num_edges:])
+    senders, receivers = rows.links.senders.index, rows.links.receivers.index
+    assert len(senders) == num_edges + num_atoms
+    assert torch.equal(senders[num_edges:], receivers[num_edges:])
     lengths = rows.directions.square()
     assert torch.allclose(lengths[:num_edges, :3].sum(1), torch.ones(num_edges, dtype=lengths.dtype))
     assert torch.allclose(lengths[:num_edges, 3:].sum(1), torch.ones(num_edges, dtype=lengths.dtype))

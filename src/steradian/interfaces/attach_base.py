@@ -83,6 +83,8 @@ class ForeignEdges:
     radial: Tensor
     envelope: Tensor
     num_atoms: int
+    harmonics: None = None
+    topology: None = None
 
 
 @dataclass(frozen=True)
