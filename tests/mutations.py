@@ -64,8 +64,8 @@ MUTATIONS = [
     Mutation("strain-not-symmetric", "0.5 * (strain + strain.transpose(1, 2))", "strain", CONTRACT + "'strain and mace-mara'"),
     Mutation("cell-not-strained", "cell = cell + cell @ symmetric", "cell = cell + 0 * cell @ symmetric", CONTRACT + "'strain and mace-none'"),
     Mutation("references-subtracted", "energy=interaction + reference,", "energy=interaction - reference,", CONTRACT + "'isolated and none'"),
-    Mutation("cell-transposed", '"ei,eij->ej", graph.shifts', '"ei,eji->ej", graph.shifts', CONTRACT + "'crystal or left_handed'"),
-    Mutation("images-subtracted", 'vectors = vectors + torch.einsum("ei,eij->ej", graph', 'vectors = vectors - torch.einsum("ei,eij->ej", graph', CONTRACT + "'crystal or left_handed or translation or cutoff'"),
+    Mutation("cell-transposed", '"ei,eij->ej", graph.shifts', '"ei,eji->ej", graph.shifts', CONTRACT + "'images and mace'"),
+    Mutation("images-subtracted", 'vectors = vectors + torch.einsum("ei,eij->ej", graph', 'vectors = vectors - torch.einsum("ei,eij->ej", graph', CONTRACT + "'images and mace'"),
     # -------------------------------------------------------------------------------------------------------- graphs
     Mutation("edges-sorted-by-sender", "key = pairs[:, 0] * num_atoms + pairs[:, 1]", "key = pairs[:, 1] * num_atoms + pairs[:, 0]", UNIT + "test_neighbors.py"),
     Mutation("skin-forgotten", "structure.pbc, cutoff + skin)", "structure.pbc, cutoff)", UNIT + "test_neighbors.py " + UNIT + "test_neighbors_device.py tests/physics/test_device_md.py"),
