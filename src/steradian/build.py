@@ -33,7 +33,7 @@ from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, no_operator
 from steradian.operators.efa.mixer import efa_factory
-from steradian.operators.mara.mara import mara_factory
+from steradian.operators.mara import mara_factory
 from steradian.potential import PLAIN, Potential
 
 HOSTS: dict[type, Callable[..., Host]] = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steradian.compiler.frozen import of_weight
+from steradian.compiler.folding import Folded
 from steradian.config.precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
 
 __all__ = ["POLICIES", "Int8Product", "PrecisionPolicy", "WithRole", "assign", "cast", "int8_weights", "policy_of"]
@@ -151,8 +151,12 @@ class WithRole(nn.Module):
     #: ``weights`` or ``dynamic`` where products are int8 (:mod:`steradian.execution.int8`).
     int8: str | None = None
 
-    def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """``x @ (weight * scale)`` in the format of the role.
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.folded = Folded()
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0, place: int = 0) -> Tensor:
+        """``x @ (weight * scale)`` in the format of the role; ``place`` tells the weights of a module apart.
 
         Raises:
             ValueError: training in int8.
@@ -160,10 +164,11 @@ class WithRole(nn.Module):
         if self.int8 is None:
             if self.low is None:
                 return x @ (weight if scale == 1.0 else weight * scale)
-            return cast(x, self.low) @ of_weight(weight, (scale, self.low), lambda w: cast(w * scale, self.low))
+            key = (place, scale, self.low)
+            return cast(x, self.low) @ self.folded(key, lambda: cast(weight * scale, self.low), weight)
         if weight.requires_grad and self.training:
             raise ValueError("int8 is for inference; train with another precision")
-        whole, scales = of_weight(weight, ("int8", scale), lambda value: int8_weights(value * scale))
+        whole, scales = self.folded((place, "int8", scale), lambda: int8_weights(weight * scale), weight)
         product: Tensor = Int8Product.apply(x, whole, scales, self.int8 == "dynamic")
         return product
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
-from made_up import STATISTICS
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.checkpoint import read_arrays
 from steradian.config import MACEConfig, ModelConfig
@@ -21,6 +20,7 @@ from steradian.graph.structures import Structure
 from steradian.interfaces.convert import convert_file
 from steradian.simulate.files import RunFiles
 from steradian.simulate.md import MDSettings, run_md
+from tests.systems import STATISTICS
 
 FLIPS = {"model": 200, "restart": 60, "trajectory": 40, "errors": 60}
 CUTS = 60

@@ -11,8 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from frozen_models import DATA, graph_of, read, relative
-from test_mace_torch import read as read_mace
 
 from steradian.build import load_potential, save_potential
 from steradian.checkpoint import ModelFileError
@@ -20,6 +18,8 @@ from steradian.execution.self_test import SelfTestError
 from steradian.interfaces.convert import convert_file, exporter_source
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.polynomials import use_backend
+from tests.parity.frozen_models import DATA, graph_of, read, relative
+from tests.parity.test_mace_torch import read as read_mace
 
 PACKAGES = {"nequip": "degree_two", "torch_geometric": "vertex"}
 PREFIX = {"nequip": "nequip", "torch_geometric": "pyg_visnet"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from frozen_models import DATA, RELATIVE, graph_of, read, relative
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.interfaces.pyg_visnet import config_and_weights_from_pyg_visnet
 from steradian.polynomials import use_backend
+from tests.parity.frozen_models import DATA, RELATIVE, graph_of, read, relative
 
 NAMES = sorted(path.stem.removeprefix("pyg_visnet_") for path in DATA.glob("pyg_visnet_*.npz"))
 REFERENCES = {1: -13.5, 6: -1029.25, 7: -1484.5, 8: -2042.0}

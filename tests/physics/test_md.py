@@ -9,12 +9,12 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.simulate.analysis import energy_drift, force_statistics, radial_distribution
 from steradian.simulate.files import RunFiles
 from steradian.simulate.md import MDSettings, SimulationError, _draw_velocities, run_md
+from tests.systems import STATISTICS
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from torch import nn
 
 from steradian.graph import Edges
 from steradian.graph.topology import Topology
-from steradian.operators.mara.mara import MARA
+from steradian.operators.mara import paper
+from steradian.operators.mara.gate import MARA
 
 DOUBLE = torch.float64
 
@@ -35,3 +36,9 @@ def random_mara(*arguments, seed=0, dtype=DOUBLE, **options):
     mara = MARA(*arguments, **options).to(dtype)
     nn.init.normal_(mara.W_gate)
     return mara
+
+
+def written_alpha(gate, features, edges):
+    """alpha as the paper's equations stand, every tensor formed."""
+    written = gate.as_written(features, edges)
+    return paper.of_senders(written.alpha, edges, len(features)) if gate.where == "node" else written.alpha

@@ -12,13 +12,13 @@ import torch
 from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.equivariant.irreps import natural_degrees
 from steradian.evaluation.rotations import rotation_audit
 from steradian.graph.structures import Structure
 from steradian.operators.efa.efa import EuclideanFastAttention
 from steradian.operators.efa.limits import RESOLVED, plane_wave_error, resolved_phase
 from steradian.sphere.grids import lebedev
+from tests.systems import made_up
 
 #: points and the largest phase over pi that the paper's code considers resolved
 TABLE = {50: 1, 86: 2, 110: 2.5, 146: 3, 194: 4, 230: 4.5, 266: 5, 302: 5.5, 434: 7.5, 590: 9}
@@ -61,16 +61,7 @@ def test_a_system_that_is_too_large_is_warned_of_once():
         attention(x, line_of_atoms(24.0), system)
 
 
-STATISTICS = DatasetStatistics(
-    elements=(1, 6),
-    atom_references={1: -13.6, 6: -1029.5},
-    avg_num_neighbors=4.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
+STATISTICS = made_up({1: -13.6, 6: -1029.5}, avg_num_neighbors=4.0)
 
 
 def test_inspect_and_the_audit_show_the_limits(tmp_path):

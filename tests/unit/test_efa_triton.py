@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorc
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.build import build_potential
-from steradian.compiler.triton_gate import on_every_device
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
@@ -25,6 +24,7 @@ from steradian.operators.efa.attention import DirectionRule, rotary_attention
 from steradian.operators.efa.sums import PLAIN
 from steradian.operators.efa.triton import TritonSums
 from steradian.polynomials import use_backend
+from steradian.polynomials.backend import on_every_device
 from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,14 @@ from steradian.equivariant.symmetric_contraction import SymmetricContraction, pu
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, channelwise_polynomial
 from steradian.graph import Edges
 from steradian.graph.topology import Topology
-from steradian.radial import RadialBasis, RadialNetwork, polynomial_envelope, safe_norm
+from steradian.radial import (
+    RadialBasis,
+    RadialNetwork,
+    cosine_envelope,
+    polynomial_envelope,
+    safe_norm,
+    smooth_envelope,
+)
 
 
 def random_directions(count, seed=0):
@@ -254,3 +261,31 @@ class TestRadialTable:
         network.tabulate(self.radial, 4.0, 32)
         assert network.eval().table is not None
         assert network.train().table is None
+
+
+def test_radial_functions_are_those_of_their_formulas():
+    cutoff, num = 4.0, 5
+    r = torch.tensor([0.7, 1.9, 3.3], dtype=torch.float64)
+
+    def basis(kind):
+        return RadialBasis(RadialConfig(kind=kind, num=num), cutoff).double()(r)
+
+    for n in range(1, num + 1):
+        bessel = (2 / cutoff) ** 0.5 * torch.sin(n * torch.pi * r / cutoff) / r
+        assert torch.allclose(basis("bessel")[:, n - 1], bessel, rtol=1e-13)
+        # neighbouring Gaussians are one width apart
+        gaussian = torch.exp(-0.5 * (r / (cutoff / (num - 1)) - (n - 1)) ** 2)
+        assert torch.allclose(basis("gaussian")[:, n - 1], gaussian, rtol=1e-13)
+        polynomial = np.polynomial.chebyshev.Chebyshev.basis(n)(r.numpy())
+        assert torch.allclose(basis("chebyshev")[:, n - 1], torch.from_numpy(polynomial), rtol=1e-13)
+
+
+def test_envelopes_are_those_of_their_formulas():
+    cutoff = 4.0
+    r = torch.tensor([0.7, 1.9, 3.3], dtype=torch.float64)
+    x = r / cutoff
+    for p in (5, 6):
+        polynomial = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
+        assert torch.allclose(polynomial_envelope(r, cutoff, p), polynomial, rtol=1e-13)
+    assert torch.allclose(smooth_envelope(r, cutoff), torch.exp(1 - 1 / (1 - x**2)), rtol=1e-13)
+    assert torch.allclose(cosine_envelope(r, cutoff), (1 + torch.cos(torch.pi * x)) / 2, rtol=1e-13)

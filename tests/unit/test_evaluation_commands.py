@@ -7,7 +7,6 @@ import json
 
 import pytest
 import typer
-from evaluation_fakes import molecules
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,8 +14,9 @@ from steradian.build import build_potential, save_potential
 from steradian.cli.common import parsed_units
 from steradian.cli.evaluate import compare, distinct, evaluate, model_name
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.errors import ErrorReport
+from tests.systems import made_up
+from tests.unit.evaluation_fakes import molecules
 
 KCAL = 0.0433641153087705
 
@@ -27,16 +27,7 @@ def folder(tmp_path_factory):
     import ase.io
 
     root = tmp_path_factory.mktemp("models")
-    statistics = DatasetStatistics(
-        elements=(1, 6, 8),
-        atom_references={1: 0.0, 6: 0.0, 8: 0.0},
-        avg_num_neighbors=5.0,
-        energy_shift=0.0,
-        force_rms=1.0,
-        energy_std=1.0,
-        num_frames=1,
-        reference_report="none",
-    )
+    statistics = made_up({1: 0.0, 6: 0.0, 8: 0.0})
     host = MACEConfig(num_layers=1, num_channels=4, hidden_l=0, l_max=1, correlation=1, cutoff_A=3.0, radial_mlp=[8])
     for name, gate in (("bare", None), ("gated", MARAConfig(hidden_dim=4, gate="published"))):
         config = ModelConfig(host=host, **({"edge_gate": gate} if gate else {}))

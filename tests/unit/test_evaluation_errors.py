@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluation_fakes import PairPotential, molecules
 
 from steradian.evaluation import plots
 from steradian.evaluation.compare import FIGURES, compare
@@ -18,6 +17,7 @@ from steradian.evaluation.report import Evaluated, render_report, write_report
 from steradian.evaluation.rotations import random_orthogonal, rotation_audit
 from steradian.evaluation.tables import Table, format_number, format_percent
 from steradian.units import KCAL_PER_MOL
+from tests.unit.evaluation_fakes import PairPotential, molecules
 
 
 @pytest.fixture(scope="module")

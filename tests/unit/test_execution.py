@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +16,7 @@ from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.execution.runner import Runner
 from steradian.execution.steps import resolve_mode
 from steradian.graph import Graph
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 
 class Refuses(Repeater):

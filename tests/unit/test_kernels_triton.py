@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from weakref import WeakKeyDictionary
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,12 +24,11 @@ from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
 from steradian.hosts.nequip import gate_polynomial
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
-from steradian.polynomials import Operand, Polynomial, Terms, triton_parts, triton_run, use_backend
+from steradian.polynomials import Operand, Polynomial, Terms, triton_source, use_backend
+from steradian.polynomials import triton as triton_kernels
 from steradian.polynomials.program import program_of
 from steradian.polynomials.reference import evaluate_reference
-from steradian.polynomials.triton import evaluate_triton
-from steradian.polynomials.triton_ops import name_of, polynomial
-from steradian.polynomials.triton_run import Tile
+from steradian.polynomials.triton import Tile, evaluate_triton, name_of, polynomial
 from steradian.polynomials.triton_source import source_of
 from steradian.radial import _interpolation
 
@@ -168,25 +167,24 @@ def test_float32():
 def test_any_tile(tile, monkeypatch):
     """Two blocks of channels, one masked block, segments divided among instances (some of them empty)."""
     plain = Tile(tile.rows, tile.block, tile.warps)
-    monkeypatch.setattr(triton_run, "tile_of", lambda part, *_: plain if part.index is None else tile)
+    monkeypatch.setattr(triton_kernels, "tile_of", lambda part, *_: plain if part.index is None else tile)
     assert_equals_reference(product(3))
 
 
 def test_sums_taken_together(monkeypatch):
     """As compiled code does; slow in the interpreter, so on few rows."""
-    monkeypatch.setattr(triton_run, "together", lambda: True)
+    monkeypatch.setattr(triton_kernels, "together", lambda: True)
     table, inputs, gathers, scatter, num_rows = product(2, edges=3, atoms=2)
     assert_equals_reference((table, inputs, gathers, scatter, num_rows))
 
 
 def test_large_programs_are_divided(monkeypatch):
-    monkeypatch.setattr(triton_parts, "MOST_TERMS", 30)
-    monkeypatch.setattr(triton_parts, "MOST_SUMS", 3)
-    monkeypatch.setattr(triton_parts, "_PARTS", WeakKeyDictionary())
+    monkeypatch.setattr(triton_source, "MOST_TERMS", 30)
+    monkeypatch.setattr(triton_source, "MOST_SUMS", 3)
     table, inputs, *rest = contraction(2)
     given = (Polynomial(table.inputs, table.output, table.terms, table.outer), inputs, *rest)
     program = program_of(given[0], (0, None), None)
-    parts = triton_parts.parts_of(program.gradient((True, True), (True,)))
+    parts = triton_source.parts_of(program.gradient((True, True), (True,)))
     assert len(parts) > 8
     assert all(part.num_terms <= 30 or part.program.nodes for part in parts)
     assert_equals_reference(given)
@@ -214,7 +212,9 @@ def test_inputs_of_16_bits_are_read_exactly_and_gradients_rounded_once(dtype):
 def test_every_number_is_stored_once_and_nothing_is_added_to_memory(monkeypatch):
     """Outputs begin as NaN here; a sum into memory, or a number left out, would keep one."""
     monkeypatch.setattr(
-        triton_run, "_empty", lambda program, place, shape, dtype, like: like.new_full(shape, float("nan"), dtype=dtype)
+        triton_kernels,
+        "_empty",
+        lambda program, place, shape, dtype, like: like.new_full(shape, float("nan"), dtype=dtype),
     )
     given = product(3)
     results = [derivatives(by_triton, *given) for _ in range(2)]
@@ -222,7 +222,7 @@ def test_every_number_is_stored_once_and_nothing_is_added_to_memory(monkeypatch)
         assert torch.equal(one, other)
         assert bool(torch.isfinite(one).all())
     for program in _programs(given[0]):
-        for part in triton_parts.parts_of(program):
+        for part in triton_source.parts_of(program):
             assert "atomic" not in source_of(part.program, part.index)
 
 
@@ -286,9 +286,9 @@ import json, torch
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.polynomials.program import program_of
-from steradian.polynomials.triton_compile import H200, MI300, compile_part
-from steradian.polynomials.triton_parts import parts_of
-from steradian.polynomials.triton_run import Tile
+from triton_compile import H200, MI300, compile_part
+from steradian.polynomials.triton_source import parts_of
+from steradian.polynomials.triton import Tile
 table, _ = channelwise_polynomial(natural_degrees(1), 2, natural_degrees(1))
 value = program_of(table, (0, None, None), 1)
 first = value.gradient((True, True, True), (True,))
@@ -307,7 +307,7 @@ from triton.backends.compiler import GPUTarget
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
-from steradian.polynomials import triton_run
+from steradian.polynomials import triton as triton_kernels
 from steradian.polynomials.triton import evaluate_triton
 
 class Driver:
@@ -325,9 +325,14 @@ class Launcher:
             launched.append([list(grid), done.metadata.num_warps])
         return launch
 
-launched, kernel_of = [], triton_run.kernel_of
+launched, kernels, kernel_of = [], set(), triton_kernels.kernel_of
 triton.runtime.driver.set_active(Driver())
-triton_run.kernel_of = lambda part: Launcher(kernel_of(part))
+
+def launcher(part):
+    kernels.add(kernel_of(part))
+    return Launcher(kernel_of(part))
+
+triton_kernels.kernel_of = launcher
 table, _ = channelwise_polynomial(natural_degrees(0), 1, natural_degrees(1))
 channels = 33
 for atoms in (15, 16):
@@ -335,14 +340,15 @@ for atoms in (15, 16):
     index = torch.arange(160) % atoms
     receivers = Rows(index.sort().values, atoms, ascending=True)
     evaluate_triton(table, inputs, [index, None, None], receivers, atoms, torch.float32)
-parts = list(triton_run._KERNELS)
-print(json.dumps([launched, [len(kernel_of(part).device_caches[0][0]) for part in parts]]))
+print(json.dumps([launched, [len(kernel.device_caches[0][0]) for kernel in kernels]]))
 """
 
 
 def run_compiled(script):
     """The last line that a process without the interpreter prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    benchmarks = str(Path(__file__).resolve().parents[2] / "benchmarks")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), benchmarks]))
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout.splitlines()[-1])

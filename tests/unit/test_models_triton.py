@@ -12,15 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from test_hosts import STATISTICS
-
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.execution import kernel_choice as choice
+from steradian.execution.backend_benchmark import benchmark_backends
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
-from steradian.polynomials import gate, triton_run, use_backend
-from steradian.polynomials import triton_ops as polynomial_ops
+from steradian.polynomials import triton as polynomial_ops
+from steradian.polynomials import use_backend
+from tests.systems import NO_REFERENCES as STATISTICS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp=[4])
@@ -30,7 +29,6 @@ HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp
 def _unchecked(monkeypatch):
     """The check of every polynomial has tests of its own."""
     monkeypatch.setattr("steradian.polynomials.passes", lambda *_: True)
-    assert gate.TOLERANCE
 
 
 def model(precision="float64", gated=False):
@@ -55,10 +53,10 @@ def batch():
 @pytest.mark.parametrize("gated", [False, True], ids=["mace", "mace-mara"])
 def test_training_step_equals_the_reference(gated, monkeypatch):
     ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
+    run = polynomial_ops.run_program
+    monkeypatch.setattr(polynomial_ops, "run_program", lambda *given: ran.append(1) or run(*given))
     potential, graph = model(gated=gated), batch()
-    found = choice.choose_backend(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
+    found = benchmark_backends(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
     assert not found.refused
     assert found.errors["triton"] < 1e-12
     assert len(ran) > 10

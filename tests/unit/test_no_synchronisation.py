@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +18,7 @@ from steradian.graph import Graph
 from steradian.graph.neighbors import make_graph
 from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 #: Operators whose result or shape depends on values, so that a GPU has to be waited for.
 WAITING = (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ from steradian.graph import Graph
 from steradian.graph.ghosts import ghost_edges
 from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 SIZES = Sizes(29, 512, 5)  # five ghosts, an odd number
 CARBON = 6

@@ -10,11 +10,11 @@ import torch
 
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig, NequIPConfig, ViSNetConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.graph.topology import Topology
+from tests.systems import made_up
 
 CUTOFF = 3.5
 HOSTS = {
@@ -22,10 +22,7 @@ HOSTS = {
     "nequip": NequIPConfig(num_layers=3, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8]),
     "visnet": ViSNetConfig(num_layers=4, num_channels=16, num_heads=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True),
 }
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8), atom_references={1: 0.0, 6: 0.0, 8: 0.0}, avg_num_neighbors=6.0, energy_shift=0.0,
-    force_rms=1.0, energy_std=1.0, num_frames=1, reference_report="made up",
-)  # fmt: skip
+STATISTICS = made_up({1: 0.0, 6: 0.0, 8: 0.0}, avg_num_neighbors=6.0)
 
 
 def molecule(seed=0):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,7 @@ from steradian.graph.graph import Graph
 from steradian.graph.neighbors import make_graph
 from steradian.graph.topology import Rows, Topology
 from steradian.interfaces.ase import SteradianCalculator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 
 def fresh(graph: Graph) -> Graph:

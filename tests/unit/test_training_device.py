@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,7 @@ from steradian.graph.structures import Structure
 from steradian.polynomials import use_backend
 from steradian.potential import Potential
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 
 def frames(periodic: bool = True) -> list[Graph]:

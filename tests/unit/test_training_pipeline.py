@@ -10,23 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import load_potential
 from steradian.config import ConfigError, RunConfig, TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.execution.graphs import Repeater
 from steradian.graph import Prediction
-from steradian.training import module as training_module
-from steradian.training import pipeline
-from steradian.training.fit import fit
-from steradian.training.keeper import RunKeeper
-from steradian.training.late import LateValues
-from steradian.training.module import DivergenceError
-from steradian.training.prefetch import prefetched, to_device
+from steradian.training import loop, pipeline
+from steradian.training.feeding import prefetched, to_device
+from steradian.training.loop import DivergenceError, Loop
+from steradian.training.machine import AsynchronousValues, training_device
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
-from steradian.training.trainer import training_device
+from tests.unit.training_cases import toy_config, toy_file
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +42,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Pipeline]:
         made.append(pipeline.make_pipeline(*arguments, recorder=Repeater()))
         return made[-1]
 
-    monkeypatch.setattr(training_module, "uses_pipeline", lambda config, device: True)
-    monkeypatch.setattr(training_module, "make_pipeline", make)
+    monkeypatch.setattr(loop, "uses_pipeline", lambda config, device: True)
+    monkeypatch.setattr(loop, "make_pipeline", make)
     return made
 
 
@@ -88,14 +85,12 @@ def test_prepared_run_resumes_to_the_last_bit(
     config_of_part = config(folder, "part")
     stops = iter((2, 5))
     stop = next(stops)
-    original = RunKeeper._wish
+    original = Loop._due
 
-    def wish(self: RunKeeper, *arguments: Any, **options: Any) -> int:
-        if self.position.step >= stop:
-            return 3
-        return original(self, *arguments, **options)
+    def due(self: Loop, *arguments: Any) -> int:
+        return loop.SIGNAL if self.position.step >= stop else original(self, *arguments)
 
-    monkeypatch.setattr(RunKeeper, "_wish", wish)
+    monkeypatch.setattr(Loop, "_due", due)
     part = fit(config_of_part, progress=False)
     assert part.reason == "interrupted"
     stop = 10**9
@@ -146,8 +141,8 @@ def test_errors_of_padded_batches_are_those_of_the_real_atoms() -> None:
     assert errors.arrays().force_error.shape == (3, 3)
 
 
-def test_late_values_arrive_in_order() -> None:
-    values: LateValues[str] = LateValues()
+def test_asynchronous_values_arrive_in_order() -> None:
+    values: AsynchronousValues[str] = AsynchronousValues()
     loss = torch.tensor(1.0)
     values.add(loss, "first")
     loss.fill_(2.0)
@@ -182,10 +177,7 @@ def test_leaving_early_ends_the_thread() -> None:
 
 
 def test_moved_graphs_know_pairs_and_periodicity() -> None:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-    import cases
+    from tests import cases
 
     graph = to_device(cases.batch(cases.ethanol(), cases.crystal()), torch.device("cpu"))
     assert graph.topology.is_periodic

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import RunConfig, dump_config
@@ -20,9 +19,10 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.fit import fit
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
+from tests.unit.training_cases import toy_config, toy_file
 
 EXACT = (
     "model.edge_gate.dropout=0.0",
@@ -35,8 +35,19 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from steradian.config import load_config
-from steradian.training.fit import fit
-from steradian.training.trainer import end_processes
+from steradian.training.run import fit
+from steradian.training.machine import Process, end_processes
+import torch
+process = Process.present()
+process.join(torch.device("cpu"))
+transposed, lacking, idle = (torch.nn.Parameter(torch.zeros(3, 2).T if k == 0 else torch.zeros(2)) for k in range(3))
+transposed.grad = (process.rank + 1.0) * torch.arange(6.0).reshape(3, 2).T
+lacking.grad = None if process.first else torch.tensor([2.0, 4.0])
+process.average_gradients([transposed, lacking, idle])
+assert torch.equal(transposed.grad, 1.5 * torch.arange(6.0).reshape(3, 2).T)
+assert transposed.grad.stride() == transposed.stride()
+assert lacking.grad.tolist() == [1.0, 2.0]
+assert idle.grad is None
 for argument in sys.argv[1:]:
     config = load_config(argument.removeprefix("resume:"))
     fit(config, resume=config.output / config.name if argument.startswith("resume:") else None, progress=True)

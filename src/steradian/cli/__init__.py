@@ -1,6 +1,6 @@
 """The command ``steradian``.
 
-No module of this folder imports torch, ASE or Lightning at load (commands import what they need when they run), so
+No module of this folder imports torch, NumPy or ASE at load (commands import what they need when they run), so
 ``steradian --help`` answers at once.
 """
 

@@ -59,9 +59,7 @@ def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
         if gate is None:
             rows.append((f"edge gate, layer {index}", "none"))
         else:
-            rows.append(
-                (f"edge gate, layer {index}", f"{type(gate).__name__}, {gate.grid.name}; rotation: {gate.rotation}")
-            )
+            rows.append((f"edge gate, layer {index}", gate.summary()))
         if layer.mixer is not None:
             rows.append((f"global mixer, layer {index}", layer.mixer.summary()))
     references = (f"{chemical_symbols[z]} {statistics.atom_references[z]:.4f}" for z in potential.elements)

@@ -15,11 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "constant", "static_step", "step_number", "tracing"]
+__all__ = ["capturing", "constant", "static_step"]
 
 _depth = 0
-_traces = 0
-_steps = 0
 
 
 def capturing() -> bool:
@@ -27,26 +25,15 @@ def capturing() -> bool:
     return _depth > 0
 
 
-def tracing() -> bool:
-    """Whether it is being traced: tensors stand for inputs, so nothing that depends on their values may be kept."""
-    return _traces > 0
-
-
-def step_number() -> int:
-    """A number of its own for every step that is entered, 0 outside: what is kept under it is kept for one step."""
-    return _steps if _depth else 0
-
-
 @contextmanager
-def static_step(trace: bool = False) -> Iterator[None]:
-    """Inside the ``with`` block :func:`capturing` is true (and :func:`tracing`, where asked)."""
-    global _depth, _traces, _steps
-    _steps += not _depth
-    _depth, _traces = _depth + 1, _traces + trace
+def static_step() -> Iterator[None]:
+    """Inside the ``with`` block :func:`capturing` is true."""
+    global _depth
+    _depth += 1
     try:
         yield
     finally:
-        _depth, _traces = _depth - 1, _traces - trace
+        _depth -= 1
 
 
 def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -72,7 +72,7 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
         "test": test or [frames[index] for index in indices["test"]],
     }
     if not splits["train"]:
-        raise DataError("the split leaves no training frames")
+        raise DataError("the split leaves no training frames; give data.validation (a file) or more frames")
     _check_elements(splits)
     _note_duplicates(splits, reader.warnings)
     provenance = {

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.frozen import of_weight
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
 from steradian.graph.topology import Rows, rows_of
@@ -29,7 +28,7 @@ class IrrepsLinear(WithRole):
         self.weight = nn.Parameter(torch.randn(len(degrees), channels_in, channels_out))
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(_unit_variance(value), self.low))
+        weight = self.folded(self.low, lambda: cast(_unit_variance(self.weight), self.low), self.weight)
         return _per_irrep(cast(features, self.low), self.degrees, weight).to(features.dtype)
 
 
@@ -92,7 +91,8 @@ class PathLinear(WithRole):
             wide = weight.dtype
             block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
             scale = weight.shape[0] ** -0.5 / self.divisor
-            matrix = of_weight(weight, ("scaled", scale, low), partial(_scaled, scale=scale, low=low))
+            make = partial(_scaled, weight, scale=scale, low=low)
+            matrix = self.folded((degree, parity, scale, low), make, weight)
             blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
@@ -121,7 +121,7 @@ class ElementLinear(WithRole):
         """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
         species = rows_of(species, self.weight.shape[0])
         scale = (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
-        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(value * scale, self.low))
+        weight = self.folded(self.low, lambda: cast(self.weight * scale, self.low), self.weight)
         if species.counts is None:
             return _of_own_element(cast(features, self.low), self.degrees, weight, species.index).to(features.dtype)
         if not len(species):
@@ -171,7 +171,7 @@ class EmbeddedLinear(WithRole):
         present = [element for element, count in enumerate(species.counts) if count]
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
-            matrices = self._per_element(weight, embedding, present)
+            matrices = self._per_element(irrep, weight, embedding, present)
             block = parts[self.degrees.index(irrep)]
             if len(present) == 1:
                 out[irrep] = _mix(block, matrices[0])
@@ -187,24 +187,23 @@ class EmbeddedLinear(WithRole):
     ) -> dict[tuple[int, int], Tensor]:
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
-            matrices = torch.stack(self._per_element(weight, embedding, list(range(embedding.shape[0]))))
+            matrices = torch.stack(self._per_element(irrep, weight, embedding, list(range(embedding.shape[0]))))
             block = parts[self.degrees.index(irrep)]
             out[irrep] = _of_own_element(block, (irrep,), matrices.unsqueeze(1), species).to(dtype)
         return out
 
-    def _per_element(self, weight: Tensor, embedding: Tensor, present: list[int]) -> list[Tensor]:
-        """``[C_in, width]`` of every element in a list; made once for frozen weights."""
+    def _per_element(
+        self, irrep: tuple[int, int], weight: Tensor, embedding: Tensor, present: list[int]
+    ) -> list[Tensor]:
+        """``[C_in, width]`` of every element in a list; made once for weights that are not trained."""
 
-        def made(value: Tensor) -> list[Tensor]:
-            scale = (value.shape[0] * value.shape[1]) ** -0.5
+        def made() -> list[Tensor]:
+            scale = (weight.shape[0] * weight.shape[1]) ** -0.5
             rows = embedding if len(present) == len(embedding) else embedding[present]
-            mixed = torch.einsum("zt,ctd->zcd", rows * scale, value)
+            mixed = torch.einsum("zt,ctd->zcd", rows * scale, weight)
             return list(cast(mixed, self.low).contiguous().unbind(0))
 
-        if embedding.requires_grad:
-            return made(weight)
-        key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype, self.low)
-        return of_weight(weight, key, made)
+        return self.folded((irrep, tuple(present), self.low), made, weight, embedding)
 
 
 def _scaled(weight: Tensor, scale: float, low: torch.dtype | None) -> Tensor:

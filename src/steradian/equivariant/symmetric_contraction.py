@@ -112,7 +112,7 @@ class SymmetricContraction(WithRole):
     """
 
     role = "contraction"
-    #: Highest number of factors that takes part at present (see :mod:`steradian.training.progressive`).
+    #: Highest number of factors that takes part at present (see :mod:`steradian.training.optimisation`).
     order: int
     #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
     tables_dtype: torch.dtype | None = None
@@ -133,7 +133,7 @@ class SymmetricContraction(WithRole):
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
         given = [cast(self.weight, self.low), cast(features, self.low)]
         polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)
-        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None], folded=self.folded)
         return out.to(features.dtype)
 
     @torch.no_grad()

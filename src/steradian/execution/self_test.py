@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from steradian.compiler.checked import allowed, difference
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.polynomials.backend import compiler_works, use_backend
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
     from steradian.potential import Potential
 
 __all__ = ["SelfTest", "SelfTestError"]
-
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
-"""Largest difference of forces, relative to the largest one, and of energies, relative to their own size without the
-reference energies. Float32 has seven digits, of which sums over some thousand terms leave four to five."""
-ROUNDED_CONSTANTS = 5e-6
-"""The same in float64 for a model whose package works in float32: it keeps rounded constants."""
 
 
 class SelfTestError(ValueError):
@@ -69,8 +64,7 @@ class SelfTest:
         if backends is None:
             has_cpu = potential.device.type == "cpu" and compiler_works()
             backends = ("reference", "cpu") if has_cpu else ("reference",)
-        rounded = self.single and potential.dtype == torch.float64
-        bound = ROUNDED_CONSTANTS if rounded else TOLERANCE[potential.dtype]
+        bound = allowed("rounded model" if self.single else "model", potential.dtype)
         worst = 0.0
         for backend in backends:
             with use_backend(backend):
@@ -89,12 +83,10 @@ def _difference(potential: Potential, entry: dict[str, np.ndarray]) -> float:
     found = potential(graph.to(potential.device))
     references = float((found.energy - found.interaction_energy)[0])
     # on the scale of the interaction energy: reference energies of thousands of eV would hide a difference
-    expected = float(np.asarray(entry["energy"]).reshape(())) - references
-    scale = max(abs(expected), 1e-3 * len(entry["numbers"]))
-    energy = abs(float(found.interaction_energy[0]) - expected) / scale
+    expected = torch.from_numpy(np.asarray(entry["energy"], dtype=np.float64)).reshape(1) - references
+    energy = difference(found.interaction_energy.cpu(), expected, 1e-3 * len(entry["numbers"]))
     if "forces" not in entry:
         return energy
     assert found.forces is not None
-    forces = np.asarray(entry["forces"])
-    difference = np.abs(found.forces.detach().cpu().double().numpy() - forces).max()
-    return max(energy, float(difference / max(np.abs(forces).max(), 1e-3)))
+    forces = torch.from_numpy(np.asarray(entry["forces"], dtype=np.float64))
+    return max(energy, difference(found.forces.cpu(), forces, 1e-3))

@@ -262,7 +262,9 @@ class Steps:
         if not self.can_serve(graph):
             return called
         device, what = self.potential.device, self.step.what
-        return record(called, device=device, what=what, recorder=self._recording(), warm_up=warm_up)
+        run = record(called, device=device, what=what, recorder=self._recording(), warm_up=warm_up)
+        self.reason = run.reason
+        return run
 
     # ------------------------------------------------------------------------------------------------------ inside
 

@@ -193,8 +193,8 @@ class Readout(WithRole):
     def forward(self, scalars: Tensor) -> Tensor:
         first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
         x = self.multiply(scalars, first) * first.shape[0] ** -0.5
-        for weight in others:
-            x = self.multiply(silu(x), weight) * (SILU_GAIN * weight.shape[0] ** -0.5)
+        for place, weight in enumerate(others, 1):
+            x = self.multiply(silu(x), weight, place=place) * (SILU_GAIN * weight.shape[0] ** -0.5)
         return x.squeeze(-1).to(scalars.dtype)
 
 

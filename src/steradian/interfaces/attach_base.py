@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steradian.graph.topology import Topology
 from steradian.operators.base import SlotSpec
 
 __all__ = [
@@ -112,19 +113,43 @@ class ForeignEdges:
     radial: Tensor
     envelope: Tensor
     num_atoms: int
+    harmonics: None = None
+    topology: None = None
 
 
 @dataclass(frozen=True)
 class ForeignAtoms:
-    """What an operator between all atoms sees of a batch of molecules; see :class:`steradian.graph.Edges`."""
+    """What an operator between all atoms sees of a batch of molecules; see :class:`steradian.graph.Edges`.
+
+    Attributes:
+        positions: ``[N, 3]`` [Å].
+        topology: of the atoms alone, without edges.
+    """
 
     positions: Tensor
-    system: Tensor
-    num_systems: int
-    num_atoms: int
+    topology: Topology
     cell: None = None
     pbc: None = None
     share: None = None
+
+    @staticmethod
+    def of(positions: Tensor, system: Tensor, num_systems: int) -> ForeignAtoms:
+        """Atoms ``[N, 3]`` of systems ``[N]``."""
+        none = system.new_zeros(0)
+        return ForeignAtoms(positions, Topology(none, none, len(system), system=system, num_systems=num_systems))
+
+    @property
+    def system(self) -> Tensor:
+        """``[N]`` index of the system of each atom."""
+        return self.topology.system
+
+    @property
+    def num_systems(self) -> int:
+        return self.topology.num_systems
+
+    @property
+    def num_atoms(self) -> int:
+        return self.topology.num_atoms
 
 
 class Package(ABC):

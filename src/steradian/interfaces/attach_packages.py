@@ -142,7 +142,7 @@ class MaceTorch(Package):
         data = seen.values["data"]
         if "unit_shifts" in data and bool(data["unit_shifts"].any()):
             raise AttachError(MOLECULES_ONLY)
-        return ForeignAtoms(data["positions"], data["batch"], len(data["ptr"]) - 1, len(data["batch"]))
+        return ForeignAtoms.of(data["positions"], data["batch"], len(data["ptr"]) - 1)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return channels_last(output, leaving(spec), _layout(end) != "ir_mul")
@@ -232,7 +232,7 @@ class Nequip(Package):
             raise AttachError(MOLECULES_ONLY)
         positions, num_atoms = given["pos"].to(given["node_features"].dtype), len(given["pos"])
         system = given.get("batch", torch.zeros(num_atoms, dtype=torch.long, device=positions.device))
-        return ForeignAtoms(positions, system, len(given["num_atoms"]) if "batch" in given else 1, num_atoms)
+        return ForeignAtoms.of(positions, system, len(given["num_atoms"]) if "batch" in given else 1)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return channels_last(output["node_features"], leaving(spec))
@@ -319,7 +319,7 @@ class PygViSNet(Package):
 
     def atoms(self, given: Given, seen: Seen) -> ForeignAtoms:
         positions, system = seen.values["pos"], seen.values["batch"]
-        return ForeignAtoms(positions, system, int(system.max()) + 1 if len(system) else 0, len(system))
+        return ForeignAtoms.of(positions, system, int(system.max()) + 1 if len(system) else 0)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return torch.cat([output[0].unsqueeze(1), output[1]], dim=1)

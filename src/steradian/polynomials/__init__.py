@@ -3,26 +3,30 @@
 ``reference`` is plain PyTorch and the truth; ``cpu`` runs machine code made from it
 (:mod:`~steradian.polynomials.program`, :mod:`~steradian.polynomials.codegen`, :mod:`~steradian.polynomials.cpu`);
 ``triton`` runs kernels for GPUs made from the same programs, ``cuequivariance`` those of NVIDIA's library. Which of
-these a GPU uses is measured (:mod:`steradian.execution.kernel_choice`), and none is used before its numbers were
+these a GPU uses is measured (:mod:`steradian.execution.backend_benchmark`), and none is used before its numbers were
 compared with the reference's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steradian.compiler.checked import FirstUse, allowed, difference, is_static
+from steradian.compiler.folding import Folded
 from steradian.graph.topology import Rows
 from steradian.polynomials.backend import backend_for, set_backend, use_backend
-from steradian.polynomials.gate import Evaluate, passes
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
-from steradian.polynomials.reference import evaluate_reference
+from steradian.polynomials.program import RowIndices
+from steradian.polynomials.reference import evaluate_reference, sample
 
 __all__ = ["Operand", "Polynomial", "Terms", "backend_for", "evaluate", "set_backend", "use_backend"]
+
+Evaluate = Callable[[Polynomial, list[Tensor], list[Tensor | None], Tensor | None, int | None], Tensor]
 
 
 def evaluate(
@@ -34,6 +38,7 @@ def evaluate(
     num_rows: int | None = None,
     locality: Rows | Tensor | None = None,
     dtype: torch.dtype | None = None,
+    folded: Folded | None = None,
 ) -> Tensor:
     """Evaluate a polynomial row by row, gathering rows of the inputs and summing rows of the output on the way.
 
@@ -47,6 +52,7 @@ def evaluate(
         num_rows: number of rows of the output; needed with a ``scatter`` that is not prepared.
         locality: one of ``gathers`` whose rows are large: work that shares a row is done together; results stay.
         dtype: format of the result, rounded to from complete sums; None for the widest format given.
+        folded: where the owner of the outer input keeps what is made of it.
 
     Returns:
         ``[B, dim, C]`` (``[num_rows, dim, C]`` with ``scatter``), without the last axis for an output without channels.
@@ -54,12 +60,7 @@ def evaluate(
     Raises:
         ValueError: the tensors do not fit the table.
     """
-    if len(inputs) != len(polynomial.inputs):
-        raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
-    for operand, value in zip(polynomial.inputs, inputs):
-        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
-            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
-            raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
+    _check_shapes(polynomial, inputs)
     gathers = list(gathers) if gathers is not None else [None] * len(inputs)
     if isinstance(scatter, Rows):
         num_rows = scatter.num_rows
@@ -82,10 +83,19 @@ def evaluate(
         from steradian.polynomials.cpu import evaluate_cpu
 
         stored = dtype if dtype == torch.bfloat16 and readable else None
-        out = evaluate_cpu(polynomial, list(inputs), gathers, scatter, num_rows, locality, stored)
+        out = evaluate_cpu(polynomial, list(inputs), gathers, scatter, num_rows, locality, stored, folded)
     else:
         out = evaluate_reference(polynomial, inputs, [_plain(index) for index in gathers], _plain(scatter), num_rows)
     return out if dtype is None else out.to(dtype)
+
+
+def _check_shapes(polynomial: Polynomial, inputs: Sequence[Tensor]) -> None:
+    if len(inputs) != len(polynomial.inputs):
+        raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
+    for operand, value in zip(polynomial.inputs, inputs):
+        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
+            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
+            raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
 
 
 def _plain(index: Rows | Tensor | None) -> Tensor | None:
@@ -122,6 +132,63 @@ def _on_gpu(
     if backend != "triton":
         gathers, scatter = list(plain), target
     return final(polynomial, given, gathers, scatter, num_rows).to(dtype)
+
+
+def passes(
+    backend: str,
+    polynomial: Polynomial,
+    inputs: Sequence[Tensor],
+    gathers: Sequence[Tensor | None],
+    scatter: Tensor | None,
+    evaluate: Evaluate,
+) -> bool:
+    """Whether a backend may evaluate a polynomial; compared once for a device, format, wanted gradients and pattern of
+    gathering. Nothing is compared while a step is traced or recorded.
+
+    Args:
+        backend: for the message.
+        polynomial, inputs, gathers, scatter: as in :func:`evaluate`.
+        evaluate: the backend's function.
+    """
+    pattern = (*(index is not None for index in gathers), scatter is not None)
+    device, kinds = inputs[0].device, tuple((value.dtype, value.requires_grad) for value in inputs)
+    key = (backend, device, pattern, kinds)
+    verdicts: FirstUse = polynomial.made.once("verdicts", FirstUse)
+    if not verdicts.knows(key) and is_static(inputs[0]):
+        return True
+    line = f"backend {backend} is not used for '{polynomial.output.name}' on {device}: it {{}}; plain PyTorch runs"
+    return verdicts.trusts(key, lambda: _compare(polynomial, inputs, gathers, scatter, evaluate), line)
+
+
+def _compare(
+    polynomial: Polynomial,
+    inputs: Sequence[Tensor],
+    gathers: Sequence[Tensor | None],
+    scatter: Tensor | None,
+    evaluate: Evaluate,
+) -> tuple[float, float]:
+    """The largest relative difference of value and gradients on a sample, and what is allowed."""
+    numbered = RowIndices.of(inputs, gathers, scatter, None)
+    small = sample(inputs, numbered.gathers, [rows.index for rows in numbered.rows])
+    picked = [None if number is None else small.indices[number] for number in numbered.gathers]
+    into = (None, None) if scatter is None else (small.indices[numbered.scatter], small.counts[numbered.scatter])  # type: ignore[index]
+    ours = [value.requires_grad_(given.requires_grad) for value, given in zip(small.inputs, inputs)]
+    theirs = [value.detach().double().requires_grad_(value.requires_grad) for value in ours]
+    found = evaluate(polynomial, ours, picked, *into)
+    truth = evaluate_reference(polynomial, theirs, picked, *into)
+    pairs = [(found, truth)]
+    if found.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64).to(truth.device)
+        gradients = (
+            torch.autograd.grad(
+                out, [v for v in given if v.requires_grad], cotangent.to(out.dtype), materialize_grads=True
+            )
+            for out, given in ((found, ours), (truth, theirs))
+        )
+        # gradients of inputs of 16 bits are rounded to these, which is no error of the backend
+        pairs += [(one, exact) for one, exact in zip(*gradients) if one.dtype.itemsize >= 4]
+    return max(difference(one, exact) for one, exact in pairs), allowed("polynomial", arithmetic_of(inputs))
 
 
 def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:

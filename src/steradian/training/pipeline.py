@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from steradian.config import TrainingConfig
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.dataset import DeviceData, room_for
 from steradian.execution.graphs import CudaRecorder, Recorder, say
-from steradian.execution.kernel_choice import prepare_backend
 from steradian.execution.padding import Buckets, Sizes
 from steradian.execution.steps import GradientStep, PredictionStep, Steps, resolve_mode, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
@@ -23,7 +23,7 @@ from steradian.training.losses import Loss, labels_in_use
 
 if TYPE_CHECKING:
     from steradian.graph.batches import BatchSampler, GraphDataset
-    from steradian.training.loaders import Batch, TrainingData
+    from steradian.training.feeding import Batch, TrainingData
 
 __all__ = ["Pipeline", "make_pipeline", "uses_pipeline"]
 

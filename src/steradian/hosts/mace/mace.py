@@ -140,8 +140,9 @@ class Readout(WithRole):
     def forward(self, scalars: Tensor) -> Tensor:
         first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
         x = self.multiply(scalars, first) * first.shape[0] ** -0.5
-        for weight in others:
-            x = self.multiply(nn.functional.silu(x) * SILU_SECOND_MOMENT, weight) * weight.shape[0] ** -0.5
+        for place, weight in enumerate(others, 1):
+            active = nn.functional.silu(x) * SILU_SECOND_MOMENT
+            x = self.multiply(active, weight, place=place) * weight.shape[0] ** -0.5
         return x.squeeze(-1).to(scalars.dtype)
 
 

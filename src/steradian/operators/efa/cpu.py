@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import compiled_text
+from steradian.compiler.native import function_of
 from steradian.operators.efa.basis import RuleWaves, WaveRows, step_of_phase
-from steradian.operators.efa.cpu_code_waves import ARGUMENTS, VERSION, num_scratch, waves_module
+from steradian.operators.efa.cpu_code_waves import ARGUMENTS, num_scratch, waves_module
 from steradian.operators.efa.cpu_pairs import PairShape, attend_pairs
 from steradian.operators.efa.cpu_sums import CpuSums, Task, aligned, run_kernel
 from steradian.operators.efa.sums import apply_moments, moments
@@ -181,8 +181,7 @@ class _Waves(torch.autograd.Function):
 
 @cache
 def _function(kind: str, itemsize: int) -> Callable:
-    description = f"efa waves {VERSION} {kind} {itemsize}"
-    return compiled_text(f"waves of attention, {kind}", description, lambda: waves_module(kind, itemsize), 4)
+    return function_of(f"waves of attention, {kind}", waves_module, (kind, itemsize), 4)
 
 
 def _run(

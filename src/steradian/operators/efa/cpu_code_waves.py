@@ -12,10 +12,8 @@ from typing import Any
 from steradian.compiler.lanes import Value
 from steradian.compiler.tiles import Tiles
 
-__all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "waves_module"]
+__all__ = ["ARGUMENTS", "KINDS", "num_scratch", "waves_module"]
 
-#: Part of what identifies the code in the cache: to be raised with every change here, in ``tiles`` or in ``lanes``.
-VERSION = 1
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_directions",  # m

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.compiler.native import compiled_text
+from steradian.compiler.native import function_of
 from steradian.compiler.tiles import ROWS
-from steradian.operators.efa.cpu_code_pairs import ARGUMENTS, ARRAYS, VERSION, num_scratch, pairs_module
+from steradian.operators.efa.cpu_code_pairs import ARGUMENTS, ARRAYS, num_scratch, pairs_module
 from steradian.operators.efa.cpu_sums import Task, aligned, run_kernel
 
 __all__ = ["PairShape", "attend_pairs", "attend_pairs_plainly"]
@@ -114,8 +114,7 @@ def _differentiable(tensor: Tensor) -> Tensor:
 
 @cache
 def _function(kind: str, itemsize: int) -> Callable:
-    description = f"efa pairs {VERSION} {kind} {itemsize}"
-    return compiled_text(f"attention by pairs, {kind}", description, lambda: pairs_module(kind, itemsize), 4)
+    return function_of(f"attention by pairs, {kind}", pairs_module, (kind, itemsize), 4)
 
 
 def _run(

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.compiler.native import compiled_text
+from steradian.compiler.native import function_of
 from steradian.compiler.threads import run_tasks
 from steradian.compiler.tiles import ROWS
-from steradian.operators.efa.cpu_code_sums import ARGUMENTS, VERSION, num_scratch, sums_module
+from steradian.operators.efa.cpu_code_sums import ARGUMENTS, num_scratch, sums_module
 
 __all__ = ["CpuSums", "Task", "aligned", "run_kernel"]
 
@@ -74,9 +74,7 @@ def run_kernel(task: Task) -> None:
 
 @cache
 def _function(kind: str, itemsize: int, columns: int, whole: bool, single: bool) -> Callable:
-    name = f"sums of attention, {kind}"
-    description = f"efa sums {VERSION} {kind} {itemsize} {columns} {whole} {single}"
-    return compiled_text(name, description, lambda: sums_module(kind, itemsize, columns, whole, single), 4)
+    return function_of(f"sums of attention, {kind}", sums_module, (kind, itemsize, columns, whole, single), 4)
 
 
 class CpuSums:

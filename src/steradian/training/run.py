@@ -1,27 +1,24 @@
-"""One call that trains: data, statistics, potential, plan, Lightning, record."""
+"""One call that trains: data, statistics, potential, plan, loop, record."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from steradian.config import RunConfig
-from steradian.training.keeper import Reason, RunKeeper, StopTraining, stop_on_signals
-from steradian.training.loggers import make_loggers
-from steradian.training.losses import Loss, labels_in_use
-from steradian.training.module import DivergenceError, TrainingModule
-from steradian.training.plan import check_monitor
-from steradian.training.prepare import Prepared, check_resumable, prepare
-from steradian.training.progress import Reporter, make_reporter, spell_seconds, summary
-from steradian.training.record import RunDirectory
+from steradian.training.loop import DivergenceError, Loop, Reason, Row, Steps
+from steradian.training.losses import labels_in_use
+from steradian.training.machine import Process, run_settings, stop_on_signals, training_device
+from steradian.training.prepare import Prepared, check_monitor, check_resumable, prepare
+from steradian.training.record import Loggers, RunDirectory
+from steradian.training.report import make_reporter, spell_seconds, summary
 from steradian.training.state import Position, ResumeError, read_state, seed_all
-from steradian.training.trainer import Process, make_trainer, own_threads, quiet_lightning
 
-__all__ = ["RunResult", "fit"]
+__all__ = ["RunResult", "closing_line", "fit"]
 
 DRY_STEPS = 2
 PlanRows = list[tuple[str, str]]
@@ -79,29 +76,32 @@ def fit(
     """
     process = Process.present()
     check_monitor(config.training.monitor, labels_in_use(config.training.loss))
+    Loggers.check(config)
     directory = RunDirectory(Path(resume) if resume is not None else config.output / config.name)
     saved = None
     if resume is not None:
         check_resumable(directory, config)
         saved = read_state(directory.state)
-    elif process.rank == 0 and not overwrite and not dry_run:
+    elif process.first and not overwrite and not dry_run:
         directory.check_free()
-    loggers = make_loggers(config, directory) if process.rank == 0 and not dry_run else []
-    with quiet_lightning(), own_threads(config.training.threads):
+    with run_settings(config.training.threads):
         prepared = prepare(config, process, directory, saved)
-        if process.rank == 0 and show_plan is not None:
+        if process.first and show_plan is not None:
             show_plan(prepared.rows)
-        if saved is not None and over(prepared):
+        if saved is not None and is_over(prepared):
             return result_of(directory, prepared.position, saved["best_metrics"], "finished")
+        steps = make_steps(prepared, process)
         if dry_run:
-            return take_dry_steps(prepared, process, directory)
-        with directory.held() if process.rank == 0 else nullcontext():
-            if process.rank == 0:
+            return take_dry_steps(prepared, steps, directory)
+        if saved is None:
+            rehearse(steps)
+        with directory.held() if process.first else nullcontext():
+            if process.first:
                 begin_record(directory, prepared, resume is not None, overwrite)
-            return train(prepared, process, directory, saved, progress, loggers)
+            return train(prepared, steps, directory, saved, progress)
 
 
-def over(prepared: Prepared) -> bool:
+def is_over(prepared: Prepared) -> bool:
     """Whether a resumed run has nothing left to do.
 
     Raises:
@@ -132,96 +132,77 @@ def begin_record(directory: RunDirectory, prepared: Prepared, resumed: bool, ove
     directory.log("\n".join(f"{name}: {value}" for name, value in prepared.rows))
 
 
-def take_dry_steps(prepared: Prepared, process: Process, directory: RunDirectory) -> RunResult:
-    """Two steps and one validation batch; nothing is written."""
-    seed_all(prepared.config.training.seed + process.rank)
-    module = module_of(prepared)
+def make_steps(prepared: Prepared, process: Process) -> Steps:
+    """The steps of a run, with the random generators where every run of this seed starts."""
     training = prepared.config.training
-    batches = DRY_STEPS * training.optimizer.accumulate
-    trainer = make_trainer(training, process, [], max_epochs=1, limit_train_batches=batches, limit_val_batches=1)
+    seed_all(training.seed + process.rank)
+    device = training_device(training, process)
+    return Steps(prepared.potential, training, prepared.data, prepared.total_steps, process, device)
+
+
+def rehearse(steps: Steps) -> None:
+    """See that the first batches work.
+
+    Raises:
+        DivergenceError: the loss of the first batch is not finite.
+    """
+    try:
+        steps.rehearse()
+    except DivergenceError as error:
+        raise DivergenceError(f"{error}, before training; look at these frames (nothing was written)") from None
+
+
+def take_dry_steps(prepared: Prepared, steps: Steps, directory: RunDirectory) -> RunResult:
+    """Two steps and one validation batch; nothing is written."""
+    accumulate = prepared.config.training.optimizer.accumulate
     started = time.monotonic()
-    trainer.fit(module, datamodule=prepared.data)
-    module.check_finite()
-    return RunResult(directory.path, None, module.metrics, "finished", 0, module.step, time.monotonic() - started)
+    plan = prepared.data.train_sampler.batches(0)[: DRY_STEPS * accumulate]
+    for number, batch in zip(range(len(plan)), prepared.data.training_batches(0)):
+        steps.accumulate(batch, first=number % accumulate == 0)
+        if (number + 1) % accumulate == 0 or number + 1 == len(plan):
+            steps.take(batch)
+    with steps.averaged_weights():
+        metrics = steps.validate(1)
+    steps.check_finite()
+    return RunResult(directory.path, None, metrics, "finished", 0, steps.step, time.monotonic() - started)
 
 
 def train(
-    prepared: Prepared,
-    process: Process,
-    directory: RunDirectory,
-    saved: dict[str, Any] | None,
-    progress: bool,
-    loggers: list[Any],
+    prepared: Prepared, steps: Steps, directory: RunDirectory, saved: dict[str, Any] | None, progress: bool
 ) -> RunResult:
-    """Run Lightning until the run ends or is stopped."""
-    config, position = prepared.config, prepared.position
-    training = config.training
-    idle = process.count > 1 and has_idle_parameters(prepared)
-    seed_all(training.seed + process.rank)
-    module = module_of(prepared)
-    first = process.rank == 0
-    reporter: Reporter = make_reporter(
-        progress and first,
-        training.max_epochs,
-        prepared.batches_per_epoch,
-        training.monitor,
-        training.max_time_s,
+    """Train until the run ends or is stopped; the first process keeps the record."""
+    training, position, is_first = prepared.config.training, prepared.position, steps.process.first
+    reporter = make_reporter(
+        progress and is_first, training.max_epochs, prepared.batches_per_epoch, training.monitor, training.max_time_s
     )
+    record = directory if is_first else None
+    loggers: Loggers | None = None
 
-    def on_row(row: dict[str, float | int]) -> None:
-        directory.log(summary(row, training.max_epochs))
-        for logger in loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+    def on_row(row: Row) -> None:
+        if loggers is not None:
+            directory.log(summary(row, training.max_epochs))
+            loggers.add_row(row)
 
-    reason: Reason = "finished"
     with stop_on_signals() as request:
-        keeper = RunKeeper(
-            directory if first else None,
-            training,
-            position,
-            reporter,
-            request,
-            saved=saved,
-            on_row=on_row if first else None,
-        )
-        trainer = make_trainer(training, process, [keeper], idle=idle)
-        # Lightning counts epochs from where the run stands, so that validation falls on the same epochs.
-        trainer.fit_loop.epoch_progress.current.processed = position.epoch  # type: ignore[attr-defined]
-        trainer.fit_loop.epoch_progress.current.completed = position.epoch
+        loop = Loop(steps, position, record, reporter, request, saved=saved, on_row=on_row)
+        if saved is None:
+            loop.save()
+            if is_first:
+                directory.settle()
+        loggers = Loggers(prepared.config, directory, position.step) if is_first else None
         try:
-            trainer.fit(module, datamodule=prepared.data)
-        except StopTraining as stop:
-            reason = stop.reason
+            reason = loop.run()
         except DivergenceError as error:
             raise diverged(error, directory, position) from None
         finally:
-            reporter.stop()
-            for logger in loggers:
-                logger.finalize("success")
-    result = result_of(directory, position, keeper.best_metrics, reason, keeper.elapsed_s)
-    if first:
+            with suppress(OSError):  # of a terminal that is gone
+                reporter.stop()
+            if loggers is not None:
+                loggers.close()
+    result = result_of(directory, position, loop.best_metrics, reason, loop.elapsed_s)
+    if is_first:
         directory.log(closing_line(result, training.monitor))
     return result
-
-
-def module_of(prepared: Prepared) -> TrainingModule:
-    """What Lightning trains."""
-    data = prepared.data
-    return TrainingModule(
-        prepared.potential, prepared.config.training, prepared.total_steps, data.name_frames, data=data
-    )
-
-
-def has_idle_parameters(prepared: Prepared) -> bool:
-    """Whether the loss leaves some parameters without a gradient, found on one training frame."""
-    potential, loss = prepared.potential, prepared.config.training.loss
-    labels = labels_in_use(loss)
-    graph = prepared.data.train[0]
-    prediction = potential.train()(graph, forces="forces" in labels, stress="stress" in labels)
-    Loss(loss)(prediction, graph).total.backward()
-    idle = any(parameter.grad is None for parameter in potential.parameters() if parameter.requires_grad)
-    potential.zero_grad(set_to_none=True)
-    return idle
 
 
 def diverged(error: DivergenceError, directory: RunDirectory, position: Position) -> DivergenceError:

@@ -28,6 +28,7 @@ from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.operators.base import EdgeGate, SlotSpec
 from steradian.potential import Potential
+from tests.systems import made_up
 
 CUTOFF = 3.5
 
@@ -132,15 +133,8 @@ GLOBAL = [name for name, sections in OPERATORS.items() if "global_mixer" in sect
 # The published frame is tied to the laboratory axes (specification, section 4): measured, not bounded.
 INVARIANT = [name for name in OPERATORS if name not in ("mara", "mara-node")]
 
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.6, 6: -1029.5, 8: -2042.0},
-    avg_num_neighbors=6.0,
-    energy_shift=0.1,
-    force_rms=1.3,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
+STATISTICS = made_up(
+    {1: -13.6, 6: -1029.5, 8: -2042.0}, avg_num_neighbors=6.0, energy_shift=0.1, force_rms=1.3, num_frames=1
 )
 
 

@@ -1,18 +1,26 @@
-"""What a person sees while a run goes on: a bar on a terminal, one line per validation elsewhere."""
+"""What a person sees of a run: the plan, then a bar on a terminal, one line per validation elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from ase.data import chemical_symbols
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from steradian.config import RunConfig
+from steradian.data.statistics import DatasetStatistics
+from steradian.graph.structures import Structure
+from steradian.potential import Potential
+from steradian.precision import policy_of
+from steradian.training.losses import LABELS
 from steradian.training.state import Position
 
-__all__ = ["BarReporter", "LineReporter", "Reporter", "make_reporter", "spell_seconds", "summary"]
+__all__ = ["BarReporter", "LineReporter", "Reporter", "make_reporter", "plan_rows", "spell_seconds", "summary"]
 
 REFRESH_S = 0.5
 
@@ -33,6 +41,10 @@ class Reporter:
         self._started = 0.0
         self._first = 0
         self._elapsed_before = 0.0
+
+    def silent(self) -> Reporter:
+        """A reporter of the same run that shows nothing."""
+        return Reporter(self.max_epochs, self.batches_per_epoch, self.monitor, self.max_time_s)
 
     def start(self, position: Position) -> None:
         self._started = time.monotonic()
@@ -67,8 +79,8 @@ class Reporter:
 class LineReporter(Reporter):
     """One line per validation."""
 
-    def __init__(self, *args: object, write: Callable[[str], object] = print, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, write: Callable[[str], object] = print, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.write = write
 
     def validation(self, row: Mapping[str, float | int], best: bool) -> None:
@@ -79,8 +91,8 @@ class LineReporter(Reporter):
 class BarReporter(Reporter):
     """A bar with the time left, the loss of the epoch and the figures of the last validation."""
 
-    def __init__(self, *args: object, console: Console | None = None, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, console: Console | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -176,3 +188,81 @@ def spell_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02d}"
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def plan_rows(
+    config: RunConfig,
+    sets: Mapping[str, Sequence[Structure]],
+    statistics: DatasetStatistics,
+    potential: Potential,
+    batches: tuple[int, int],
+    device: str,
+) -> list[tuple[str, str]]:
+    """Name and value of every line of the plan.
+
+    Args:
+        sets: frames of "train", "validation" and, where given, "test". batches: training batches per epoch, validation
+            batches. device: where it runs, in words.
+    """
+    training = config.training
+    rows = [(f"{name} data", _set_line(frames)) for name, frames in sets.items() if frames]
+    rows += [(f"{label} labels", _coverage(config, sets, label)) for label in LABELS]
+    references = ", ".join(
+        f"{chemical_symbols[number]} {energy:.4f}" for number, energy in sorted(statistics.atom_references.items())
+    )
+    steps = -(-batches[0] // training.optimizer.accumulate)
+    total = sum(parameter.numel() for parameter in potential.parameters())
+    rows += [
+        ("reference energies [eV]", references),
+        ("  from", statistics.reference_report),
+        ("neighbours per atom", f"{statistics.avg_num_neighbors:.1f} within {config.model.host.cutoff_A} Å"),
+        ("model", _model_line(config, total)),
+        ("batches", f"{batches[0]} per epoch, {batches[1]} for validation"),
+        ("steps", f"{steps} per epoch, at most {steps * training.max_epochs} in {training.max_epochs} epochs"),
+        ("optimiser", _optimizer_line(config)),
+        ("best model by", training.monitor),
+        ("device", device),
+    ]
+    if training.max_time_s is not None:
+        rows.append(("time limit", f"{training.max_time_s:g} s"))
+    return rows
+
+
+def _set_line(frames: Sequence[Structure]) -> str:
+    sizes = [len(frame.numbers) for frame in frames]
+    atoms = f"{sizes[0]} atoms each" if min(sizes) == max(sizes) else f"{min(sizes)}-{max(sizes)} atoms"
+    elements = sorted({int(number) for frame in frames for number in frame.numbers})
+    periodic = sum(bool(frame.pbc.any()) for frame in frames)
+    kind = "" if not periodic else f", {periodic} periodic"
+    return f"{len(frames)} frames, {atoms} ({' '.join(chemical_symbols[number] for number in elements)}){kind}"
+
+
+def _coverage(config: RunConfig, sets: Mapping[str, Sequence[Structure]], label: str) -> str:
+    weight = getattr(config.training.loss, f"{label}_weight")
+    counts = ", ".join(
+        f"{name} {sum(getattr(frame, label) is not None for frame in frames)}/{len(frames)}"
+        for name, frames in sets.items()
+        if frames
+    )
+    return f"{counts}; {config.training.loss.kind} weight {weight:g}" if weight else f"{counts}; not used"
+
+
+def _model_line(config: RunConfig, total: int) -> str:
+    host, gate = config.model.host, config.model.edge_gate
+    parts = [host.kind.upper(), f"{host.num_layers} layers", f"{host.num_channels} channels", f"L = {host.hidden_l}"]
+    if gate.kind != "none":
+        parts.append(f"gate {gate.kind.upper()}")
+    return f"{', '.join(parts)}; {total} parameters, {policy_of(config.model.precision).name}"
+
+
+def _optimizer_line(config: RunConfig) -> str:
+    optimizer, schedule = config.training.optimizer, config.training.schedule
+    warmup = f", {schedule.warmup_steps} steps of warm-up" if schedule.warmup_steps else ""
+    average = config.training.ema_decay
+    return (
+        f"{optimizer.kind}, learning rate {optimizer.learning_rate:g} ({schedule.kind}{warmup})"
+        f", average of the weights {'off' if average is None else average}"
+    )

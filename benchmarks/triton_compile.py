@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steradian.polynomials.triton_parts import Part
-from steradian.polynomials.triton_run import Tile, kernel_of
+from steradian.polynomials.triton import Tile, kernel_of
+from steradian.polynomials.triton_source import Part
 
 __all__ = ["Compiled", "H200", "MI300", "compile_part"]
 
@@ -60,8 +60,8 @@ def compile_part(
     """Compile one kernel of a program (not under Triton's interpreter).
 
     Args:
-        part: see :func:`steradian.polynomials.triton_parts.parts_of`.
-        tile: sizes, see :func:`steradian.polynomials.triton_run.tile_of`.
+        part: see :func:`steradian.polynomials.triton_source.parts_of`.
+        tile: sizes, see :func:`steradian.polynomials.triton.tile_of`.
         channels: C.
         target: the GPU.
         real: format of the arithmetic, and of inputs and outputs unless ``formats`` says otherwise.

@@ -1,13 +1,11 @@
-"""The backend of polynomials on a GPU, chosen by measuring the user's own model on the user's own batch.
+"""The backend of polynomials on a GPU: the fastest on the user's own model and batch.
 
-A candidate is used only where its energies, forces (and, for training, gradients of the weights) equal those of plain
-PyTorch; of those that do, the fastest. One line says what was chosen.
+A backend is used only where its energies, forces (and, for training, gradients of the weights) equal those of plain
+PyTorch; of those that do, the fastest. One line says what was measured.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,11 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from steradian.compiler.checked import OF_GRADIENTS, MismatchError, allowed, difference, differs
+from steradian.config.precision import ROLES
+from steradian.execution.graphs import first_line, say
 from steradian.polynomials.backend import (
     GPU_BACKENDS,
     backend_on,
-    chosen_backend,
+    cuequivariance_works,
     measured_backend,
+    requested_backend,
     set_measured_backend,
     triton_works,
     use_backend,
@@ -32,13 +34,8 @@ if TYPE_CHECKING:
     from steradian.graph import Graph
     from steradian.potential import Potential
 
-__all__ = ["Choice", "available_backends", "choose_backend", "prepare_backend"]
+__all__ = ["BackendBenchmark", "available_backends", "benchmark_backends", "prepare_backend"]
 
-#: Largest difference of energies and forces, relative to the largest, by the narrowest format of the model. In 16 bits
-#: and TF32 sums in another order may round the other way.
-TOLERANCE = {"float64": 1e-8, "float32": 2e-4, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
-#: Gradients of the weights are second derivatives summed over the batch, which lose a digit more.
-OF_GRADIENTS = 5.0
 WARMING, TIMED = 3, 7
 #: Of a GPU's clock, about.
 CYCLES_PER_SECOND = 2e9
@@ -48,11 +45,11 @@ Timer = Callable[[Step, torch.device], float]
 
 
 @dataclass
-class Choice:
+class BackendBenchmark:
     """What was measured.
 
     Attributes:
-        name: the chosen backend.
+        name: the fastest accepted backend.
         seconds: of a step (energies and forces, or these and the gradients of the weights) on every accepted backend.
         errors: largest relative difference from the reference of every backend that ran.
         refused: why a backend was not accepted.
@@ -68,14 +65,14 @@ class Choice:
         base = self.seconds["reference"]
         ratios = ", ".join(f"{name} {base / seconds:.2f}" for name, seconds in self.seconds.items())
         checked = f"; checked to {self.errors[self.name]:.0e}" if self.name != "reference" else ""
-        return f"steradian: polynomials on {device}: {self.name} (speed: {ratios} times{checked})"
+        return f"polynomials on {device}: {self.name} (speed: {ratios} times{checked})"
 
 
 def prepare_backend(potential: Potential, graph: Graph, training: bool = False) -> str:
-    """Choose the backend of polynomials for the potential's device, once, by measuring; does nothing on a CPU.
+    """Find the fastest backend of polynomials for the potential's device, once; does nothing on a CPU.
 
-    Call it before the first step of a simulation or of training, and before a step is compiled or recorded: kernels
-    are compiled here. A choice by :func:`~steradian.polynomials.set_backend` or ``STERADIAN_BACKEND`` stands.
+    Call it before the first step of a simulation or of training, and before a step is recorded: kernels are compiled
+    here. What was asked for by :func:`~steradian.polynomials.set_backend` or ``STERADIAN_BACKEND`` stands.
 
     Args:
         potential: in the mode in which it will be used.
@@ -86,16 +83,13 @@ def prepare_backend(potential: Potential, graph: Graph, training: bool = False) 
         The backend that polynomials now have on that device.
     """
     device = potential.device
-    if device.type == "cuda" and chosen_backend() in ("auto", "cuda") and measured_backend(device) is None:
-        choice = choose_backend(potential, graph.to(device), training)
-        set_measured_backend(device, choice.name)
+    if device.type == "cuda" and requested_backend() in ("auto", "cuda") and measured_backend(device) is None:
+        set_measured_backend(device, benchmark_backends(potential, graph.to(device), training).name)
     return backend_on(device, potential.dtype)
 
 
 def available_backends() -> list[str]:
     """What can be measured on a GPU here; the reference first."""
-    from steradian.polynomials.cuequivariance import cuequivariance_works
-
     usable = {
         "reference": True,
         "triton": triton_works(),
@@ -104,14 +98,14 @@ def available_backends() -> list[str]:
     return ["reference", *(name for name in GPU_BACKENDS if usable[name] and name != "reference")]
 
 
-def choose_backend(
+def benchmark_backends(
     potential: Potential,
     graph: Graph,
     training: bool = False,
     candidates: Sequence[str] | None = None,
     timer: Timer | None = None,
     using: Callable[[str], AbstractContextManager] = use_backend,
-) -> Choice:
+) -> BackendBenchmark:
     """Compare and time the backends on one batch; prints one line, and one for each that is refused.
 
     Args:
@@ -124,7 +118,7 @@ def choose_backend(
     """
     names = available_backends() if candidates is None else ["reference", *(n for n in candidates if n != "reference")]
     timer = timer or _seconds
-    choice, truth = Choice(), None
+    measured, truth = BackendBenchmark(), None
     device = potential.device
     for name in names:
         with using(name), _same_random_numbers(device):
@@ -133,36 +127,19 @@ def choose_backend(
                 found = step()
                 if truth is None:
                     truth = found
-                error, allowed = _worst(found, truth, potential, training)
-                choice.errors[name] = error
-                if not error <= allowed:
-                    raise _RefusedError(
-                        f"it differs from the reference by {error:.1e} (relative; {allowed:.0e} is allowed)"
-                    )
-                choice.seconds[name] = timer(step, device)
+                error, bound = _worst(found, truth), allowed("model", _narrowest(potential))
+                measured.errors[name] = error
+                if not error <= bound:
+                    raise MismatchError(f"it {differs(error, bound)}")
+                measured.seconds[name] = timer(step, device)
             except Exception as problem:
                 if name == "reference":
                     raise
-                choice.refused[name] = _reason(problem)
-                _say(f"steradian: backend {name} is not used on {device}: {choice.refused[name]}")
-    choice.name = min(choice.seconds, key=lambda name: choice.seconds[name])
-    _say(choice.line(device))
-    return choice
-
-
-class _RefusedError(RuntimeError):
-    pass
-
-
-def _reason(problem: Exception) -> str:
-    if isinstance(problem, _RefusedError):
-        return str(problem)
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+                measured.refused[name] = str(problem) if isinstance(problem, MismatchError) else first_line(problem)
+                say(f"backend {name} is not used on {device}: {measured.refused[name]}")
+    measured.name = min(measured.seconds, key=lambda name: measured.seconds[name])
+    say(measured.line(device))
+    return measured
 
 
 def _step(potential: Potential, graph: Graph, training: bool) -> Step:
@@ -182,23 +159,16 @@ def _step(potential: Potential, graph: Graph, training: bool) -> Step:
     return step
 
 
-def _worst(found: list[Tensor], truth: list[Tensor], potential: Potential, training: bool) -> tuple[float, float]:
-    """Largest relative difference, and how much is allowed; gradients count less."""
-    allowed = TOLERANCE[_narrowest(potential)]
-    weights = (1.0, 1.0, 1 / OF_GRADIENTS)
+def _worst(found: list[Tensor], truth: list[Tensor]) -> float:
+    """Largest relative difference of energies, forces and gradients; the last count less."""
     floors = (1e-3 * max(1, len(truth[1])), 1e-3, 1e-30)  # eV per atom, eV/Å: where all is nearly zero
-    worst = 0.0
-    for ours, theirs, weight, floor in zip(found, truth, weights, floors):
-        if theirs.numel():
-            difference = float((ours.double() - theirs.double()).abs().max())
-            relative = weight * difference / max(float(theirs.abs().max()), floor)
-            worst = max(worst, relative) if math.isfinite(relative) else math.inf
-    return worst, allowed
+    weights = (1.0, 1.0, 1 / OF_GRADIENTS["model"])
+    return max(
+        weight * difference(ours, theirs, floor) for ours, theirs, weight, floor in zip(found, truth, weights, floors)
+    )
 
 
 def _narrowest(potential: Potential) -> str:
-    from steradian.config.precision import ROLES
-
     policy = potential.policy
     formats = {getattr(policy, role) for role in ROLES}
     formats |= {dtype for own in policy.layers.values() for dtype in own.values()}
