@@ -64,8 +64,7 @@ class SelfTest:
         if backends is None:
             has_cpu = potential.device.type == "cpu" and compiler_works()
             backends = ("reference", "cpu") if has_cpu else ("reference",)
-        rounded = self.single and potential.dtype == torch.float64
-        bound = allowed("rounded constants" if rounded else "model", potential.dtype)
+        bound = allowed("rounded model" if self.single else "model", potential.dtype)
         worst = 0.0
         for backend in backends:
             with use_backend(backend):

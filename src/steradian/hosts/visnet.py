@@ -288,7 +288,8 @@ class ViSNetLayer(nn.Module):
             weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
         attention = attention * weight.unsqueeze(1)
         values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.links.senders, shared])
-        return (values.view(len(attention), self.num_heads, -1) * attention.unsqueeze(2)).view(len(attention), -1)
+        per_head = values.view(-1, self.num_heads, self.num_channels // self.num_heads)
+        return (per_head * attention.unsqueeze(2)).view(-1, self.num_channels)
 
     def _carried(self, vectors: Tensor | None, weights: Tensor, rows: LinkGeometry) -> Tensor:
         """Vector messages summed at the receivers, ``[N, size, C]``."""

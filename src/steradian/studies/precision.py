@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms, units
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
@@ -324,10 +327,6 @@ def _with_consequences(
 
 def _drift(model: Potential, structure: Structure, settings: StudySettings, md_steps: int) -> float:
     """Slope of the total energy of an NVE run [eV per atom and ps]."""
-    from ase import Atoms, units
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
-    from ase.md.verlet import VelocityVerlet
-
     atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
     atoms.calc = SteradianCalculator(model, device=model.device, skin=0.5, radial_table=False)
     random = np.random.RandomState(settings.seed)
