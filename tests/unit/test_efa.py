@@ -126,6 +126,16 @@ def test_first_second_and_third_derivatives(order):
     assert torch.autograd.gradgradcheck(slope, [inputs[3]], fast_mode=True)
 
 
+def test_each_derivative_can_be_had_alone(order):
+    given = problem()
+    inputs = [tensor.clone().requires_grad_(True) for tensor in given]
+    together = torch.autograd.grad(attend(*inputs, rule()).square().sum(), inputs)
+    for number, expected in enumerate(together):
+        one = [tensor if place == number else given[place] for place, tensor in enumerate(inputs)]
+        (alone,) = torch.autograd.grad(attend(*one, rule()).square().sum(), one[number])
+        assert torch.allclose(alone, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sizes", [SIZES, (3, 3, 3, 2)], ids=str)
 def test_a_batch_equals_its_systems(sizes, order):
     """Padded, joined, and put back in order; also systems of equal size."""
@@ -146,7 +156,7 @@ def test_blocks_hold_every_atom_once():
 
 def test_orders_blocks_and_chunks_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    given = [tensor.requires_grad_(True) for tensor in problem(num_atoms=300)]
+    given = [tensor.requires_grad_(True) for tensor in problem(num_atoms=321)]
     results = []
     for order, block, chunk in (
         ("linear", 1 << 30, 1 << 30),
@@ -158,7 +168,7 @@ def test_orders_blocks_and_chunks_change_nothing(monkeypatch):
         monkeypatch.setattr(efa_sums, "NUMBERS_PER_TILE", block)
         monkeypatch.setattr(efa_sums, "NUMBERS_PER_BLOCK", block)
         monkeypatch.setattr(efa_attention, "NUMBERS_OF_MOMENTS", chunk)
-        y = attend(*given, rule(), (300,))
+        y = attend(*given, rule(), (321,))
         cotangent = torch.randn(y.shape, generator=generator.manual_seed(1), dtype=y.dtype)
         results.append([y, *torch.autograd.grad((y * cotangent).sum(), given)])
     for others in results[1:]:
