@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steradian import fit
-from steradian.build import build_potential
+from steradian.build import build_potential, load_potential
 from steradian.config import RunConfig
 from steradian.data.load import load_dataset
 from steradian.data.statistics import compute_statistics
@@ -92,6 +92,21 @@ def test_loop_is_the_training_written_by_hand(folder: Path, name: str, settings:
         torch.testing.assert_close(state["weights"][key], value, rtol=1e-9, atol=1e-12)
     for average, value in zip(state["average"]["averages"], averages, strict=True):
         torch.testing.assert_close(average, value, rtol=1e-9, atol=1e-12)
+
+
+def test_model_is_validated_and_saved_with_averaged_weights(folder: Path) -> None:
+    config = toy_config(folder, "averaged", *PLAIN, "training.max_epochs=1")
+    result = fit(config, progress=False)
+    state, saved = read_state(RunDirectory(result.run_dir).state), load_potential(result.run_dir)
+    assert len(state["average"]["averages"]) == len(list(saved.parameters()))
+    for (name, weight), average in zip(saved.named_parameters(), state["average"]["averages"]):
+        assert torch.equal(weight, average), name
+    assert any(not torch.equal(weight, state["weights"][name]) for name, weight in saved.named_parameters())
+    dataset = load_dataset(config.data)
+    graphs = GraphDataset(dataset.validation, saved.cutoff)
+    graph = batch_graphs([graphs[index] for index in range(len(graphs))])
+    error = float((saved(graph).forces - graph.forces).abs().mean())
+    assert result.metrics["validation/forces_mae"] == pytest.approx(error, rel=1e-9)
 
 
 def test_scaled_loss_is_taken_back_before_gradients_are_clipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

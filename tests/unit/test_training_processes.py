@@ -108,11 +108,18 @@ def runs(folder: Path) -> dict[str, RunDirectory]:
     return {config.name: RunDirectory(config.output / config.name) for config in (even, uneven, stopped, whole)}
 
 
+def rows_of(directory: RunDirectory) -> list[dict[str, str]]:
+    with open(directory.metrics, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_gradients_are_averaged(folder: Path, runs: dict[str, RunDirectory]) -> None:
     """Two processes with batches of three make the steps of one process with batches of six."""
     config = toy_config(folder, "single", "data.split.train=18", "data.batch.graphs=6", *EXACT)
-    single = read_state(RunDirectory(fit(config, progress=False).run_dir).state)
-    double = read_state(runs["even"].state)
+    directory = RunDirectory(fit(config, progress=False).run_dir)
+    losses = [float(row["train/loss"]) for row in rows_of(directory)]
+    assert [float(row["train/loss"]) for row in rows_of(runs["even"])] == pytest.approx(losses, rel=1e-7)
+    single, double = read_state(directory.state), read_state(runs["even"].state)
     assert double["position"]["step"] == single["position"]["step"] == 6
     statistics = DatasetStatistics.from_dict(single["statistics"])
     start = dict(build_potential(config.model, statistics, seed=config.training.seed).named_parameters())
