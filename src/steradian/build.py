@@ -26,7 +26,7 @@ from steradian.config import (
 from steradian.data.statistics import DatasetStatistics
 from steradian.execution.self_test import SelfTest, SelfTestError
 from steradian.hosts.base import Host, TrainingFacts
-from steradian.hosts.mace.element_tables import compress_element_tables
+from steradian.hosts.mace.elements import compress_element_tables
 from steradian.hosts.mace.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.compiler.activations import silu
-from steradian.compiler.constants import constant
+from steradian.compiler.folding import constant
 from steradian.config import RadialConfig
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.equivariant.couplings import to_cartesian_order
-from steradian.equivariant.dense import change_degrees
+from steradian.equivariant.harmonics import to_cartesian_order
 from steradian.equivariant.irreps import dim, has_pseudotensors, slices
+from steradian.equivariant.linear import change_degrees
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
+from steradian.equivariant.sphere import SphereGrid
 from steradian.interfaces.efa_jax import (
     attention_config,
     attention_state,
@@ -23,7 +24,6 @@ from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.operator import EuclideanFastAttention, Systems, TensorIntegration, nominal_degrees
 from steradian.operators.efa.paper import QKV, attention_per_direction, invariant_attention, tensor_integration
 from steradian.operators.efa.rules import DirectionRule
-from steradian.sphere.grids import SphereGrid
 
 RELATIVE = 1e-10  # the tolerance the reference numbers are good for in float64
 

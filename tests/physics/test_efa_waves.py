@@ -11,12 +11,12 @@ import torch
 from steradian.config.efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import natural_degrees
+from steradian.equivariant.sphere import lebedev
 from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.operator import EuclideanFastAttention, Systems
 from steradian.operators.efa.paper import QKV, attention_along, frequencies_up_to, sinc_kernel, sum_over_pairs
 from steradian.operators.efa.periodic import lattice_vectors, reciprocal_attention, shell_weights
 from steradian.operators.efa.rules import DirectionRule
-from steradian.sphere.grids import lebedev
 
 CELL = torch.tensor([[5.1, 0.0, 0.0], [0.9, 4.7, 0.0], [-0.6, 0.8, 5.6]], dtype=torch.float64)
 FREQUENCIES = torch.tensor([0.0, 0.7, 1.4, 2.1], dtype=torch.float64)

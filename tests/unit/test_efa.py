@@ -11,6 +11,7 @@ import torch
 from steradian.config.efa import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import all_degrees, dim, natural_degrees
+from steradian.equivariant.sphere import design, lebedev
 from steradian.operators.efa import attention as efa_attention
 from steradian.operators.efa import sums as efa_sums
 from steradian.operators.efa.attention import Waves, arranged, join_blocks, rotary_attention
@@ -25,7 +26,6 @@ from steradian.operators.efa.paper import (
     tensor_integration,
 )
 from steradian.operators.efa.rules import DirectionRule
-from steradian.sphere.grids import design, lebedev
 
 
 @pytest.fixture(params=["linear", "pairs"])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from steradian.equivariant.sphere import lebedev
 from steradian.operators.efa import cpu as efa_cpu
 from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.cpu_pairs import PairShape, attend_pairs, attend_pairs_plainly
@@ -16,7 +17,6 @@ from steradian.operators.efa.paper import QKV, invariant_attention
 from steradian.operators.efa.rules import STEPS, DirectionRule, RuleWaves, spiral, step_of_phase
 from steradian.operators.efa.sums import moments
 from steradian.polynomials.backend import use_backend
-from steradian.sphere.grids import lebedev
 
 COUNTS = {"several": [4, 2, 0, 5, 1], "one atom": [1], "one system": [37], "equal": [3, 3, 3]}
 

@@ -13,11 +13,11 @@ from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
 from steradian.equivariant.irreps import natural_degrees
+from steradian.equivariant.sphere import lebedev
 from steradian.evaluation.rotations import rotation_audit
 from steradian.graph.structures import Structure
 from steradian.operators.efa.operator import EuclideanFastAttention, Systems
 from steradian.operators.efa.rules import RESOLVED, plane_wave_error, resolved_phase
-from steradian.sphere.grids import lebedev
 from tests.systems import made_up
 
 #: points and the largest phase over pi that the paper's code considers resolved

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.equivariant.sphere import lebedev
 from steradian.graph import Graph
 from steradian.operators.efa import attention as efa_attention
 from steradian.operators.efa import triton as efa_gpu
@@ -26,7 +27,6 @@ from steradian.operators.efa.sums import PLAIN, moments
 from steradian.operators.efa.triton import TritonSums
 from steradian.polynomials import use_backend
 from steradian.polynomials.backend import on_every_device
-from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: systems, points, frequencies (and those of the waves), components, atoms, values

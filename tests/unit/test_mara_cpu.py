@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from steradian.equivariant.sphere import lebedev
 from steradian.graph.topology import Rows
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import num_scratch
 from steradian.polynomials import use_backend
-from steradian.sphere.grids import lebedev
 from tests.unit.mara_cases import edges_of, random_mara, system
 
 

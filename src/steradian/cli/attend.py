@@ -33,8 +33,13 @@ def attend(
     """
     from steradian.build import load_potential
     from steradian.evaluation.plots import save
-    from steradian.explain.attention import attention_of
-    from steradian.explain.pictures import central_atom, distance_picture, molecule_picture, sphere_picture
+    from steradian.explain.attention import (
+        attention_of,
+        central_atom,
+        distance_picture,
+        molecule_picture,
+        sphere_picture,
+    )
 
     with results(out):
         potential = load_potential(model)

@@ -87,7 +87,7 @@ def train_side_by_side(folder: Path, epochs: int | None, fresh: bool) -> dict[st
 
 
 def config_path(name: str) -> Path:
-    return Path(str(resources.files("steradian.configs") / name))
+    return Path(str(resources.files("steradian.data") / "bundled" / name))
 
 
 def command(file: str, run: Path, epochs: int | None, fresh: bool) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.compiler.activations import silu
-from steradian.compiler.constants import constant
+from steradian.compiler.folding import constant
 from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from steradian.config import EFAConfig
-from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.irreps import all_degrees, max_degree, natural_degrees
+from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, union
 from steradian.graph import Edges
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.efa.operator import EuclideanFastAttention, Systems

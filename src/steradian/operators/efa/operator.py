@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from steradian.config import EFAConfig
 from steradian.config.efa import TensorIntegrationConfig
-from steradian.equivariant.dense import Dense, change_degrees, gated
 from steradian.equivariant.irreps import (
     Degrees,
     all_degrees,
@@ -25,14 +24,15 @@ from steradian.equivariant.irreps import (
     max_degree,
     natural_degrees,
 )
+from steradian.equivariant.linear import Dense, change_degrees, gated
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
-from steradian.graph.sharing import Share
+from steradian.equivariant.sphere import lebedev
+from steradian.graph.topology import Share
 from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.paper import QKV, frequencies_up_to
 from steradian.operators.efa.periodic import parity_harmonics, reciprocal_attention
 from steradian.operators.efa.rules import RESOLVED, DirectionRule, SizeWatch, graded_points, resolved_phase
 from steradian.precision import WithRole
-from steradian.sphere.grids import lebedev
 
 __all__ = ["EuclideanFastAttention", "Systems", "TensorIntegration", "nominal_degrees"]
 
@@ -102,7 +102,7 @@ class EuclideanFastAttention(WithRole):
         num_channels: C.
         nominal: the irreps that the features are said to have, where some of them are missing because they would be
             zero; highest degrees and the scale of the scores go by these.
-        unit: keep weights of unit variance; see :class:`steradian.equivariant.dense.Dense`.
+        unit: keep weights of unit variance; see :class:`steradian.equivariant.linear.Dense`.
 
     Attributes:
         degrees_out, channels_out: of the result.

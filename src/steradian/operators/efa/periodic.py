@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.compiler.constants import constant
+from steradian.compiler.folding import constant
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
-from steradian.graph.sharing import Share
+from steradian.graph.topology import Share
 from steradian.operators.efa.attention import Waves, attend_block
 from steradian.operators.efa.paper import QKV
 from steradian.radial import safe_norm

@@ -27,7 +27,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from steradian.sphere.grids import LEBEDEV_DEGREES, SphereGrid, lebedev
+from steradian.equivariant.sphere import LEBEDEV_DEGREES, SphereGrid, lebedev
 
 __all__ = ["RESOLVED", "DirectionRule", "SizeWatch", "graded_points", "plane_wave_error", "resolved_phase"]
 
