@@ -12,13 +12,14 @@ from ase.data import chemical_symbols, covalent_radii
 
 from steradian.config import ReferenceEnergiesConfig
 from steradian.data.load import frame_key
-from steradian.data.statistics import reference_energies
+from steradian.data.statistics import interaction_energies, reference_energies
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.structures import DataError, Structure, formula
 
 __all__ = ["Summary", "summarize"]
 
 MAX_NOTES = 10
+FITTED = ReferenceEnergiesConfig(kind="least_squares")
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,8 @@ def _interaction_energies(structures: Sequence[Structure]) -> dict[int, float] |
     labelled = [index for index, frame in enumerate(structures) if frame.energy is not None]
     if not labelled:
         return None
-    references, _, _ = reference_energies([structures[index] for index in labelled], ReferenceEnergiesConfig())
-    values = {}
-    for index in labelled:
-        frame = structures[index]
-        values[index] = float(frame.energy - sum(references[int(z)] for z in frame.numbers)) / len(frame)  # type: ignore[operator]
-    return values
+    references, _, _ = reference_energies([structures[index] for index in labelled], FITTED)
+    return dict(zip(labelled, interaction_energies(structures, references)))
 
 
 def _outliers(name: str, values: dict[int, float], unit: str) -> list[str]:

@@ -77,7 +77,10 @@ def make_graph(structure: Structure, cutoff: float, *, skin: float = 0.0, dtype:
     Raises:
         DataError: positions that are not finite, or two atoms at the same place.
     """
-    receivers, senders, shifts = neighbor_pairs(structure.positions, structure.cell, structure.pbc, cutoff + skin)
+    try:
+        receivers, senders, shifts = neighbor_pairs(structure.positions, structure.cell, structure.pbc, cutoff + skin)
+    except DataError as error:
+        raise DataError(f"{structure.where}: {error}" if structure.where else str(error)) from None
 
     def tensor(values: object) -> torch.Tensor:
         return torch.tensor(np.asarray(values, dtype=np.float64), dtype=dtype)
