@@ -6,11 +6,14 @@ No module of this folder imports torch, ASE or Lightning at load (commands impor
 
 from __future__ import annotations
 
+import codecs
 import sys
+import unicodedata
 
 import typer
 
 from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, precision, train
+from steradian.config.text import printable
 
 __all__ = ["app", "main"]
 
@@ -52,8 +55,28 @@ def options(
     """Machine-learned force fields with geometric attention."""
 
 
+PLAIN = {"Å": "A", "→": "->", "±": "+-", "×": "x", "α": "alpha", "σ": "sigma", "−": "-", "…": "...", "·": "."}
+
+
+def write_in_any_encoding() -> None:
+    """What the output's encoding lacks (cp1252, Latin-1, ASCII) is written in letters that it has, never an error."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        letters = error.object[error.start : error.end]
+        bare = [unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() for letter in letters]
+        return "".join(PLAIN.get(letter, near or "?") for letter, near in zip(letters, bare)), error.end
+
+    codecs.register_error("steradian.plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="steradian.plain")
+
+
 def main() -> None:
     """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C exit code 130."""
+    write_in_any_encoding()
     if "--debug" in sys.argv[1:]:
         app()
         return
@@ -63,9 +86,12 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
+    except MemoryError as error:
+        print(f"error: not enough memory ({printable(error)}): smaller batches, or a smaller model", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

@@ -39,7 +39,7 @@ def inspect(
         table = Table(show_header=False, title=str(model))
         for name, value in rows:
             table.add_row(name, value)
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     if rotations is not None:
         audit(potential, rotations)
 

@@ -81,7 +81,9 @@ def resolve(
         if not data.exists():
             raise ConfigError(f"{data}: no such file")
         overrides.append(f"data.train={quoted(data)}")
-    if name is not None or config is None:
+    if name is not None or (
+        config is None and not any(entry.partition("=")[0].strip() == "name" for entry in settings)
+    ):
         overrides.append(f"name={quoted(name or data.stem)}")  # type: ignore[union-attr]
     overrides += settings
     return parse_config({}, overrides, source="command line") if config is None else load_config(config, overrides)

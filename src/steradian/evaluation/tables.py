@@ -59,11 +59,10 @@ class Table:
     def rich(self) -> rich.table.Table:
         """For ``rich.print``."""
         table = rich.table.Table(
-            title=self.title,
+            title=rich.text.Text(self.title, style="bold"),
             title_justify="left",
-            title_style="bold",
             box=rich.box.SIMPLE_HEAD,
-            caption=self.note or None,
+            caption=rich.text.Text(self.note, style="table.caption") if self.note else None,
             caption_justify="left",
             pad_edge=False,
         )

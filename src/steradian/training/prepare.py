@@ -9,6 +9,7 @@ from typing import Any
 from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
 from steradian.data.load import load_dataset
+from steradian.data.plausibility import plausibility
 from steradian.data.statistics import DatasetStatistics, compute_statistics
 from steradian.graph.batches import BatchSampler, GraphDataset
 from steradian.graph.structures import Structure
@@ -93,6 +94,8 @@ def prepare(
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
     rows = plan_rows(config, sets, statistics, potential, counts, device_line(process, config.training))
+    usual = plausibility(frames, statistics.atom_references, declared=config.data.units.energy is not None)
+    rows += [*usual.rows, *(("warning", warning) for warning in usual.warnings)]
     rows += [("note", warning) for warning in provenance.get("warnings", [])]
     return Prepared(config, potential, data, data.position, provenance, rows)
 
