@@ -56,9 +56,14 @@ def _load_array(file: BinaryIO, size: int, where: str) -> np.ndarray:
     Raises:
         DataError: Python objects. ValueError: damaged.
     """
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+    except Exception as error:  # a damaged header fails in the tokenizer, the parser or numpy
+        raise ValueError(f"the header is damaged: {error}") from None
+    if dtype.byteorder == ">":  # nobody writes it; a flipped bit makes it of '<', and nonsense of the numbers
+        raise DataError(f"{where}: stored with the high byte first; damaged, or to be written anew on this machine")
     if dtype.hasobject:
         raise DataError(f"{where}: holds Python objects (pickle), which are not read; save plain arrays")
     count = math.prod(shape)

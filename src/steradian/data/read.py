@@ -66,6 +66,8 @@ def read_raw(path: Path | str, keys: KeysConfig | None = None) -> list[RawFrame]
     _check_exists(path)
     try:
         frames = list(_frames(path, keys or KeysConfig()))
+    except DataError as error:
+        raise DataError(error if str(path) in str(error) else f"{path}: {error}") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
     if not frames:
