@@ -122,7 +122,7 @@ def _forces(frames: Sequence[Structure], found: Plausibility) -> None:
     ]
     largest = float(np.linalg.norm(forces, axis=1).max())
     found.rows.append(("RMS force [eV/Å]", f"{', '.join(parts)}; largest {largest:.4g}"))
-    typical = float(np.median([np.sqrt(np.mean(frame.forces**2)) for frame in labelled]))
+    typical = float(np.median([np.sqrt(np.mean(np.square(frame.forces))) for frame in labelled]))
     _warn(found, f"the RMS force of {typical:.3g}", typical, FORCE, UNITS_OF_FORCE, "forces")
 
 
