@@ -1,21 +1,26 @@
 # make demo   set up, train MACE and MACE-MARA on the bundled data, write the comparison report
-# make test   set up, then lint, type check and run the tests
+# make test   set up, then lint, check imports and types, and run the tests in two processes (JOBS=8: in eight)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types parity clean
+JOBS   ?= 2
+
+.PHONY: demo test lint imports types parity clean
 
 demo: $(STAMP)
 	$(BIN)/steradian demo --out demo_output
 
-test: $(STAMP) lint types
-	$(BIN)/python -m pytest
+test: $(STAMP) lint imports types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
 
 types: $(STAMP)
 	$(BIN)/mypy

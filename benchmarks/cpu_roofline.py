@@ -58,10 +58,11 @@ class Recorder:
         self.work: dict[str, tuple[float, float]] = {}
         self.run_pass, self.run_gate = apply._run_pass, mara_cpu._run
 
-    def program(self, one: Any, rows: Any, num_rows: int, inputs: list, outputs: list, channels: int) -> None:
+    def program(self, one: Any, *given: Any) -> None:
         start = time.perf_counter()
-        self.run_pass(one, rows, num_rows, inputs, outputs, channels)
+        self.run_pass(one, *given)
         taken = time.perf_counter() - start
+        _, _, _, num_rows, inputs, outputs, channels = given
         # an input that the pass does not use is not read
         used = {
             source[0]

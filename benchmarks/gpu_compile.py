@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 import triton
 from settings import text
+from triton_compile import H200, MI300, compile_part
 
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.polynomials.program import Program, program_of
-from steradian.polynomials.triton_compile import H200, MI300, compile_part
-from steradian.polynomials.triton_parts import parts_of
-from steradian.polynomials.triton_run import CHANNELS, THREADS, Tile
+from steradian.polynomials.triton import CHANNELS, THREADS, Tile
+from steradian.polynomials.triton_source import parts_of
 
 INSTRUCTIONS = ("FFMA", "FMUL", "FADD", "LDG", "STG", "LDS", "STS", "SHFL", "BAR", "LDL", "STL")
 

@@ -7,7 +7,7 @@
 a little formaldehyde) of 135 or 3000 atoms, or with ``--batch 5`` five of them. Every side runs in an interpreter of
 its own (``sides_gpu.py``), with the same weights (the peer's), and must agree with mace-torch on energies and forces
 before it is timed; sides are timed in turn in the same run. steradian is listed with each backend of polynomials
-(reference, Triton, cuEquivariance) and each way of running (called, recorded as a CUDA graph, compiled).
+(reference, Triton, cuEquivariance) and each way of running (called, recorded as a CUDA graph).
 
 Bar: 1.5 times faster than mace-torch + cuEquivariance, for the best of ours.
 """
@@ -138,7 +138,7 @@ def main() -> None:
     options.add_argument("--sizes", type=int, nargs="*")
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
-    options.add_argument("--modes", nargs="*", default=["cuda_graph", "eager", "compile"])
+    options.add_argument("--modes", nargs="*", default=["cuda_graph", "eager"])
     options.add_argument("--backends", nargs="*")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--threads", type=int, default=4)

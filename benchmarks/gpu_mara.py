@@ -4,7 +4,7 @@
     python benchmarks/gpu_mara.py --device cpu --smoke
 
 The host with and without the gate, in turn in one process, random weights, float32, periodic boxes of water at 0.1
-atoms per Å^3, the backend of polynomials that :func:`steradian.polynomials.prepare_backend` chooses. Overheads are
+atoms per Å^3, the backend of polynomials that :mod:`steradian.execution.backend_benchmark` finds. Overheads are
 medians of ratios of neighbours in time. Bar: 2 % on top of the host.
 """
 
@@ -22,8 +22,8 @@ BAR_PERCENT = 2.0
 
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
-    from steradian.execution.runner import Runner, prepared
-    from steradian.polynomials import prepare_backend
+    from steradian.execution.backend_benchmark import prepare_backend
+    from steradian.execution.runner import Runner
 
     graph = graph_of(system(size, periodic=True))
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, graph.num_edges / size)
@@ -34,7 +34,7 @@ def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> C
         return training_steps(model, [graph], mode)[0]
     model.for_inference()
     prepare_backend(model, graph)
-    static = Runner(model, mode).static(prepared(graph, model))
+    static = Runner(model, mode).static(graph.to(arguments.device))
     return lambda: static()
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser(__doc__, "gpu_mara")
     options.add_argument("--hosts", nargs="*", default=["MACE", "ViSNet", "NequIP"])
     options.add_argument("--sizes", type=int, nargs="*")
-    options.add_argument("--mode", default="cuda_graph", choices=["eager", "cuda_graph", "compile"])
+    options.add_argument("--mode", default="cuda_graph", choices=["eager", "cuda_graph"])
     options.add_argument("--steps", type=int, default=300)
     arguments = options.parse_args()
     arguments.periodic = False  # of the step of dynamics

@@ -6,7 +6,7 @@
 The device engine (:class:`steradian.simulate.device_md.DeviceMD`): Langevin, float32 weights, float64 positions, cutoff
 5 Å, skin 0.5 Å, neighbour list made every 10 steps as hydrogen at 300 K with 0.5 to 1 fs needs it (the atoms here move
 so little that the density stays; their number of edges is what the time depends on). Each backend of polynomials, and
-each of: recorded as CUDA graphs, compiled and recorded, neither. Systems are made by this script: water (and a little
+each of: recorded as CUDA graphs, or called. Systems are made by this script: water (and a little
 formaldehyde to make the count exact) at 0.1 atoms per Å^3, a free cluster or, with ``--periodic``, a box.
 
 The bars are mlip's published figures on an H100 (Chignolin, 138 atoms, and Alpha-bungarotoxin, 1205 atoms, JAX-MD):
@@ -32,8 +32,8 @@ BARS = {
     ("NequIP", 1205): 22.0,
 }
 BAR_PARAMETERS = {"MACE": 3_274_016, "ViSNet": 1_172_676, "NequIP": 1_327_792}
-#: how the step is run: engine's mode, recorded
-WAYS = {"recorded": ("eager", True), "compiled and recorded": ("compile", True), "called": ("eager", False)}
+#: how the step is run: whether it is recorded
+WAYS = {"recorded": True, "called": False}
 
 
 def measure(kind: str, size: int, arguments: Any, backend: str, way: str, gate: bool = False) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure(kind: str, size: int, arguments: Any, backend: str, way: str, gate: 
     atoms = system(size, arguments.periodic)
     edges = graph_of(atoms).num_edges
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, edges / size, force_scale=1e-6)
-    mode, record = WAYS[way]
+    record = WAYS[way]
     # so cold that the density stays as it is however long this runs
     settings = MDSettings(temperature=1.0, timestep=1.0, skin=0.5)
     steps = 12 if arguments.smoke else arguments.steps
@@ -57,7 +57,6 @@ def measure(kind: str, size: int, arguments: Any, backend: str, way: str, gate: 
             device=arguments.device,
             fixed_shapes=True,
             record=record and torch.device(arguments.device).type == "cuda",
-            mode=mode,
             list_every=10,
         )
         engine.start()
@@ -98,7 +97,7 @@ def main() -> None:
     results = Results(arguments, cutoff_A=5.0, skin_A=0.5, list_every=10, thermostat="langevin", dtype="float32")
     shape = "box" if arguments.periodic else "cluster"
     # compiling on a CPU takes minutes and says nothing about a GPU
-    ways = [way for way in arguments.ways if not (arguments.smoke and way.startswith("compiled"))]
+    ways = arguments.ways
     for way in ways:
         for size in sizes:
             for kind in arguments.models:

@@ -26,7 +26,7 @@ TASKS = ("forces", "training")
 
 def one(kind: str, size: int, task: str, gate: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     """One call in this process, its time and its peak of memory; on a CPU the peak is not known."""
-    from steradian.polynomials import prepare_backend
+    from steradian.execution.backend_benchmark import prepare_backend
 
     device = arguments.device
     small = build(model_config(kind, arguments.smoke, gate), device)

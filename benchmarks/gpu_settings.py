@@ -222,14 +222,14 @@ def training_steps(model: Any, graphs: list[Any], mode: str) -> tuple[Callable[[
     Args:
         model: in training mode.
         graphs: of the frames, on the host.
-        mode: ``eager``, ``cuda_graph`` or ``compile``.
+        mode: ``eager`` or ``cuda_graph``.
 
     Returns:
         The call, and the steps, whose ``reason`` says why they are called where they were to be recorded.
     """
     from steradian.execution.dataset import DeviceData
     from steradian.execution.padding import Buckets, Sizes
-    from steradian.execution.steps import BatchSteps, GradientStep
+    from steradian.execution.steps import GradientStep, Steps
     from steradian.graph import batch_graphs
 
     def loss(prediction: Any, graph: Any) -> Any:
@@ -238,7 +238,7 @@ def training_steps(model: Any, graphs: list[Any], mode: str) -> tuple[Callable[[
     data = DeviceData(graphs, model.device, number=model.elements[0], cutoff=model.cutoff)
     gradient = GradientStep(model, loss, forces=True, stress=False)
     buckets = Buckets.for_batches([Sizes.of(batch_graphs(graphs))])
-    steps = BatchSteps(gradient, data, mode, buckets=buckets)  # type: ignore[arg-type]
+    steps = Steps(gradient, mode, data=data, buckets=buckets)
     frames = list(range(len(graphs)))
     return lambda: steps(frames), steps
 
@@ -247,6 +247,6 @@ def gpu_backends(device: str) -> list[str]:
     """Backends of polynomials to list; the best that each has to offer is found by trying."""
     if torch.device(device).type == "cpu":
         return ["reference"]
-    from steradian.execution.kernel_choice import available_backends
+    from steradian.execution.backend_benchmark import available_backends
 
     return available_backends()

@@ -18,23 +18,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steradian.operators.base import BareEdges
+from steradian.operators.mara.gate import MARA
 from steradian.operators.mara.intrinsic import IntrinsicMARA
-from steradian.operators.mara.mara import MARA
-from steradian.operators.mara.paper import dense_mara
 from steradian.sphere.grids import lebedev
 
 NUM_ATOMS, NUM_EDGES, NUM_FEATURES, HIDDEN_DIM = 135, 2242, 128, 32
 DEGREES = ((0, 1), (1, -1))
 
 
-def random_case(dtype: torch.dtype) -> tuple[Tensor, SimpleNamespace]:
+def random_case(dtype: torch.dtype) -> tuple[Tensor, BareEdges]:
     """Features ``[N, 4, F]`` and edges of 1 to 5 Å, sorted by receiver."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(NUM_ATOMS, 4, NUM_FEATURES, generator=generator, dtype=torch.float64)
@@ -42,27 +41,27 @@ def random_case(dtype: torch.dtype) -> tuple[Tensor, SimpleNamespace]:
     vectors = vectors * (1 + 4 * torch.rand(NUM_EDGES, 1, generator=generator, dtype=torch.float64) ** 0.5)
     receivers = torch.randint(NUM_ATOMS, (NUM_EDGES,), generator=generator).sort().values
     senders = torch.randint(NUM_ATOMS, (NUM_EDGES,), generator=generator)
-    return features.to(dtype), SimpleNamespace(senders=senders, receivers=receivers, vectors=vectors.to(dtype))
+    return features.to(dtype), BareEdges(senders, receivers, vectors.to(dtype))
 
 
-def forward(gate: Callable[..., Tensor], features: Tensor, edges: SimpleNamespace) -> Tensor:
+def forward(gate: Callable[..., Tensor], features: Tensor, edges: BareEdges) -> Tensor:
     with torch.no_grad():
         return gate(features, edges)
 
 
-def gradients(gate: Callable[..., Tensor], features: Tensor, edges: SimpleNamespace) -> tuple[Tensor, ...]:
+def gradients(gate: Callable[..., Tensor], features: Tensor, edges: BareEdges) -> tuple[Tensor, ...]:
     features = features.detach().requires_grad_()
     vectors = edges.vectors.detach().requires_grad_()
-    alpha = gate(features, SimpleNamespace(**{**vars(edges), "vectors": vectors}))
+    alpha = gate(features, edges._replace(vectors=vectors))
     return torch.autograd.grad(alpha.sum(), (vectors, features))
 
 
 def training_step(
-    gate: Callable[..., Tensor], features: Tensor, edges: SimpleNamespace, parameters: list[Tensor]
+    gate: Callable[..., Tensor], features: Tensor, edges: BareEdges, parameters: list[Tensor]
 ) -> tuple[Tensor, ...]:
     features = features.detach().requires_grad_()
     vectors = edges.vectors.detach().requires_grad_()
-    alpha = gate(features, SimpleNamespace(**{**vars(edges), "vectors": vectors}))
+    alpha = gate(features, edges._replace(vectors=vectors))
     first = torch.autograd.grad(alpha.sum(), (vectors, features), create_graph=True)
     loss = alpha.square().sum() + sum(gradient.square().sum() for gradient in first)
     return torch.autograd.grad(loss, (features, *parameters), allow_unused=True)
@@ -109,8 +108,8 @@ def compare(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     mara = MARA(NUM_FEATURES, hidden_dim=HIDDEN_DIM, gate="published").to(dtype)
     parameters = list(mara.parameters())
 
-    def dense(features: Tensor, edges: Any) -> Tensor:
-        return dense_mara(mara, features[:, 0], edges)["alpha"]
+    def dense(features: Tensor, edges: BareEdges) -> Tensor:
+        return mara.as_written(features, edges).alpha
 
     report: dict[str, Any] = {}
     for name, gate in {"factorised": mara, "dense": dense}.items():

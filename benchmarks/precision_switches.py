@@ -41,7 +41,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def train(arguments: argparse.Namespace) -> None:
     from steradian.config import load_config, parse_config
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
     for name, changes in {PLAIN: {}, **SWITCHES}.items():
         content = configuration("3bpa", "float32", arguments.data.resolve(), arguments.runs.resolve(), 0)

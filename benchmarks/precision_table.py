@@ -50,7 +50,7 @@ def structures(name: str, data: Path, test: bool) -> list[Any]:
 def train(label: str, name: str, arguments: argparse.Namespace) -> Path:
     """The folder of a short training run."""
     from steradian.config import load_config, parse_config
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
     run = f"table_{name}_{label.replace(' ', '_').lower()}"
     folder = arguments.runs.resolve() / run

@@ -76,7 +76,7 @@ def round_weights(optimizer: Any, *_: object) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     from steradian.config import load_config, parse_config
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
     for name in arguments.sets:
         for precision in arguments.precisions:

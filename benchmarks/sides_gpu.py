@@ -68,17 +68,16 @@ class SteradianOnDevice(OnDevice, Steradian):
             set_backend(backend)
         about = super().prepare(case)
         self.model = self.model.to(self.device)
-        self.on_host = self.graph
         self.graph = self.graph.to(self.device)
         return about
 
     def select(self, task: str) -> None:
         from gpu_settings import training_steps
 
-        from steradian.execution.runner import Runner, prepared
+        from steradian.execution.backend_benchmark import prepare_backend
+        from steradian.execution.runner import Runner
         from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
-        from steradian.polynomials import prepare_backend
 
         super().select(task)
         training = task == "training step"
@@ -90,9 +89,8 @@ class SteradianOnDevice(OnDevice, Steradian):
             self.reason = lambda: steps.reason
         elif self.mode != "eager":
             runner = Runner(self.model, self.mode)
-            static = runner.static(prepared(self.on_host, self.model))
-            self.step = static
-            self.reason = lambda: runner.reason or static.run.reason
+            self.step = runner.static(self.graph)
+            self.reason = lambda: runner.reason
 
     def run(self, task: str) -> None:
         if self.step is not None:
@@ -102,7 +100,7 @@ class SteradianOnDevice(OnDevice, Steradian):
         self.finish()
 
     def fell_back(self, _: Any = None) -> str | None:
-        """Why steps are called although they were to be recorded or compiled."""
+        """Why steps are called although they were to be recorded."""
         reason: str | None = self.reason() if self.step is not None else None
         return reason
 
@@ -118,7 +116,7 @@ class SteradianOnDevice(OnDevice, Steradian):
 
 SIDES |= {"mace-torch": MaceOnDevice, "mace-torch + cuEquivariance": MaceWithCuEquivariance}
 WAYS = [f"{backend}/{mode}" for backend in ("reference", "triton", "cuequivariance", "auto")
-        for mode in ("eager", "cuda_graph", "compile")]  # fmt: skip
+        for mode in ("eager", "cuda_graph")]  # fmt: skip
 SIDES |= {f"steradian {way}": SteradianOnDevice for way in WAYS}
 
 if __name__ == "__main__":

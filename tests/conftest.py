@@ -9,6 +9,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # wrong machine code is replaced by plain PyTorch with a warning, which would hide it from every other test
+    config.addinivalue_line("filterwarnings", "error:machine code of:UserWarning")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tests run faster on one thread, and sums come out the same every time."""

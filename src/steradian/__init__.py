@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from steradian.graph.neighbors import make_graph
     from steradian.graph.structures import Structure
     from steradian.interfaces.ase import SteradianCalculator
-    from steradian.operators.mara.mara import MARA
-    from steradian.operators.mara.standalone import SEAttention
+    from steradian.operators.mara.gate import MARA, SEAttention
     from steradian.potential import Potential
-    from steradian.training.fit import fit
+    from steradian.training.run import fit
 
 _HOME = {
     "build_potential": "steradian.build",
@@ -40,10 +39,10 @@ _HOME = {
     "batch_graphs": "steradian.graph",
     "SteradianCalculator": "steradian.interfaces.ase",
     "make_graph": "steradian.graph.neighbors",
-    "MARA": "steradian.operators.mara.mara",
-    "SEAttention": "steradian.operators.mara.standalone",
+    "MARA": "steradian.operators.mara.gate",
+    "SEAttention": "steradian.operators.mara.gate",
     "Potential": "steradian.potential",
-    "fit": "steradian.training.fit",
+    "fit": "steradian.training.run",
 }
 
 __all__ = [

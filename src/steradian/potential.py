@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.compiler.capture import capturing
 from steradian.config import ModelConfig, PrecisionConfig
-from steradian.equivariant.linear import sort_by_element
 from steradian.graph import Graph, Prediction
+from steradian.graph.topology import Rows, Topology
 from steradian.hosts.base import Host
-from steradian.operators.efa.systems import keep_layout
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
     from steradian.data.statistics import DatasetStatistics
-    from steradian.execution.self_test import SelfTest
 
 __all__ = ["Potential"]
 
@@ -52,9 +50,7 @@ class Potential(nn.Module):
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
-        self.self_test: SelfTest | None = None  # of a converted model, until it is trained
-        # one entry per tensor of numbers that is alive: the same tensor comes again at every step of a simulation
-        self._species_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.self_test: Any = None  # a SelfTest of a converted model, until it is trained
         self.policy: PrecisionPolicy
         self.set_precision(config.precision)
 
@@ -104,21 +100,21 @@ class Potential(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def species(self, numbers: Tensor) -> Tensor:
+    def species(self, topology: Topology) -> Rows:
         """``[N]`` index into the table of elements.
 
         Raises:
-            ValueError: an element the potential was not trained on.
+            ValueError: an element the potential was not trained on. Not looked for in a static topology: whoever made
+                it has (:meth:`check_elements`).
         """
-        if capturing():  # whoever prepared the graph has checked its elements
-            return self.species_of_number.index_select(0, numbers)
-        known = self._species_of.get(numbers)
-        if known is not None and known.device == self.device:
-            return known
-        species = self.species_of_number[numbers.clamp(0, SYMBOLS_UP_TO)]
-        if bool((species < 0).any()):
-            self.check_elements(numbers)
-        self._species_of[numbers] = species
+        species = topology.species(self.elements, self.species_of_number)
+        if not topology.is_static:
+            try:
+                species.look()  # on a GPU kernels that are asynchronous do
+            except IndexError:
+                assert topology.numbers is not None
+                self.check_elements(topology.numbers)
+                raise
         return species
 
     def check_elements(self, numbers: Tensor) -> None:
@@ -141,27 +137,27 @@ class Potential(nn.Module):
             forces: give forces.
             stress: give the stress (zero for systems without a cell).
         """
-        species = self.species(graph.numbers)
-        if graph.composition is not None and capturing():
-            atoms_of = dict(graph.composition)
-            sort_by_element(species, [atoms_of.get(number, 0) for number in self.elements])
-        if graph.layout is not None and capturing():
-            keep_layout(graph.system, graph.layout)
+        with _undisturbed(self.device.type):
+            return self._predict(_outside_inference_mode(graph), forces, stress)
+
+    def _predict(self, graph: Graph, forces: bool, stress: bool) -> Prediction:
+        topology = graph.prepared()
+        species = self.species(topology)
         policy = self.policy
         with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
             positions = self._centred(graph).requires_grad_(forces)
-            cell = graph.cell.to(device=self.device, dtype=positions.dtype)
+            cell = graph.cell.to(device=self.device, dtype=torch.float64)
             strain = torch.zeros_like(cell).requires_grad_(stress)
-            strained, cell_strained, vectors = self._geometry(graph, positions, cell, strain if stress else None)
+            strained, cell_strained, vectors = _geometry(topology, positions, cell, strain if stress else None)
             vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
-            inside = replace(graph, cell=cell_strained.to(policy.weights))
+            inside = replace(graph, cell=cell_strained.to(policy.weights), topology=topology)
             output = self.host(inside, species, strained.to(policy.weights), vectors)
             if graph.share is not None:  # copies of other processes' atoms do not count
                 energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
                 output = replace(output, atom_energies=energies)
             wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
             gradients = self._gradients(output.atom_energies, wanted)
-        references = self.atom_references.index_select(0, species)
+        references = self.atom_references.index_select(0, species.index)
         if graph.share is not None:
             references = torch.where(graph.share.owned, references, 0.0)
         atom_energies = output.atom_energies.to(policy.energy)
@@ -204,27 +200,18 @@ class Potential(nn.Module):
         return super().train(mode)
 
     def _centred(self, graph: Graph) -> Tensor:
-        """Positions about the mean of each system: float32 loses nothing far from the origin."""
-        positions = graph.positions.detach().to(device=self.device)
-        if positions.dtype != self.policy.positions and graph.num_atoms and graph.share is None:
+        """Positions in float64, a copy of its own to differentiate by.
+
+        About the mean of each system where the network computes in fewer digits, so that those who see positions lose
+        nothing far from the origin. Edges are differenced in float64 in any case: atoms that dynamics has carried many
+        cells away are as near to their neighbours' images as ever.
+        """
+        positions = graph.positions.detach().to(device=self.device, dtype=torch.float64, copy=True)
+        if self.policy.weights != torch.float64 and graph.num_atoms and graph.share is None:
             counts = graph.atoms_per_system.to(positions.dtype).clamp(min=1).unsqueeze(-1)
             sums = positions.new_zeros((graph.num_systems, 3)).index_add(0, graph.system, positions)
             positions = positions - (sums / counts).index_select(0, graph.system)
-        return positions.to(self.policy.positions, copy=True)
-
-    def _geometry(
-        self, graph: Graph, positions: Tensor, cell: Tensor, strain: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
-        if strain is not None:
-            symmetric = 0.5 * (strain + strain.transpose(1, 2))
-            positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, graph.system))
-            cell = cell + cell @ symmetric
-        vectors = positions.index_select(0, graph.senders) - positions.index_select(0, graph.receivers)
-        if graph.is_periodic:
-            edge_cells = cell.index_select(0, graph.system.index_select(0, graph.receivers))
-            vectors = vectors + torch.einsum("ei,eij->ej", graph.shifts.to(vectors.dtype), edge_cells)
-        return positions, cell, vectors
+        return positions
 
     def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         if not wanted:
@@ -235,6 +222,42 @@ class Potential(nn.Module):
             atom_energies.sum(), wanted, create_graph=self.training, allow_unused=True, materialize_grads=True
         )
         return list(found)
+
+
+def _geometry(
+    topology: Topology, positions: Tensor, cell: Tensor, strain: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
+    if strain is not None:
+        symmetric = 0.5 * (strain + strain.transpose(1, 2))
+        positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, topology.system))
+        cell = cell + cell @ symmetric
+    vectors = positions.index_select(0, topology.senders) - positions.index_select(0, topology.receivers)
+    if topology.is_periodic:
+        assert topology.shifts is not None
+        edge_cells = cell.index_select(0, topology.system.index_select(0, topology.receivers))
+        vectors = vectors + torch.einsum("ei,eij->ej", topology.shifts.to(vectors.dtype), edge_cells)
+    return positions, cell, vectors
+
+
+@contextmanager
+def _undisturbed(device_type: str) -> Iterator[None]:
+    """Neither the caller's inference mode, in which nothing can be differentiated, nor autocast, which would round."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def _outside_inference_mode(graph: Graph) -> Graph:
+    """The graph with tensors that autograd may keep."""
+    if not graph.positions.is_inference() and not graph.senders.is_inference():
+        return graph
+    own: dict[str, Any] = {each.name: getattr(graph, each.name) for each in fields(graph)}
+    own = {name: value.clone() for name, value in own.items() if isinstance(value, Tensor) and value.is_inference()}
+    return replace(graph, topology=None, **own)
 
 
 def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from steradian.compiler.frozen import of_weight
+from steradian.compiler.folding import Folded
 from steradian.config.precision import LAYER_ROLES, PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
 
-__all__ = ["POLICIES", "PrecisionPolicy", "WithRole", "assign", "cast", "policy_of"]
+__all__ = ["POLICIES", "Int8Product", "PrecisionPolicy", "WithRole", "assign", "cast", "int8_weights", "policy_of"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,6 @@ class PrecisionPolicy:
         own = self.layers.get(layer, {}) if layer is not None else {}
         found: torch.dtype = own.get(role, getattr(self, role))
         return found
-
-    @property
-    def positions(self) -> torch.dtype:
-        """What positions are differentiated in: the wider of geometry and forces."""
-        return torch.promote_types(self.geometry, self.forces)
 
     @property
     def uses_float16(self) -> bool:
@@ -155,8 +151,12 @@ class WithRole(nn.Module):
     #: ``weights`` or ``dynamic`` where products are int8 (:mod:`steradian.execution.int8`).
     int8: str | None = None
 
-    def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """``x @ (weight * scale)`` in the format of the role.
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.folded = Folded()
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: float = 1.0, place: int = 0) -> Tensor:
+        """``x @ (weight * scale)`` in the format of the role; ``place`` tells the weights of a module apart.
 
         Raises:
             ValueError: training in int8.
@@ -164,12 +164,11 @@ class WithRole(nn.Module):
         if self.int8 is None:
             if self.low is None:
                 return x @ (weight if scale == 1.0 else weight * scale)
-            return cast(x, self.low) @ of_weight(weight, (scale, self.low), lambda w: cast(w * scale, self.low))
-        from steradian.execution.int8 import Int8Product, int8_weights
-
+            key = (place, scale, self.low)
+            return cast(x, self.low) @ self.folded(key, lambda: cast(weight * scale, self.low), weight)
         if weight.requires_grad and self.training:
             raise ValueError("int8 is for inference; train with another precision")
-        whole, scales = of_weight(weight, ("int8", scale), lambda value: int8_weights(value * scale))
+        whole, scales = self.folded((place, "int8", scale), lambda: int8_weights(weight * scale), weight)
         product: Tensor = Int8Product.apply(x, whole, scales, self.int8 == "dynamic")
         return product
 
@@ -217,3 +216,46 @@ def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
         for role in ("accumulate", "tables", "harmonics", "paths"):
             if hasattr(module, f"{role}_dtype"):
                 setattr(module, f"{role}_dtype", format_of(role, layer if role in LAYER_ROLES else None))
+
+
+# --------------------------------------------------------------------------------------------------------------- int8
+
+
+def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[K, N]`` int8 and ``[N]`` scales of a matrix ``[K, N]``."""
+    scales = (weight.detach().abs().amax(0) / 127).clamp(min=1e-30)
+    return torch.round(weight.detach() / scales).to(torch.int8), scales
+
+
+class Int8Product(torch.autograd.Function):
+    """``x @ (whole * scales)``, derivatives through the same rounded weights; see :mod:`steradian.execution.int8`.
+
+    PyTorch's ready-made quantised modules have no derivatives, so they cannot give forces.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole: Tensor, scales: Tensor, dynamic: bool) -> Tensor:
+        ctx.save_for_backward(whole, scales)
+        ctx.dynamic = dynamic
+        return (_dynamic(x, whole) if dynamic else x @ whole.to(x.dtype)) * scales
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        whole, scales = ctx.saved_tensors
+        gradient, across = gradient * scales, whole.t().contiguous()
+        back = _dynamic(gradient, across) if ctx.dynamic else gradient @ across.to(gradient.dtype)
+        return back, None, None, None
+
+
+def _dynamic(x: Tensor, whole: Tensor) -> Tensor:
+    """Rows rounded to int8, multiplied as whole numbers."""
+    scales = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    rounded = torch.round(x / scales).to(torch.int8)
+    return torch._int_mm(_plain(rounded), _plain(whole)).to(x.dtype) * scales
+
+
+def _plain(matrix: Tensor) -> Tensor:
+    """With the strides of its shape: PyTorch 2.13 multiplies wrongly where an axis of length one has another stride."""
+    columns = matrix.shape[1]
+    return matrix if matrix.stride() == (columns, 1) else matrix.clone(memory_format=torch.contiguous_format)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.activations import silu
+from steradian.compiler.constants import constant
 from steradian.config import RadialConfig
-from steradian.equivariant.activations import silu
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
 
@@ -192,12 +192,12 @@ class RadialNetwork(WithRole):
         x = radial  # constants go into the weights, which are smaller than what they multiply
         *hidden, last = self.weights
         scale = hidden[0].shape[0] ** -0.5 if hidden else last.shape[0] ** -0.5
-        for weight in hidden:
-            x = silu(x @ (weight * scale) if self.int8 is None else self.multiply(x, weight, scale))
+        for place, weight in enumerate(hidden):
+            x = silu(x @ (weight * scale) if self.int8 is None else self.multiply(x, weight, scale, place))
             scale = self.gain * weight.shape[1] ** -0.5
         if gate is not None:
             x = x * gate.unsqueeze(-1)
-        return self.multiply(x, last, scale).view(-1, self.num_paths, self.num_channels)
+        return self.multiply(x, last, scale, len(hidden)).view(-1, self.num_paths, self.num_channels)
 
     def tabulate(self, radial_of: Callable[[Tensor], Tensor], cutoff: float, num_intervals: int) -> float:
         """From now on interpolate the weights, which depend on nothing but the distance (until :meth:`train`).

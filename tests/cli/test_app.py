@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,19 +14,11 @@ from ase import Atoms
 from ase.io import write
 
 from steradian.build import build_potential, save_potential
+from steradian.cli.common import speak_any_encoding
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.data.statistics import DatasetStatistics
+from tests.systems import made_up
 
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: -13.0, 6: -1000.0, 8: -2000.0},
-    avg_num_neighbors=5.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=7,
-    reference_report="made up",
-)
+STATISTICS = made_up({1: -13.0, 6: -1000.0, 8: -2000.0}, num_frames=7)
 
 
 def run(*arguments, cwd=None):
@@ -50,9 +44,7 @@ def folder(tmp_path_factory):
 
 
 def test_importing_the_command_line_imports_nothing_heavy():
-    code = (
-        "import sys, steradian.cli; print([m for m in ('torch', 'ase', 'lightning', 'matplotlib') if m in sys.modules])"
-    )
+    code = "import sys, steradian.cli; print([m for m in ('torch', 'ase', 'scipy', 'matplotlib') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
@@ -99,6 +91,9 @@ def test_version():
         (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "-1"), "timestep must be positive"),
         (("md", "plain.safetensors", "formaldehyde.xyz", "--device", "abacus"), "choose auto, cpu or cuda"),
         (("md", "plain.safetensors", "gold.xyz", "--engine", "device", "--device", "cpu"), "does not know Au"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "50"), "say why with --timestep-reason"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--out", "gold.xyz/run"), "gold.xyz/run: Not a directory"),
+        (("inspect", "[/x] \x1b[31m.safetensors"), r"[/x] \x1b[31m.safetensors: no such model file"),
         (("evaluate", "plain.safetensors", "none.xyz"), "none.xyz"),
         (("train",), "give a configuration file, or --data FILE"),
         (("train", "--data", "empty.xyz"), "empty"),
@@ -162,3 +157,44 @@ def test_output_in_any_encoding(tmp_path, encoding):
     assert done.returncode == 2
     assert b"\x1b" not in done.stderr
     assert b"no file matches" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "engine"), [("SIGTERM", "ase"), ("SIGHUP", "device"), ("SIGINT", "ase")])
+def test_a_signal_ends_dynamics_with_a_restart_point_and_a_line(folder, tmp_path, name, engine):
+    command = ["md", "plain.safetensors", "formaldehyde.xyz", "--out", tmp_path / "run", "--engine", engine]
+    arguments = [sys.executable, "-m", "steradian", *map(str, [*command, "--steps", 100_000])]
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not (tmp_path / "run" / "restart.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + getattr(signal, name)
+    lines = errors.strip().splitlines()
+    assert "has a restart point at step" in lines[0]
+    assert lines[1:] == [f"stopped by {name}"]
+    assert not [entry for entry in (tmp_path / "run").iterdir() if entry.name.startswith(".")]
+    answer = run(*command, "--steps", 5, "--resume", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_the_drift_is_said_where_energy_is_conserved(folder):
+    for ensemble, said in (("nve", True), ("langevin", False)):
+        command = ("md", "plain.safetensors", "formaldehyde.xyz", "--out", "drift", "--steps", 2, "--overwrite")
+        answer = run(*command, "--ensemble", ensemble, cwd=folder)
+        assert answer.returncode == 0, answer.stderr
+        assert ("drift of the total energy" in answer.stdout) is said
+
+
+def test_output_for_terminals_without_unicode_and_readers_that_leave(folder):
+    command = [sys.executable, "-m", "steradian", "inspect", "plain.safetensors"]
+    for encoding, shown in (("cp1252", "eV/Å"), ("latin-1", "eV/Å")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        answer = subprocess.run(command, cwd=folder, capture_output=True, env=environment, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert shown in answer.stdout.decode(encoding)
+    speak_any_encoding()
+    assert "a −1.5 → b".encode("cp1252", errors="spelled") == b"a -1.5 -> b"
+    assert "∞ … α 中".encode("ascii", errors="spelled") == b"inf ... a ?"

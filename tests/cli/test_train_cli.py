@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import yaml
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import write
+from ase.io import read, write
 
 from steradian.cli import main
 from steradian.config import load_config, parse_config
@@ -89,6 +90,30 @@ def test_own_file_needs_no_configuration(own_data: Path, call: Call) -> None:
     assert load_config("runs/argon/config.yaml").training.max_epochs == 2
 
 
+def test_several_files_a_folder_and_a_pattern(own_data: Path, call: Call) -> None:
+    """24 frames in three files are the 24 frames of one, in the order of the files' names."""
+    frames = read(own_data, ":")
+    (own_data.parent / "parts").mkdir()
+    for part in range(3):
+        write(own_data.parent / f"parts/part{part}.xyz", frames[8 * part : 8 * part + 8], format="extxyz")
+    (own_data.parent / "parts/README.md").write_text("not data")
+    each = [f"--data=parts/part{part}.xyz" for part in range(3)]
+    for number, arguments in enumerate((each, ["--data=parts"], ["--data=parts/p*[0-2].xyz"])):
+        result = call("train", *arguments, *SMALL, *([] if number == 1 else ["--name", f"run{number}"]))
+        assert result.exit_code == 0, result.output
+        assert "23 frames, 3 atoms each (Ar)" in result.output
+        provenance = json.loads(
+            (own_data.parent / f"runs/{'parts' if number == 1 else f'run{number}'}/provenance.json").read_text()
+        )
+        assert [Path(file["path"]).name for file in provenance["files"]] == [f"part{part}.xyz" for part in range(3)]
+        assert sum(provenance["counts"].values()) == 24
+    assert call("train", "--data=parts/q*.xyz").output == "error: parts/q*.xyz: no such file\n"
+    (own_data.parent / "empty").mkdir()
+    assert "no data files in this folder" in call("train", "--data=empty").output
+    assert "given twice" in call("train", "--data=argon.xyz", "--data=argon.xyz").output
+    assert not (own_data.parent / "runs/argon").exists()
+
+
 def test_dry_run(own_data: Path, call: Call) -> None:
     result = call("train", "--data", "argon.xyz", "--name", "other", "--dry-run", *SMALL)
     assert result.exit_code == 0, result.output
@@ -118,9 +143,34 @@ def test_mistakes_are_one_message(call: Call, own_data: Path, arguments: list[st
     assert not (own_data.parent / "runs").exists()
 
 
-def test_command_line_starts_without_torch() -> None:
-    code = "import sys, steradian.cli.train, steradian.cli.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def processor_seconds(*arguments: str) -> float:
+    """Least processor time of three runs of Python: others use the machine too."""
+
+    def once() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    return min(once() for _ in range(3))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, steradian.cli\nsys.argv = ['steradian', 'train', '--help']\n"
+        "try:\n    steradian.cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = ('torch', 'numpy', 'scipy', 'ase', 'matplotlib', 'numba', 'cuequivariance')\n"
+        "sys.exit(' '.join(name for name in heavy if name in sys.modules) or 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "--resume" in answer.stdout, answer.stderr
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_start_is_quick() -> None:
+    assert processor_seconds("-m", "steradian", "train", "--help") < 0.7
+    torch_alone = processor_seconds("-c", "import torch")
+    assert processor_seconds("-c", "import torch, steradian; dir(steradian)") - torch_alone < 1.5
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

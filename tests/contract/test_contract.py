@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import cases
 import numpy as np
 import pytest
-import tolerances
 import torch
 
 from steradian.build import load_potential, save_potential
 from steradian.graph import Edges
 from steradian.operators.base import EdgeGate
 from steradian.polynomials import use_backend
+from tests import cases, tolerances
 
 HOSTS = list(cases.HOSTS)
 OPERATORS = list(cases.OPERATORS)
@@ -155,6 +154,9 @@ def test_one_isolated_atom(host, operator):
     prediction = potential(cases.graph(atom), stress=True)
     assert torch.isfinite(prediction.energy).all()
     assert prediction.forces.abs().max() == 0
+    reference = cases.STATISTICS.atom_references[6]
+    assert torch.allclose(prediction.energy, prediction.interaction_energy + reference, rtol=0, atol=1e-9)
+    assert torch.allclose(prediction.atom_energies, prediction.energy, rtol=0, atol=1e-9)
     together = potential(cases.batch(atom, cases.ethanol()))
     assert torch.allclose(together.energy[0], prediction.energy[0], rtol=0, atol=1e-10)
 
@@ -201,12 +203,8 @@ def test_forces_are_minus_the_central_difference(host, operator, structure):
         assert abs(numerical - float(forces[atom, axis])) < tolerances.FINITE_DIFFERENCE
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("host", HOSTS)
-def test_stress_is_the_central_difference_in_strain(host, operator):
-    potential = cases.potential(host, operator)
-    made = cases.crystal()
-    stress = potential(cases.graph(made), stress=True).stress[0].numpy()
+def assert_stress(potential, made, stress):
+    """Two components of the stress ``[3, 3]`` against central differences of the energy in the strain."""
     volume = abs(np.linalg.det(made.cell))
     step = 1e-5
     for i, j in [(0, 0), (1, 2)]:
@@ -220,7 +218,59 @@ def test_stress_is_the_central_difference_in_strain(host, operator):
             energies.append(float(potential(cases.graph(strained), forces=False).interaction_energy))
         numerical = (energies[0] - energies[1]) / (2 * step) / volume
         assert abs(numerical - stress[i, j]) < 1e-7
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_stress_is_the_central_difference_in_strain(host, operator):
+    potential = cases.potential(host, operator)
+    made = cases.crystal()
+    stress = potential(cases.graph(made), stress=True).stress[0].numpy()
+    assert_stress(potential, made, stress)
     assert np.abs(stress).max() > 1e-5
+
+
+@pytest.mark.parametrize("operator", ["none", "efa"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_left_handed_cell_is_the_same_crystal(host, operator):
+    """Two lattice vectors change places: the same crystal, with a determinant of the other sign."""
+    potential = cases.potential(host, operator)
+    made = cases.crystal()
+    swapped = dataclasses.replace(made, cell=made.cell[[1, 0, 2]])
+    assert np.linalg.det(made.cell) > 0 > np.linalg.det(swapped.cell)
+    right, left = (potential(cases.graph(structure), stress=True) for structure in (made, swapped))
+    assert torch.allclose(left.energy, right.energy, rtol=0, atol=tolerances.ENERGY[torch.float64])
+    assert torch.allclose(left.forces, right.forces, rtol=0, atol=tolerances.FORCES[torch.float64])
+    assert right.stress.abs().max() > 1e-5
+    assert torch.allclose(left.stress, right.stress, rtol=0, atol=tolerances.STRESS)
+    assert_stress(potential, swapped, left.stress[0].numpy())
+
+
+@pytest.mark.parametrize("operator", ["none", "efa"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_images_of_an_atom_and_of_a_cell_are_the_same_crystal(host, operator):
+    """An atom moved by lattice vectors changes nothing; two cells side by side have twice the energy."""
+    potential = cases.potential(host, operator)
+    made = cases.crystal()
+    alone = potential(cases.graph(made), stress=True)
+    positions = made.positions.copy()
+    positions[2] += made.cell[0] - 2 * made.cell[2]
+    shifted = potential(cases.graph(dataclasses.replace(made, positions=positions)), stress=True)
+    doubled = dataclasses.replace(
+        made,
+        numbers=np.tile(made.numbers, 2),
+        positions=np.concatenate([made.positions, made.positions + made.cell[1]]),
+        cell=made.cell * np.array([[1.0], [2.0], [1.0]]),
+    )
+    twice = potential(cases.graph(doubled), stress=True)
+    energy, forces = tolerances.ENERGY[torch.float64], tolerances.FORCES[torch.float64]
+    assert alone.forces.abs().max() > tolerances.SIGNAL * forces
+    assert torch.allclose(shifted.energy, alone.energy, rtol=0, atol=energy)
+    assert torch.allclose(shifted.forces, alone.forces, rtol=0, atol=forces)
+    assert torch.allclose(twice.energy, 2 * alone.energy, rtol=0, atol=10 * energy)
+    assert torch.allclose(twice.forces, alone.forces.repeat(2, 1), rtol=0, atol=10 * forces)
+    for other in (shifted, twice):
+        assert torch.allclose(other.stress, alone.stress, rtol=0, atol=tolerances.STRESS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -229,7 +279,7 @@ def test_second_derivatives(host, operator):
     """Training on forces needs d(forces)/d(positions): the double backward against differences of forces."""
     potential = cases.potential(host, operator)
     graph = cases.graph(cases.ethanol())
-    species = potential.species(graph.numbers)
+    species = potential.species(graph.prepared())
     start = graph.positions.clone().requires_grad_(True)
 
     def energy(positions):

@@ -13,10 +13,9 @@ from ase.build import molecule
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
 
-from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
-from steradian.execution.kernel_choice import available_backends
+from steradian.execution.backend_benchmark import available_backends
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.neighbors_device import Boxes, has_nvalchemi, make_search
 from steradian.graph.skin import Capacity, HostList
@@ -24,6 +23,7 @@ from steradian.interfaces.ase import SteradianCalculator
 from steradian.polynomials import use_backend
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.settings import MDSettings
+from tests.systems import STATISTICS
 
 HOSTS = {
     "mace": MACEConfig(num_channels=16, l_max=2, correlation=3, radial_mlp=[8], cutoff_A=4.0),

@@ -1,10 +1,8 @@
-"""Recorded and compiled steps where they are meant to run. Skipped without a GPU; never run on one so far."""
+"""Recorded steps where they are meant to run. Skipped without a GPU; never run on one so far."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +10,15 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-import cases
-from training_cases import toy_config, toy_file
-
 from steradian.config import LossConfig
 from steradian.execution.dataset import DeviceData
-from steradian.execution.runner import Runner, prepared
-from steradian.execution.steps import BatchSteps, GradientStep
+from steradian.execution.runner import Runner
+from steradian.execution.steps import GradientStep, Steps
 from steradian.graph import batch_graphs
-from steradian.training.fit import fit
 from steradian.training.losses import Loss
+from steradian.training.run import fit
+from tests import cases
+from tests.unit.training_cases import toy_config, toy_file
 
 COMBINATIONS = [
     *((host, "none") for host in cases.HOSTS),
@@ -36,25 +31,20 @@ def on_gpu(host: str, operator: str, dtype: torch.dtype = torch.float64):
     return cases.potential(host, operator, dtype).to("cuda")
 
 
-@pytest.mark.parametrize("mode", ["cuda_graph", "compile"])
 @pytest.mark.parametrize(("host", "operator"), COMBINATIONS)
-def test_runner(host, operator, mode):
-    if mode == "compile" and operator not in ("none", "mara"):
-        pytest.skip("compiling takes minutes")
+def test_runner(host, operator):
     potential = on_gpu(host, operator)
-    runner = Runner(potential, mode)
+    runner = Runner(potential, "cuda_graph")
     for seed in range(3):
         graph = cases.batch(cases.ethanol(seed), cases.ethanol(seed + 1))
         found, expected = runner(graph), potential(graph.to("cuda"))
         assert float((found.forces - expected.forces).abs().max()) < 1e-8
         assert float((found.energy - expected.energy).abs().max()) < 1e-8
     assert runner.reason is None
-    assert all(not step.eager for _, step in runner._steps._steps.values())
 
 
-@pytest.mark.parametrize("mode", ["cuda_graph", "compile"])
 @pytest.mark.parametrize("operator", ["none", "mara"])
-def test_training_step_follows_the_weights(operator, mode):
+def test_training_step_follows_the_weights(operator):
     potential = on_gpu("mace", operator).train()
     graphs = [cases.graph(cases.ethanol(seed)) for seed in range(6)]
     labels = {"energy": torch.zeros(1).double(), "forces": torch.ones(9, 3).double()}
@@ -62,7 +52,7 @@ def test_training_step_follows_the_weights(operator, mode):
     data = DeviceData(graphs, "cpu", number=6, cutoff=potential.cutoff).to("cuda")
     loss = Loss(LossConfig())
     step = GradientStep(potential, lambda found, graph: loss(found, graph).total, forces=True, stress=False)
-    steps = BatchSteps(step, data, mode)
+    steps = Steps(step, "cuda_graph", data=data)
     for chosen in ([0, 1, 2], [3, 4, 5], [1, 0, 4]):
         found = steps(chosen)
         graph = batch_graphs([graphs[index] for index in chosen]).to("cuda")
@@ -79,7 +69,7 @@ def test_training_step_follows_the_weights(operator, mode):
 
 def test_replayed_steps_do_not_wait():
     potential = on_gpu("mace", "mara", torch.float32)
-    graph = prepared(cases.batch(cases.ethanol(0), cases.ethanol(1)), potential)
+    graph = cases.batch(cases.ethanol(0), cases.ethanol(1)).to("cuda")
     runner = Runner(potential)
     runner(graph)
     torch.cuda.set_sync_debug_mode("error")

@@ -25,7 +25,7 @@ from steradian.graph.structures import Structure
 from steradian.interfaces.attach import AttachError, attach, detach, load_attached, save_attached
 from steradian.interfaces.convert import convert_file
 from steradian.interfaces.foreign_export import export
-from steradian.operators.mara.mara import MARA
+from steradian.operators.mara.gate import MARA
 
 torch.set_default_dtype(torch.float64)
 FRAME = frozen.structures()["molecule"]

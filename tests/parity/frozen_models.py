@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import frozen
 import numpy as np
 
 from steradian.graph import Graph
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from tests.parity import frozen
 
 DATA = Path(__file__).parent / "data"
 RELATIVE = 1e-9

@@ -14,6 +14,7 @@ from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
 from steradian.equivariant.paths import CoupledProduct, MessagePassing, SelfCoupling, coupled_degrees
 from steradian.graph import Edges
+from steradian.graph.topology import Topology
 from steradian.interfaces.efa_jax import dense_state, features_from_reference, features_to_reference, path_kernel
 
 TOLERANCE = 1e-13  # float64, sums of some ten terms of order one
@@ -128,15 +129,11 @@ def test_message_passing(blocks, kind, options):
     scale = torch.tensor([1.0] + [3**0.5] * 3, dtype=torch.float64)
     senders = torch.from_numpy(blocks["mp/src_idx"]).repeat_interleave(components)
     edges = Edges(
-        senders=senders,
-        receivers=torch.from_numpy(blocks["mp/dst_idx"]).repeat_interleave(components),
+        topology=Topology(senders, torch.from_numpy(blocks["mp/dst_idx"]).repeat_interleave(components), len(features)),
         vectors=torch.zeros(len(senders), 3),
         lengths=torch.zeros(len(senders)),
         radial=basis.flatten(0, 1),
         envelope=torch.ones(len(senders)),
         harmonics=(torch.eye(components, dtype=torch.float64) * scale).repeat(len(basis), 1),
-        num_atoms=len(features),
-        system=torch.zeros(len(features), dtype=torch.int64),
-        num_systems=1,
     )
     assert_same(layer(features, edges), layer.degrees_out, blocks[f"mp/{kind}/y"])

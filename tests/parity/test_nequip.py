@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from frozen_models import DATA, RELATIVE, graph_of, read, relative
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.hosts.nequip import layer_degrees
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.interfaces.nequip import config_and_weights_from_nequip
 from steradian.polynomials import use_backend
+from tests.parity.frozen_models import DATA, RELATIVE, graph_of, read, relative
 
 NAMES = sorted({path.stem.removeprefix("nequip_") for path in DATA.glob("nequip_*.npz")} - {"wigner_3j"})
 

@@ -13,7 +13,6 @@ from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from made_up import STATISTICS
 from steradian.build import build_potential
 from steradian.config import (
     EFAConfig,
@@ -32,6 +31,7 @@ from steradian.polynomials import use_backend
 from steradian.simulate import device_md
 from steradian.simulate.device_md import DeviceMD
 from steradian.simulate.md import MDSettings, SimulationError, run_md
+from tests.systems import STATISTICS
 
 
 class LennardJones:

@@ -8,22 +8,13 @@ import torch
 
 from steradian.build import build_potential
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from tests.systems import made_up
 
 CUTOFF = 3.0
-STATISTICS = DatasetStatistics(
-    elements=(1, 2),
-    atom_references={1: 0.0, 2: 0.0},
-    avg_num_neighbors=1.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="zero",
-)
+STATISTICS = made_up({1: 0.0, 2: 0.0}, avg_num_neighbors=1.0)
 HOSTS = {
     "o3mpnn": O3MPNNConfig(num_channels=16, l_max=0, num_radial=8, cutoff_A=CUTOFF),
     "mace": MACEConfig(num_channels=16, hidden_l=1, l_max=1, correlation=2, cutoff_A=CUTOFF, radial_mlp=[16]),

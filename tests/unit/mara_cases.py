@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from steradian.graph import Edges
-from steradian.operators.mara.mara import MARA
+from steradian.graph.topology import Topology
+from steradian.operators.mara import paper
+from steradian.operators.mara.gate import MARA
 
 DOUBLE = torch.float64
 
@@ -18,10 +20,8 @@ def edges_of(positions, cutoff=4.0):
     senders, receivers, vectors = senders[near], receivers[near], vectors[near]
     lengths = vectors.norm(dim=1)
     envelope = (1 - (lengths / cutoff) ** 2) ** 3
-    return Edges(
-        senders, receivers, vectors, lengths, envelope[:, None], envelope, vectors.new_ones(len(vectors), 1),
-        count, torch.zeros(count, dtype=torch.int64), 1,
-    )  # fmt: skip
+    topology = Topology(senders, receivers, count)
+    return Edges(topology, vectors, lengths, envelope[:, None], envelope, vectors.new_ones(len(vectors), 1))
 
 
 def system(num_atoms=6, num_features=5, seed=0, dtype=DOUBLE):
@@ -36,3 +36,9 @@ def random_mara(*arguments, seed=0, dtype=DOUBLE, **options):
     mara = MARA(*arguments, **options).to(dtype)
     nn.init.normal_(mara.W_gate)
     return mara
+
+
+def written_alpha(gate, features, edges):
+    """alpha as the paper's equations stand, every tensor formed."""
+    written = gate.as_written(features, edges)
+    return paper.of_senders(written.alpha, edges, len(features)) if gate.where == "node" else written.alpha

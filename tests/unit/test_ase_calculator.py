@@ -10,13 +10,13 @@ from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.optimize import BFGS
 
-from made_up import STATISTICS
 from steradian.build import build_potential, save_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.graph.neighbors import make_graph
 from steradian.graph.skin import Capacity
 from steradian.graph.structures import Structure
 from steradian.interfaces.ase import SteradianCalculator
+from tests.systems import STATISTICS
 
 
 def potential(gate: bool = False, precision: str = "float64"):

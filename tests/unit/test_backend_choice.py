@@ -1,4 +1,4 @@
-"""The choice among backends: measured, checked first, kept for a device, overridden by the user. Fakes stand in for
+"""The benchmark of backends: measured, checked first, kept for a device, overridden by the user. Fakes stand in for
 GPUs."""
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_hosts import STATISTICS, graph
 
 from steradian import polynomials as kernels
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.equivariant.harmonics import harmonics_polynomial
-from steradian.execution import kernel_choice as choice
-from steradian.execution.kernel_choice import choose_backend
-from steradian.polynomials import Polynomial, backend, evaluate, gate, prepare_backend, set_backend, use_backend
-from steradian.polynomials.reference import evaluate_reference
+from steradian.execution import backend_benchmark
+from steradian.execution.backend_benchmark import BackendBenchmark, benchmark_backends, prepare_backend
+from steradian.polynomials import Polynomial, backend, evaluate, set_backend, use_backend
+from steradian.polynomials.reference import ROWS, evaluate_reference
+from tests.systems import NO_REFERENCES as STATISTICS
+from tests.systems import seven_atoms as graph
 
 GPU = torch.device("cuda", 0)
 SECONDS = {"reference": 4.0, "same": 2.0, "slow": 8.0, "wrong": 1.0, "broken": 1.0, "nearly": 1.0}
@@ -59,7 +60,7 @@ class Fakes:
 def test_the_fastest_that_is_right_is_chosen(training, monkeypatch, capsys):
     fakes, model = Fakes(monkeypatch), potential().train(training)
     names = ["slow", "wrong", "broken", "nearly", "same"]
-    found = choose_backend(model, graph(), training, names, fakes.seconds, fakes)
+    found = benchmark_backends(model, graph(), training, names, fakes.seconds, fakes)
     assert found.name == "same"
     assert set(found.seconds) == {"reference", "slow", "same"}
     assert found.errors["same"] == 0.0
@@ -104,7 +105,7 @@ def test_gradients_of_weights_are_compared_for_training(monkeypatch):
 
     model = potential().train()
     for training, refused in ((False, set()), (True, {"wrong"})):
-        found = choose_backend(model, graph(), training, ["wrong"], lambda step, device: 1.0, using)
+        found = benchmark_backends(model, graph(), training, ["wrong"], lambda step, device: 1.0, using)
         assert set(found.refused) == refused
 
 
@@ -113,7 +114,7 @@ def test_the_reference_itself_may_not_fail(monkeypatch):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        choose_backend(potential(), graph(), candidates=[], timer=lambda *_: 1.0, using=using)
+        benchmark_backends(potential(), graph(), candidates=[], timer=lambda *_: 1.0, using=using)
 
 
 def test_random_numbers_stay_and_a_mode_is_kept(monkeypatch):
@@ -121,13 +122,13 @@ def test_random_numbers_stay_and_a_mode_is_kept(monkeypatch):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    choose_backend(model, graph(), True, ["same"], fakes.seconds, fakes)
+    benchmark_backends(model, graph(), True, ["same"], fakes.seconds, fakes)
     assert torch.equal(torch.rand(3), expected)
     assert model.training
 
 
 def test_times_are_taken_on_this_machine():
-    found = choose_backend(potential(), graph(), candidates=["reference"])
+    found = benchmark_backends(potential(), graph(), candidates=["reference"])
     assert 0 < found.seconds["reference"] < 60
 
 
@@ -145,9 +146,9 @@ def test_a_choice_is_made_once_for_a_device_and_the_user_has_the_last_word(monke
 
     def measured(model, batch, training):
         asked.append(training)
-        return choice.Choice("cuequivariance")
+        return BackendBenchmark("cuequivariance")
 
-    monkeypatch.setattr(choice, "choose_backend", measured)
+    monkeypatch.setattr(backend_benchmark, "benchmark_backends", measured)
     model = SimpleNamespace(device=GPU, dtype=torch.float32)
     batch = SimpleNamespace(to=lambda device: batch)
     assert backend.backend_on(GPU, torch.float32) == "triton"  # before anything was measured
@@ -169,18 +170,18 @@ def test_a_choice_is_made_once_for_a_device_and_the_user_has_the_last_word(monke
 
 @pytest.mark.usefixtures("_forgotten")
 def test_a_cpu_has_nothing_to_choose(monkeypatch):
-    monkeypatch.setattr(choice, "choose_backend", lambda *_: pytest.fail("measured on a CPU"))
+    monkeypatch.setattr(backend_benchmark, "benchmark_backends", lambda *_: pytest.fail("measured on a CPU"))
     assert prepare_backend(potential(), graph()) in ("cpu", "reference")
 
 
 @pytest.mark.usefixtures("_forgotten")
 def test_deterministic_algorithms_exclude_cuequivariance(monkeypatch):
-    monkeypatch.setattr("steradian.polynomials.cuequivariance.cuequivariance_works", lambda: True)
-    assert choice.available_backends() == ["reference", "triton", "cuequivariance"]
+    monkeypatch.setattr(backend_benchmark, "cuequivariance_works", lambda: True)
+    assert backend_benchmark.available_backends() == ["reference", "triton", "cuequivariance"]
     backend.set_measured_backend(GPU, "cuequivariance")
     torch.use_deterministic_algorithms(True)
     try:
-        assert choice.available_backends() == ["reference", "triton"]
+        assert backend_benchmark.available_backends() == ["reference", "triton"]
         with pytest.warns(UserWarning, match="not known to be deterministic"):
             assert backend.backend_on(GPU, torch.float32) == "triton"
     finally:
@@ -205,7 +206,7 @@ def test_an_unknown_backend_is_named(monkeypatch):
         set_backend("gpu")
     monkeypatch.setenv("STERADIAN_BACKEND", "gpu")
     with pytest.raises(ValueError, match="STERADIAN_BACKEND"):
-        backend.chosen_backend()
+        backend.requested_backend()
 
 
 # ------------------------------------------------------------------------------- one polynomial before its first use
@@ -222,7 +223,7 @@ def tried(monkeypatch):
     seen = []
 
     def use(function):
-        def evaluate_fake(table, inputs, gathers, scatter, num_rows, in_order, dtype):
+        def evaluate_fake(table, inputs, gathers, scatter, num_rows, dtype):
             seen.append(len(inputs[0]))
             return function(evaluate_reference(table, inputs, gathers, scatter, num_rows))
 
@@ -238,9 +239,9 @@ def test_a_polynomial_is_checked_once_before_its_first_use(tried):
     seen, table = tried(lambda value: value), fresh()
     for _ in range(2):
         evaluate(table, [torch.randn(3, 3)])
-    assert seen == [gate.ROWS, 3, 3]
+    assert seen == [ROWS, 3, 3]
     evaluate(table, [torch.randn(3, 3, requires_grad=True)])  # now with a gradient
-    assert seen == [gate.ROWS, 3, 3, gate.ROWS, 3]
+    assert seen == [ROWS, 3, 3, ROWS, 3]
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "not a number", "error"])

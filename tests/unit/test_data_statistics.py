@@ -67,7 +67,7 @@ def test_an_element_of_isolated_atoms_only_is_not_learnt(kind):
 
 
 def test_frames_without_neighbours_are_an_error():
-    with pytest.raises(DataError, match=r"no atom .* within 0\.001 Å: wrong data.units.length"):
+    with pytest.raises(DataError, match=r"no atom .* within 0\.001 Å .* or set data\.units\.length"):
         compute_statistics(mixed(), 0.001)
     with pytest.raises(DataError, match="nothing but isolated atoms"):
         compute_statistics([frame([1]), frame([8])], 5.0)

@@ -13,10 +13,10 @@ import torch
 from steradian.build import build_potential, save_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
 from steradian.config.efa import TensorIntegrationConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.execution.distributed import predict_distributed, slab
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from tests.systems import made_up
 
 CUTOFF = 2.5
 EFA = EFAConfig(max_length_A=40.0, num_features_qk=4, periodic=True, shell_width_per_A=0.8, zero_init=False)
@@ -42,16 +42,7 @@ MODELS = {
         precision="float64",
     ),
 }
-STATISTICS = DatasetStatistics(
-    elements=(1, 6),
-    atom_references={1: -13.6, 6: -1029.5},
-    avg_num_neighbors=4.0,
-    energy_shift=0.1,
-    force_rms=1.0,
-    energy_std=1.0,
-    num_frames=1,
-    reference_report="made up",
-)
+STATISTICS = made_up({1: -13.6, 6: -1029.5}, avg_num_neighbors=4.0, energy_shift=0.1)
 WORKER = """
 import sys
 import numpy as np, torch, torch.distributed as dist

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_precision import STATISTICS, graph
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import MACEConfig, ModelConfig, NequIPConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.hosts.mace.element_tables import LowRank, RoundedRows
+from tests.unit.precision_cases import STATISTICS, graph
 
 MANY = DatasetStatistics(tuple(range(1, 21)), dict.fromkeys(range(1, 21), 0.0), avg_num_neighbors=5.0)
 HOST = MACEConfig(num_channels=8, cutoff_A=4.0, radial_mlp=[8])

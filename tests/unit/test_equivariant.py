@@ -16,7 +16,15 @@ from steradian.equivariant.linear import ElementLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction, published_path_count
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, channelwise_polynomial
 from steradian.graph import Edges
-from steradian.radial import RadialBasis, RadialNetwork, polynomial_envelope, safe_norm
+from steradian.graph.topology import Topology
+from steradian.radial import (
+    RadialBasis,
+    RadialNetwork,
+    cosine_envelope,
+    polynomial_envelope,
+    safe_norm,
+    smooth_envelope,
+)
 
 
 def random_directions(count, seed=0):
@@ -64,6 +72,19 @@ def test_harmonics_conventions():
         assert torch.allclose(norm, torch.full_like(norm, 2 * degree + 1), atol=1e-11)
 
 
+def test_harmonics_of_degree_two_and_three_have_their_order_and_signs():
+    """Those of e3nn (y is its polar axis): stored weights mean nothing with others."""
+    directions = random_directions(20)
+    x, y, z = directions.T
+    values = spherical_harmonics(directions, 3)
+    pairs, around = 15**0.5, x**2 + z**2
+    second = [pairs * x * z, pairs * x * y, 5**0.5 * (y**2 - around / 2), pairs * y * z, pairs / 2 * (z**2 - x**2)]
+    assert torch.allclose(values[:, 4:9], torch.stack(second, dim=1), atol=1e-13)
+    assert torch.allclose(values[:, 12], 7**0.5 / 2 * y * (2 * y**2 - 3 * around), atol=1e-13)
+    first_of_third = (5 / 6) ** 0.5 * 3**0.5 * (x * z * z + (z**2 - x**2) * x / 2)
+    assert torch.allclose(values[:, 9], 7**0.5 * first_of_third, atol=1e-13)
+
+
 def test_a_zero_vector_has_no_direction_and_finite_derivatives():
     vectors = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     lengths = safe_norm(vectors)
@@ -81,18 +102,9 @@ def make_edges(directions, num_atoms, l_max):
     receivers = torch.randint(num_atoms, (count,), generator=generator).sort().values
     senders = torch.randint(num_atoms, (count,), generator=generator)
     ones = torch.ones(count, dtype=torch.float64)
-    return Edges(
-        senders,
-        receivers,
-        directions,
-        ones,
-        ones[:, None],
-        ones,
-        spherical_harmonics(directions, l_max),
-        num_atoms,
-        torch.zeros(num_atoms, dtype=torch.int64),
-        1,
-    )
+    topology = Topology(senders, receivers, num_atoms)
+    topology._looked_for_pairs = True  # weights are per edge here
+    return Edges(topology, directions, ones, ones[:, None], ones, spherical_harmonics(directions, l_max))
 
 
 def path_representation(table, wigner):
@@ -180,6 +192,20 @@ def test_contraction_is_homogeneous_of_each_order():
     assert fit.abs().max(dim=1).values.min() > 1e-3
 
 
+def test_contraction_starts_with_the_published_variance():
+    """Over random weights: every path by itself, normal with deviation 1 / (number of published paths)."""
+    torch.manual_seed(0)
+    samples = 20000
+    contraction = SymmetricContraction(natural_degrees(1), natural_degrees(1), 2, samples, 1).double()
+    features = torch.tensor([0.9, 0.5, -0.7, 1.1], dtype=torch.float64)
+    found = contraction(features[None, :, None].expand(samples, 4, 1).contiguous(), torch.arange(samples))[..., 0]
+    s, v = features[0], features[1:]
+    # s; s s and v.v / sqrt(3): two paths; v; s v and v s: two paths, which are the same product
+    scalar = s**2 + (s**4 + v.square().sum() ** 2 / 3) / 4
+    vector = v**2 * (1 + 2 * s**2 / 4)
+    assert torch.allclose(found.var(0), torch.cat([scalar[None], vector]), rtol=0.05)
+
+
 def test_element_linear_uses_each_elements_own_matrix():
     torch.manual_seed(0)
     linear = ElementLinear(natural_degrees(1), 3, 4, 5).double()
@@ -262,3 +288,31 @@ class TestRadialTable:
         network.tabulate(self.radial, 4.0, 32)
         assert network.eval().table is not None
         assert network.train().table is None
+
+
+def test_radial_functions_are_those_of_their_formulas():
+    cutoff, num = 4.0, 5
+    r = torch.tensor([0.7, 1.9, 3.3], dtype=torch.float64)
+
+    def basis(kind):
+        return RadialBasis(RadialConfig(kind=kind, num=num), cutoff).double()(r)
+
+    for n in range(1, num + 1):
+        bessel = (2 / cutoff) ** 0.5 * torch.sin(n * torch.pi * r / cutoff) / r
+        assert torch.allclose(basis("bessel")[:, n - 1], bessel, rtol=1e-13)
+        # neighbouring Gaussians are one width apart
+        gaussian = torch.exp(-0.5 * (r / (cutoff / (num - 1)) - (n - 1)) ** 2)
+        assert torch.allclose(basis("gaussian")[:, n - 1], gaussian, rtol=1e-13)
+        polynomial = np.polynomial.chebyshev.Chebyshev.basis(n)(r.numpy())
+        assert torch.allclose(basis("chebyshev")[:, n - 1], torch.from_numpy(polynomial), rtol=1e-13)
+
+
+def test_envelopes_are_those_of_their_formulas():
+    cutoff = 4.0
+    r = torch.tensor([0.7, 1.9, 3.3], dtype=torch.float64)
+    x = r / cutoff
+    for p in (5, 6):
+        polynomial = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
+        assert torch.allclose(polynomial_envelope(r, cutoff, p), polynomial, rtol=1e-13)
+    assert torch.allclose(smooth_envelope(r, cutoff), torch.exp(1 - 1 / (1 - x**2)), rtol=1e-13)
+    assert torch.allclose(cosine_envelope(r, cutoff), (1 + torch.cos(torch.pi * x)) / 2, rtol=1e-13)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_fakes import PairPotential, molecules
 
 from steradian.evaluation.metrics import (
     METRICS,
@@ -18,6 +17,7 @@ from steradian.evaluation.metrics import (
 )
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.neighbors import make_graph
+from tests.unit.evaluation_fakes import PairPotential, molecules
 
 
 def accumulated(structures, sizes, potential=None) -> ErrorAccumulator:

@@ -11,20 +11,13 @@ import torch
 from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import MACEConfig, MARAConfig, ModelConfig, NequIPConfig, ViSNetConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.hosts.nequip import layer_degrees
 from steradian.operators.base import EdgeGate
+from tests.systems import NO_REFERENCES as STATISTICS
+from tests.systems import seven_atoms as graph
 
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8),
-    atom_references={1: 0.0, 6: 0.0, 8: 0.0},
-    avg_num_neighbors=4.0,
-    energy_shift=0.0,
-    force_rms=1.0,
-    reference_report="made up",
-)
 SMALL = {
     "mace": MACEConfig(num_channels=4, l_max=2, radial_mlp=[8]),
     "nequip": NequIPConfig(num_channels=4, l_max=1, radial_mlp=[8]),
@@ -46,11 +39,6 @@ class Constant(EdgeGate):
 def made(host, make_gate=None, **changes):
     config = ModelConfig(host=SMALL[host].model_copy(update=changes), precision="float64")
     return build_potential(config, STATISTICS, seed=2, make_gate=make_gate).eval()
-
-
-def graph(cutoff=5.0):
-    positions = np.random.default_rng(3).normal(scale=1.4, size=(7, 3))
-    return make_graph(Structure(np.array([6, 1, 8, 1, 6, 1, 1]), positions), cutoff)
 
 
 def layer_inputs(potential):
@@ -110,8 +98,9 @@ def test_visnet_rows_are_the_edges_and_every_atom_itself():
     potential = made("visnet")
     _, _, _, edges, rows, _ = layer_inputs(potential)
     num_edges, num_atoms = len(edges.senders), 7
-    assert len(rows.senders) == num_edges + num_atoms
-    assert torch.equal(rows.senders[num_edges:], rows.receivers[num_edges:])
+    senders, receivers = rows.links.senders.index, rows.links.receivers.index
+    assert len(senders) == num_edges + num_atoms
+    assert torch.equal(senders[num_edges:], receivers[num_edges:])
     lengths = rows.directions.square()
     assert torch.allclose(lengths[:num_edges, :3].sum(1), torch.ones(num_edges, dtype=lengths.dtype))
     assert torch.allclose(lengths[:num_edges, 3:].sum(1), torch.ones(num_edges, dtype=lengths.dtype))

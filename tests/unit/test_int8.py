@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from test_precision import STATISTICS, graph, potential
 
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import ModelConfig, O3MPNNConfig, PrecisionConfig
-from steradian.execution.int8 import Int8Product, QuantizationError, int8_weights, quantized
+from steradian.execution.int8 import QuantizationError, quantized
+from steradian.precision import Int8Product, int8_weights
+from tests.unit.precision_cases import STATISTICS, graph, potential
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

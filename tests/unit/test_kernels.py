@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-from steradian.compiler import native
 from steradian.compiler import threads as team
 from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
@@ -221,46 +220,12 @@ class TestChoiceOfBackend:
         monkeypatch.setattr(backend_module, "import_compiler", lambda: (_ for _ in ()).throw(ImportError("gone")))
         backend_module.compiler_works.cache_clear()
         try:
-            with pytest.warns(UserWarning, match="pip install numba"):
+            with pytest.warns(UserWarning, match="pip install llvmlite"):
                 assert backend_for(torch.zeros(1)) == "reference"
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert backend_for(torch.zeros(1)) == "reference"
-            with pytest.raises(RuntimeError, match="pip install numba"):
+            with pytest.raises(RuntimeError, match="pip install llvmlite"):
                 set_backend("cpu")
         finally:
             backend_module.compiler_works.cache_clear()
-
-
-class TestKeptCode:
-    @pytest.fixture
-    def program(self):
-        return program_of(harmonics_polynomial_with_channels(), (None,), None)
-
-    def test_code_is_kept_and_a_damaged_file_is_made_anew(self, program, tmp_path, monkeypatch):
-        monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        code = native._program_code(program, 4, 16)
-        (path,) = (tmp_path / "kernels").iterdir()
-        monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
-        assert native._program_code(program, 4, 16) == code
-        path.write_bytes(path.read_bytes()[:-7])
-        monkeypatch.undo()
-        monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        assert native._program_code(program, 4, 16) == code
-        assert [entry.name for entry in (tmp_path / "kernels").iterdir()] == [path.name]
-
-    def test_a_folder_that_cannot_be_written_is_no_error(self, program, tmp_path, monkeypatch):
-        blocked = tmp_path / "file"
-        blocked.write_text("not a folder")
-        monkeypatch.setenv("STERADIAN_CACHE", str(blocked))
-        assert native._program_code(program, 4, 16)
-
-    def test_dtype_and_channels_have_code_of_their_own(self, program, tmp_path, monkeypatch):
-        monkeypatch.setenv("STERADIAN_CACHE", str(tmp_path))
-        for itemsize, channels in ((4, 16), (4, 32), (8, 16)):
-            native._program_code(program, itemsize, channels)
-        assert len(list((tmp_path / "kernels").iterdir())) == 3
-
-
-def harmonics_polynomial_with_channels():
-    return apply._with_channels(harmonics_polynomial(2))

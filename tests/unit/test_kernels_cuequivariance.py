@@ -11,8 +11,8 @@ from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.polynomials.backend import backend_for, set_backend
-from steradian.polynomials.cuequivariance import cuequivariance_works, evaluate_cuequivariance, segmented
+from steradian.polynomials.backend import backend_for, cuequivariance_works, set_backend
+from steradian.polynomials.cuequivariance import evaluate_cuequivariance, segmented
 from steradian.polynomials.reference import evaluate_reference
 
 ATOMS, EDGES, CHANNELS = 3, 7, 2

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from weakref import WeakKeyDictionary
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,15 +21,14 @@ from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.paths import _message_polynomial, _product_polynomial, coupling_paths
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.graph import device_rows
+from steradian.graph.topology import Rows
 from steradian.hosts.nequip import gate_polynomial
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
-from steradian.polynomials import Operand, Polynomial, Terms, triton_parts, triton_run, use_backend
+from steradian.polynomials import Operand, Polynomial, Terms, triton_source, use_backend
+from steradian.polynomials import triton as triton_kernels
 from steradian.polynomials.program import program_of
 from steradian.polynomials.reference import evaluate_reference
-from steradian.polynomials.triton import evaluate_triton
-from steradian.polynomials.triton_ops import name_of, polynomial
-from steradian.polynomials.triton_run import Tile
+from steradian.polynomials.triton import Tile, evaluate_triton, name_of, polynomial
 from steradian.polynomials.triton_source import source_of
 from steradian.radial import _interpolation
 
@@ -121,7 +119,7 @@ CASES = {
 
 
 def by_triton(table, inputs, gathers, scatter, num_rows):
-    return evaluate_triton(table, inputs, gathers, scatter, num_rows, False, inputs[0].dtype)
+    return evaluate_triton(table, inputs, gathers, scatter, num_rows, inputs[0].dtype)
 
 
 def derivatives(evaluate, table, inputs, gathers, scatter, num_rows):
@@ -169,25 +167,24 @@ def test_float32():
 def test_any_tile(tile, monkeypatch):
     """Two blocks of channels, one masked block, segments divided among instances (some of them empty)."""
     plain = Tile(tile.rows, tile.block, tile.warps)
-    monkeypatch.setattr(triton_run, "tile_of", lambda part, *_: plain if part.index is None else tile)
+    monkeypatch.setattr(triton_kernels, "tile_of", lambda part, *_: plain if part.index is None else tile)
     assert_equals_reference(product(3))
 
 
 def test_sums_taken_together(monkeypatch):
     """As compiled code does; slow in the interpreter, so on few rows."""
-    monkeypatch.setattr(triton_run, "together", lambda: True)
+    monkeypatch.setattr(triton_kernels, "together", lambda: True)
     table, inputs, gathers, scatter, num_rows = product(2, edges=3, atoms=2)
     assert_equals_reference((table, inputs, gathers, scatter, num_rows))
 
 
 def test_large_programs_are_divided(monkeypatch):
-    monkeypatch.setattr(triton_parts, "MOST_TERMS", 30)
-    monkeypatch.setattr(triton_parts, "MOST_SUMS", 3)
-    monkeypatch.setattr(triton_parts, "_PARTS", WeakKeyDictionary())
+    monkeypatch.setattr(triton_source, "MOST_TERMS", 30)
+    monkeypatch.setattr(triton_source, "MOST_SUMS", 3)
     table, inputs, *rest = contraction(2)
     given = (Polynomial(table.inputs, table.output, table.terms, table.outer), inputs, *rest)
     program = program_of(given[0], (0, None), None)
-    parts = triton_parts.parts_of(program.gradient((True, True), (True,)))
+    parts = triton_source.parts_of(program.gradient((True, True), (True,)))
     assert len(parts) > 8
     assert all(part.num_terms <= 30 or part.program.nodes for part in parts)
     assert_equals_reference(given)
@@ -198,7 +195,7 @@ def test_inputs_of_16_bits_are_read_exactly_and_gradients_rounded_once(dtype):
     table, inputs, *rest = product(3, torch.float32)
     short = [value.to(dtype).requires_grad_() if place != 1 else value for place, value in enumerate(inputs)]
     wide = [value.detach().to(torch.float64).requires_grad_() for value in short]
-    found = evaluate_triton(table, short, *rest, False, torch.float32)
+    found = evaluate_triton(table, short, *rest, torch.float32)
     truth = evaluate_reference(table, wide, *rest)
     assert found.dtype == torch.float32
     assert float((found - truth).detach().abs().max()) <= 2e-6 * float(truth.detach().abs().max())
@@ -215,7 +212,9 @@ def test_inputs_of_16_bits_are_read_exactly_and_gradients_rounded_once(dtype):
 def test_every_number_is_stored_once_and_nothing_is_added_to_memory(monkeypatch):
     """Outputs begin as NaN here; a sum into memory, or a number left out, would keep one."""
     monkeypatch.setattr(
-        triton_run, "_empty", lambda program, place, shape, dtype, like: like.new_full(shape, float("nan"), dtype=dtype)
+        triton_kernels,
+        "_empty",
+        lambda program, place, shape, dtype, like: like.new_full(shape, float("nan"), dtype=dtype),
     )
     given = product(3)
     results = [derivatives(by_triton, *given) for _ in range(2)]
@@ -223,7 +222,7 @@ def test_every_number_is_stored_once_and_nothing_is_added_to_memory(monkeypatch)
         assert torch.equal(one, other)
         assert bool(torch.isfinite(one).all())
     for program in _programs(given[0]):
-        for part in triton_parts.parts_of(program):
+        for part in triton_source.parts_of(program):
             assert "atomic" not in source_of(part.program, part.index)
 
 
@@ -233,70 +232,53 @@ def _programs(table):
     return value, first, first.gradient((True,) * 4, (True,) * 3)
 
 
-def test_an_index_is_sorted_once_and_again_when_it_changes(monkeypatch):
+def test_a_prepared_index_is_sorted_once(monkeypatch):
     seen = []
-    sort = device_rows._sort
-    monkeypatch.setattr(device_rows, "_sort", lambda index, *rest: seen.append(index) or sort(index, *rest))
+    sort = Rows._sort
+    monkeypatch.setattr(Rows, "_sort", lambda own: seen.append(own) or sort(own))
     table, inputs, gathers, scatter, num_rows = product(2)
+    gathers = [None if index is None else Rows(index, value.shape[0]) for index, value in zip(gathers, inputs)]
+    scatter = Rows(scatter, num_rows)
     for _ in range(2):
         derivatives(by_triton, table, inputs, gathers, scatter, num_rows)
     assert len(seen) == 2  # by receiver for the value, by sender for its gradient
-    scatter.copy_(scatter.flip(0))
-    assert_equals_reference((table, inputs, gathers, scatter, num_rows))
-    assert len(seen) == 3
+    assert len({id(own) for own in seen}) == 2
 
 
-def test_kept_rows_follow_their_buffer_when_told():
+def test_static_rows_follow_their_buffer_when_told():
     index = rows(9, 4, 1)
-    device_rows.keep_rows(index, 4)
-    kept = device_rows.sorted_rows(index, 4)
+    kept = Rows(index, 4, static=True)
+    order, bounds, inverse = kept.order, kept.bounds, kept.inverse
     index.copy_(rows(9, 4, 2))
-    device_rows.update_rows(index)
-    assert device_rows.sorted_rows(index, 4) is kept
-    fresh = device_rows.sorted_rows(index.clone(), 4)
-    assert torch.equal(kept.order, fresh.order)
-    assert torch.equal(kept.bounds, fresh.bounds)
-    with pytest.raises(KeyError, match="keep_rows was not called"):
-        device_rows.update_rows(index.clone())
+    kept.refresh()
+    fresh = Rows(index.clone(), 4, static=True)
+    assert kept.order is order
+    for own, expected in ((order, fresh.order), (bounds, fresh.bounds), (inverse, fresh.inverse)):
+        assert torch.equal(own, expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a failed check ends the process")
 def test_an_index_that_does_not_ascend_as_promised_is_noticed():
     table, inputs, gathers, _, num_rows = product(2)
     with pytest.raises(RuntimeError, match="ascend"):
-        evaluate_triton(table, inputs, gathers, rows(9, 3, 1).flip(0), num_rows, True, torch.float64)
+        evaluate_triton(
+            table, inputs, gathers, Rows(rows(9, 3, 1).flip(0), num_rows, ascending=True), num_rows, torch.float64
+        )
 
 
 def test_the_operation_is_what_pytorch_expects():
     table, inputs, gathers, scatter, _ = product(2, edges=5)
     name = name_of(program_of(table, (0, None, None), 1))
     inputs = [value.requires_grad_() for value in inputs]
-    torch.library.opcheck(polynomial, (name, inputs, [gathers[0], scatter], [3, 3], "00", 5, "float64"))
-
-
-@pytest.mark.parametrize("mode", ["real", "fake"])
-def test_tracing_sees_one_operation_per_program(mode):
-    table, inputs, gathers, scatter, num_rows = product(2, edges=5)
-
-    def forces(features, harmonics, weights, senders, receivers):
-        harmonics = harmonics.detach().requires_grad_()
-        weights = weights.detach().requires_grad_()
-        value = by_triton(table, [features, harmonics, weights], [senders, None, None], receivers, num_rows)
-        (force,) = torch.autograd.grad((value * value).sum(), harmonics, create_graph=True)
-        return value, force, *torch.autograd.grad((force * force).sum(), weights)
-
-    arguments = (*inputs, gathers[0], scatter)
-    graph = make_fx(forces, tracing_mode=mode)(*arguments)
-    calls = [node for node in graph.graph.nodes if node.target is torch.ops.steradian.polynomial.default]
-    assert len(calls) == 4  # the value, its gradient, and the gradients of both
-    # at other numbers: nothing of the traced ones may be left in the graph
-    other = [*(value + 1 for value in inputs), gathers[0].flip(0), scatter.flip(0).contiguous()]
-    assert_close(graph(*other), forces(*other))
+    listed = [Rows(gathers[0], 3), Rows(scatter, 3)]
+    order = [own.inverse if own.order is None else own.order for own in listed]
+    bounds = [own.bounds for own in listed]
+    torch.library.opcheck(polynomial, (name, inputs, [gathers[0], scatter], order, bounds, [3, 3], 5, "float64"))
 
 
 def test_an_unknown_name_is_explained():
     with pytest.raises(KeyError, match="build the model"):
-        polynomial("0123", [numbers(2, 3, 4)], [], [], "", 2, "float64")
+        polynomial("0123", [numbers(2, 3, 4)], [], [], [], [], 2, "float64")
 
 
 COMPILE = """
@@ -304,9 +286,9 @@ import json, torch
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.polynomials.program import program_of
-from steradian.polynomials.triton_compile import H200, MI300, compile_part
-from steradian.polynomials.triton_parts import parts_of
-from steradian.polynomials.triton_run import Tile
+from triton_compile import H200, MI300, compile_part
+from steradian.polynomials.triton_source import parts_of
+from steradian.polynomials.triton import Tile
 table, _ = channelwise_polynomial(natural_degrees(1), 2, natural_degrees(1))
 value = program_of(table, (0, None, None), 1)
 first = value.gradient((True, True, True), (True,))
@@ -324,7 +306,8 @@ import json, torch, triton
 from triton.backends.compiler import GPUTarget
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import channelwise_polynomial
-from steradian.polynomials import triton_run
+from steradian.graph.topology import Rows
+from steradian.polynomials import triton as triton_kernels
 from steradian.polynomials.triton import evaluate_triton
 
 class Driver:
@@ -342,23 +325,30 @@ class Launcher:
             launched.append([list(grid), done.metadata.num_warps])
         return launch
 
-launched, kernel_of = [], triton_run.kernel_of
+launched, kernels, kernel_of = [], set(), triton_kernels.kernel_of
 triton.runtime.driver.set_active(Driver())
-triton_run.kernel_of = lambda part: Launcher(kernel_of(part))
+
+def launcher(part):
+    kernels.add(kernel_of(part))
+    return Launcher(kernel_of(part))
+
+triton_kernels.kernel_of = launcher
 table, _ = channelwise_polynomial(natural_degrees(0), 1, natural_degrees(1))
 channels = 33
 for atoms in (15, 16):
     inputs = [torch.ones(atoms, 1, channels), torch.ones(160, 4), torch.ones(160, 2, channels, dtype=torch.bfloat16)]
     index = torch.arange(160) % atoms
-    evaluate_triton(table, inputs, [index, None, None], index.sort().values, atoms, True, torch.float32)
-parts = list(triton_run._KERNELS)
-print(json.dumps([launched, [len(kernel_of(part).device_caches[0][0]) for part in parts]]))
+    receivers = Rows(index.sort().values, atoms, ascending=True)
+    evaluate_triton(table, inputs, [index, None, None], receivers, atoms, torch.float32)
+print(json.dumps([launched, [len(kernel.device_caches[0][0]) for kernel in kernels]]))
 """
 
 
 def run_compiled(script):
     """The last line that a process without the interpreter prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    benchmarks = str(Path(__file__).resolve().parents[2] / "benchmarks")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), benchmarks]))
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout.splitlines()[-1])

@@ -1,22 +1,21 @@
 """MARA in the laboratory frame: the factorised form against the dense one, derivatives, ablations, corner cases."""
 
+import math
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
-from mara_cases import DOUBLE, edges_of, random_mara, system
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
-from steradian.operators.base import SlotSpec
+from steradian.operators.base import BareEdges, SlotSpec
 from steradian.operators.mara import cpu as mara_cpu
-from steradian.operators.mara import factorised as mara_kernel
-from steradian.operators.mara.mara import MARA, sphere_field
-from steradian.operators.mara.paper import dense_mara
-from steradian.operators.mara.standalone import SEAttention
+from steradian.operators.mara import factorised, gate_of, paper
+from steradian.operators.mara.factorised import sphere_field
+from steradian.operators.mara.gate import MARA, SEAttention
 from steradian.polynomials import use_backend
 from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
+from tests.unit.mara_cases import DOUBLE, edges_of, random_mara, system, written_alpha
 
 
 @pytest.fixture(autouse=True, params=["reference", "cpu"])
@@ -44,47 +43,129 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(str(value) for value in options.values()))
-def test_factorised_equals_dense(options):
+def test_factorised_equals_the_paper(options):
     features, positions = system()
     edges = edges_of(positions)
     mara = random_mara(5, gauss_legendre(3, 4), 8, **options)
-    dense = dense_mara(mara, features, edges)
-    maps = mara.attention_maps(features, edges)
-    assert dense["alpha"].std() > 1e-3
-    torch.testing.assert_close(mara(features, edges), dense["alpha"], rtol=0, atol=1e-12)
-    torch.testing.assert_close(mara.pooled(features, edges), dense["pooled"], rtol=0, atol=1e-12)
-    torch.testing.assert_close(maps["attention"], dense["attention"], rtol=0, atol=1e-12)
+    written, expected = mara.as_written(features, edges), written_alpha(mara, features, edges)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(mara(features, edges), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mara.pooled(features, edges), written.pooled, rtol=0, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(mara(features, edges), dense["alpha"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(mara(features, edges), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("grid", [equiangular(4, 8), lebedev(26), equiangular(2, 2)], ids=lambda grid: grid.name)
-def test_factorised_equals_dense_on_every_grid_and_in_blocks(grid, monkeypatch):
-    monkeypatch.setattr(mara_kernel, "NUMBERS_PER_BLOCK", 7 * grid.num_points**2)  # 7 edges in a block
+def test_factorised_equals_the_paper_on_every_grid_and_in_blocks(grid, monkeypatch):
+    monkeypatch.setattr(factorised, "NUMBERS_PER_BLOCK", 7 * grid.num_points**2)  # 7 edges in a block
     features, positions = system(8)
     edges = edges_of(positions)
     mara = random_mara(5, grid, 32, num_heads=4)
-    torch.testing.assert_close(mara(features, edges), dense_mara(mara, features, edges)["alpha"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(mara(features, edges), written_alpha(mara, features, edges), rtol=0, atol=1e-12)
 
 
-def test_derivatives_equal_those_of_the_dense_form(monkeypatch):
-    """First and second derivatives of everything, also where blocks do not divide the edges."""
-    monkeypatch.setattr(mara_kernel, "NUMBERS_PER_BLOCK", 3 * 32**2)
-    monkeypatch.setattr(mara_kernel, "NUMBERS_PER_KEPT_BLOCK", 5 * 32**2)
-    mara = random_mara(5, num_heads=2)
+def test_the_papers_equations_by_hand():
+    """One edge, two points, one channel, numbers small enough to write out."""
+    weights, points = torch.tensor([1.0, 3.0], dtype=DOUBLE), torch.tensor([[0.0, 0, 1], [1, 0, 0]], dtype=DOUBLE)
+    edges = BareEdges(torch.tensor([1]), torch.tensor([0]), torch.tensor([[0.0, 0, 2]], dtype=DOUBLE))
+    near, far = 0.0, 2 * 2**0.5  # from (0, 0, 2) to 2 (0, 0, 1) and to 2 (1, 0, 0)
+    one = lambda number: torch.tensor([[number]], dtype=DOUBLE)  # noqa: E731
+    p = torch.tensor([[0.1], [-0.2]], dtype=DOUBLE)
+    given = paper.Weights(one(0.5), one(0.3)[0], one(-0.4)[0], one(0.7), one(0.2)[0], one(1.5)[0], p, one(9.0))
+    found = paper.published(torch.tensor([[2.0], [-1.0]], dtype=DOUBLE), edges, points, weights, given)
+    query = [0.5 * 2 + 0.3 * f + p_k for f, p_k in ((near, 0.1), (far, -0.2))]
+    key = [9.0 * -1 - 0.4 * f + p_k for f, p_k in ((near, 0.1), (far, -0.2))]
+    value = [0.7 * -1 + 0.2 * f + p_k for f, p_k in ((near, 0.1), (far, -0.2))]
+    rows = [[w * math.exp(q * k) for w, k in zip((1, 3), key)] for q in query]
+    output = [sum(a * v for a, v in zip(row, value)) / sum(row) for row in rows]
+    pooled = (output[0] + 3 * output[1]) / 4
+    assert found.pooled.item() == pytest.approx(pooled, abs=1e-14)
+    assert found.alpha.item() == pytest.approx(1 / (1 + math.exp(-1.5 * pooled)), abs=1e-14)
+    assert found.attention[0, 0, 1, 0].item() == pytest.approx(rows[1][0] / sum(rows[1]), abs=1e-14)
+    received = (rows[0][1] / sum(rows[0]) + 3 * rows[1][1] / sum(rows[1])) / 4
+    assert found.received[0, 0, 1].item() == pytest.approx(received, abs=1e-14)
+    sent = torch.tensor([[4.0, 8.0]], dtype=DOUBLE)
+    assert torch.equal(paper.message(found.alpha, sent, edges, 2), torch.cat([found.alpha * sent, 0 * sent]))
 
-    def loss_gradients(function):
+
+FORMS = [{"num_heads": heads, "field": field} for heads, field in product((1, 2), ("distance", "squared"))] + [
+    {"where": "node"},
+    {"residual": True},
+    {"positional": False},
+    {"normalize": True},
+    {"gate": "published"},
+]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=lambda options: " ".join(str(value) for value in options.values()))
+@pytest.mark.parametrize("atoms", [2, 6, 9])
+def test_two_derivatives_equal_those_of_the_paper(options, atoms, monkeypatch):
+    """Value, first and second derivatives by everything, as training forms them: the last ones without a further graph,
+    which is when machine code computes them. Blocks do not divide the edges."""
+    monkeypatch.setattr(factorised, "NUMBERS_PER_BLOCK", 5 * 14**2)
+    mara = random_mara(5, lebedev(14), 8, **options)
+
+    def derivatives(function):
+        leaves = [tensor.requires_grad_() for tensor in system(atoms)]
+        inputs = [*leaves, *mara.parameters()]
+        alpha = function(leaves[0], edges_of(leaves[1]))
+        first = torch.autograd.grad(alpha, inputs, random_like([alpha], 1), create_graph=True, materialize_grads=True)
+        mixture = sum((value * way).sum() for value, way in zip(first[:2], random_like(first[:2], 2)))
+        second = torch.autograd.grad(mixture, inputs, materialize_grads=True)
+        return [alpha, *first, *second]
+
+    mine = derivatives(mara)
+    theirs = derivatives(lambda features, edges: written_alpha(mara, features, edges))
+    for place, (left, right) in enumerate(zip(mine, theirs)):
+        torch.testing.assert_close(
+            left, right, rtol=1e-9, atol=1e-11 * (1 + float(right.detach().abs().max())), msg=str(place)
+        )
+
+
+def random_like(values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in values]
+
+
+def test_third_derivatives_equal_those_of_the_paper():
+    mara = random_mara(5, lebedev(14), 8, num_heads=2)
+
+    def derivatives(function):
+        leaves = [tensor.requires_grad_() for tensor in system(4)]
+        inputs, last = [*leaves, *mara.parameters()], [function(leaves[0], edges_of(leaves[1]))]
+        for order in range(3):
+            mixture = sum((value * way).sum() for value, way in zip(last, random_like(last, order)))
+            last = torch.autograd.grad(mixture, inputs, create_graph=True, materialize_grads=True)
+        return last
+
+    mine = derivatives(mara)
+    for left, right in zip(mine, derivatives(lambda features, edges: written_alpha(mara, features, edges))):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10 * (1 + float(right.detach().abs().max())))
+
+
+def test_many_edges_form_their_attention_again(monkeypatch):
+    """The plain form keeps no attention of all edges; two derivatives are those of the form that keeps it."""
+    mara = random_mara(5, lebedev(14), 8)
+
+    def derivatives():
         features, positions = (tensor.requires_grad_() for tensor in system())
-        alpha = function(features, edges_of(positions))
-        forces = torch.autograd.grad(alpha.square().sum(), (positions, features), create_graph=True)
-        loss = alpha.sum() + sum(force.square().sum() for force in forces)
-        return [*forces, *torch.autograd.grad(loss, (positions, features, *mara.parameters()))]
+        sizes = []
+        with (
+            use_backend("reference"),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x),
+        ):
+            alpha = mara(features, edges_of(positions))
+        first = torch.autograd.grad(alpha.sum(), (features, positions), create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        return [alpha, *first, *torch.autograd.grad(loss, [features, positions, *mara.parameters()])], max(sizes)
 
-    mine = loss_gradients(mara)
-    dense = loss_gradients(lambda features, edges: dense_mara(mara, features, edges)["alpha"])
-    for left, right in zip(mine, dense):
-        assert right.abs().max() > 1e-5
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
+    kept, largest = derivatives()
+    monkeypatch.setattr(factorised, "NUMBERS_PER_BLOCK", 4 * 14**2)
+    monkeypatch.setattr(factorised, "NUMBERS_KEPT", 0)
+    again, smaller = derivatives()
+    assert largest >= len(kept[0]) * 14**2 > 4 * 14**2 > smaller
+    for left, right in zip(kept, again):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 2, "residual": True}, {"where": "node"}, {"normalize": True}])
@@ -101,23 +182,18 @@ def test_gradcheck(options):
     assert torch.autograd.gradgradcheck(alpha, inputs)
 
 
-def test_forces_do_not_form_gradients_of_the_tables(monkeypatch, backend):
-    calls = []
-    if backend == "reference":
-        original = mara_kernel._table_gradients
-        monkeypatch.setattr(mara_kernel, "_table_gradients", lambda *inputs: calls.append(1) or original(*inputs))
-    else:
-        run = mara_cpu._run
-        counted = lambda kind, *inputs: (calls.append(1) if kind == "tables" else None) or run(kind, *inputs)  # noqa: E731
-        monkeypatch.setattr(mara_cpu, "_run", counted)
+def test_forces_do_not_form_gradients_of_the_tables(monkeypatch):
+    kinds, run = [], mara_cpu._run
+    monkeypatch.setattr(mara_cpu, "_run", lambda kind, *inputs: kinds.append(kind) or run(kind, *inputs))
     features, positions = system()
     mara = random_mara(5)
     positions.requires_grad_()
-    alpha = mara(features, edges_of(positions))
+    with use_backend("cpu"):
+        alpha = mara(features, edges_of(positions))
     torch.autograd.grad(alpha.sum(), positions, retain_graph=True, create_graph=True)
-    assert not calls
+    assert kinds == ["slopes"]
     torch.autograd.grad(alpha.sum(), mara.p)
-    assert calls
+    assert kinds == ["slopes", "tables"]
 
 
 def test_single_precision():
@@ -160,7 +236,8 @@ def test_the_node_term_of_the_keys_never_matters():
     edges = edges_of(positions)
     mara = random_mara(5, num_heads=2)
     key_node = torch.randn(32, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with_it = dense_mara(mara, features, edges, key_node=key_node)["alpha"]
+    given = mara._written_weights(p=mara.p, Wk_h=key_node)
+    with_it = paper.published(features, edges, mara.points, mara.weights, given, gate_kind="neutral").alpha
     torch.testing.assert_close(with_it, mara(features, edges), rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad(with_it.sum(), key_node)
     assert gradient.abs().max() < 1e-12
@@ -197,7 +274,7 @@ def test_dimers_along_every_grid_direction(grid, field, dtype):
         senders = torch.arange(2 * grid.num_points).reshape(-1, 2).flip(1).flatten()
         receivers = torch.arange(2 * grid.num_points)
         flat = positions.reshape(-1, 3)
-        edges = SimpleNamespace(senders=senders, receivers=receivers, vectors=flat[senders] - flat[receivers])
+        edges = BareEdges(senders=senders, receivers=receivers, vectors=flat[senders] - flat[receivers])
         alpha = mara(features.repeat(grid.num_points, 1), edges)
         (first,) = torch.autograd.grad(alpha.sum(), positions, create_graph=True)
         second = torch.autograd.grad(first.square().sum(), [positions, *mara.parameters()])
@@ -214,7 +291,7 @@ def test_force_at_a_kink_is_that_of_central_differences():
     features = torch.ones(2, 2, dtype=DOUBLE)
 
     def alpha(bond):
-        edges = SimpleNamespace(senders=torch.tensor([1, 0]), receivers=torch.tensor([0, 1]), vectors=bond)
+        edges = BareEdges(senders=torch.tensor([1, 0]), receivers=torch.tensor([0, 1]), vectors=bond)
         return mara(features, edges).sum()
 
     for direction in grid.points[[0, 9, 21]]:
@@ -253,7 +330,7 @@ def test_empty_and_zero_length(options):
     )
 
     vectors = torch.zeros(2, 3, dtype=DOUBLE, requires_grad=True)
-    pair = SimpleNamespace(
+    pair = BareEdges(
         senders=torch.tensor([1, 0]),
         receivers=torch.tensor([0, 1]),
         vectors=vectors,
@@ -279,7 +356,7 @@ def test_node_gate_belongs_to_the_sender():
         assert (own == own[0]).all()
     with pytest.raises(ValueError, match="envelope, which these edges do not have"):
         random_mara(5, where="node")(
-            features, SimpleNamespace(senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors)
+            features, BareEdges(senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors)
         )
 
 
@@ -289,9 +366,7 @@ def test_node_gate_without_a_neighbour_inside_the_cutoff_is_one():
     for rounding in (0.0, 1e-17, -1e-17):
         edges = edges_of(positions, 20.0)
         envelope = torch.full((2,), rounding, dtype=DOUBLE, requires_grad=True)
-        pair = SimpleNamespace(
-            senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors, envelope=envelope
-        )
+        pair = BareEdges(senders=edges.senders, receivers=edges.receivers, vectors=edges.vectors, envelope=envelope)
         alpha = random_mara(5, where="node")(features, pair)
         (slope,) = torch.autograd.grad(alpha.sum(), envelope)
         assert torch.equal(alpha, torch.ones(2, dtype=DOUBLE))
@@ -310,7 +385,7 @@ def test_node_gate_is_smooth_when_a_neighbour_leaves():
         edges = edges_of(torch.cat([others, leaver[None]]), cutoff)
         weight = edges.envelope
         if flat:
-            edges = SimpleNamespace(
+            edges = BareEdges(
                 senders=edges.senders,
                 receivers=edges.receivers,
                 vectors=edges.vectors,
@@ -366,7 +441,7 @@ def test_from_config_and_state():
     config = MARAConfig(
         num_heads=2, hidden_dim=16, where="node", grid=GaussLegendreGrid(num_lat=3, num_lon=6), dropout=0.1
     )
-    mara = MARA.from_config(config, SPEC)
+    mara = gate_of(config, SPEC)
     assert (mara.num_features, mara.hidden_dim, mara.num_heads, mara.where, mara.field) == (
         6,
         16,
@@ -375,7 +450,7 @@ def test_from_config_and_state():
         "distance",
     )
     assert mara.grid.num_points == 18
-    other = MARA.from_config(config, SPEC)
+    other = gate_of(config, SPEC)
     other.load_state_dict(mara.state_dict())
     features, positions = system(num_features=6, dtype=torch.float32)
     stacked = torch.cat([features[:, None], torch.randn(6, 3, 6)], dim=1)
@@ -405,7 +480,7 @@ def test_grid_keeps_its_digits_through_casts():
         (lambda: MARA(5, hidden_dim=10, num_heads=4), "multiple of num_heads"),
         (lambda: MARA(5, dropout=1.0), "dropout must be"),
         (lambda: MARA(5, where="atom"), "where must be 'edge' or 'node', not 'atom'"),
-        (lambda: MARA.from_config(MARAConfig(grid=LebedevGrid(num_points=230)), SPEC), "Lebedev 230 has negative ones"),
+        (lambda: gate_of(MARAConfig(grid=LebedevGrid(num_points=230)), SPEC), "Lebedev 230 has negative ones"),
         (lambda: MARA(5)(torch.zeros(2, 4), edges_of(torch.zeros(0, 3))), "built for 5 features per atom, got 4"),
     ],
 )
@@ -438,13 +513,14 @@ def test_published_call():
 def test_attention_maps():
     features, positions = system()
     edges = edges_of(positions)
-    mara = random_mara(5, num_heads=2)
-    maps = mara.attention_maps(features, edges, torch.tensor([4, 1]))
-    assert maps["attention"].shape == (2, 2, 32, 32)
-    assert maps["profile"].shape == (2, 32)
-    torch.testing.assert_close(maps["attention"].sum(-1), torch.ones(2, 2, 32, dtype=DOUBLE))
-    torch.testing.assert_close(maps["profile"].sum(-1), torch.ones(2, dtype=DOUBLE))
-    everything = mara.attention_maps(features, edges)
-    assert torch.equal(everything["attention"][[4, 1]], maps["attention"])
-    torch.testing.assert_close(maps["alpha"], mara(features, edges), rtol=0, atol=1e-14)
-    assert maps["grid"] is mara.grid
+    for options in ({"num_heads": 2}, {"normalize": True}):
+        mara = random_mara(5, **options)
+        maps = mara.attention_maps(features, edges, torch.tensor([4, 1]))
+        assert maps.attention.shape == (2, mara.num_heads, 32, 32)
+        assert maps.profile.shape == (2, 32)
+        torch.testing.assert_close(maps.attention.sum(-1), torch.ones(2, mara.num_heads, 32, dtype=DOUBLE))
+        torch.testing.assert_close(maps.profile.sum(-1), torch.ones(2, dtype=DOUBLE))
+        everything = mara.attention_maps(features, edges)
+        torch.testing.assert_close(everything.attention[[4, 1]], maps.attention, rtol=0, atol=1e-14)
+        torch.testing.assert_close(maps.alpha, mara(features, edges), rtol=0, atol=1e-14)
+        assert maps.grid is mara.grid

@@ -1,7 +1,6 @@
 """Intrinsic MARA: invariance against the number of points, exactness of the polynomial kernel, the dense sums."""
 
-import math
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
 import torch
@@ -10,11 +9,12 @@ from torch.func import functional_call
 
 from steradian.config import LebedevGrid, MARAConfig, SphericalDesign
 from steradian.equivariant.harmonics import spherical_harmonics
-from steradian.operators.base import SlotSpec
-from steradian.operators.mara import intrinsic_kernel as mara_basis_kernel
-from steradian.operators.mara.intrinsic import MAX_TEMPERATURE, IntrinsicMARA
-from steradian.operators.mara.mara import MARA, sphere_field
+from steradian.operators.base import BareEdges, SlotSpec
+from steradian.operators.mara import gate_of, intrinsic
+from steradian.operators.mara.gate import MARA
+from steradian.operators.mara.intrinsic import IntrinsicMARA
 from steradian.sphere.grids import design, gauss_legendre, lebedev
+from tests.unit import mara_cases
 
 DOUBLE = torch.float64
 SCALARS, VECTORS = ((0, 1),), ((0, 1), (1, -1))
@@ -49,15 +49,9 @@ def turn_features(features, degrees, turn):
 
 
 def edges_of(positions, cutoff=5.0):
-    count = len(positions)
-    receivers, senders = (index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij"))
-    vectors = positions[senders] - positions[receivers]
-    near = (receivers != senders) & (vectors.detach().norm(dim=1) < cutoff)
-    senders, receivers, vectors = senders[near], receivers[near], vectors[near]
-    lengths = vectors.norm(dim=1)
-    envelope = (1 - (lengths / cutoff) ** 2) ** 3
-    radial = envelope[:, None] * torch.exp(-((lengths[:, None] - torch.arange(4.0)) ** 2))
-    return SimpleNamespace(senders=senders, receivers=receivers, vectors=vectors, envelope=envelope, radial=radial)
+    edges = mara_cases.edges_of(positions, cutoff)
+    radial = edges.envelope[:, None] * torch.exp(-((edges.lengths[:, None] - torch.arange(4.0)) ** 2))
+    return dataclasses.replace(edges, radial=radial)
 
 
 def system(degrees, seed=0, num_atoms=5):
@@ -162,67 +156,44 @@ def test_the_symmetry_test_notices_broken_gates():
 # ------------------------------------------------------------------------------------------------- the dense sums
 
 
-def dense_pooled(gate, features, edges, fine=None):
-    """The docstring of IntrinsicMARA, point by point, for one head."""
-    grid = gate.grid if fine is None else fine
-    weights = grid.weights / (4 * math.pi)
-    if gate.from_density:
-        directions = nn.functional.normalize(edges.vectors, dim=1)
-        per_edge = spherical_harmonics(directions, gate.l_max)[:, :, None] * edges.radial[:, None, :]
-        source = torch.stack([per_edge[edges.receivers == atom].sum(0) for atom in range(len(features))])
-    else:
-        source = features
-    harmonics = spherical_harmonics(grid.points, gate.l_max)
-    signal = torch.zeros(len(features), grid.num_points, gate.hidden_dim, dtype=DOUBLE)
-    for (degree, start), weight in zip(gate.turning, gate.signal):
-        coefficients = source[:, start : start + 2 * degree + 1] @ weight
-        signal = signal + torch.einsum("km,nmd->nkd", harmonics[:, degree**2 : (degree + 1) ** 2], coefficients)
-    field = sphere_field(edges.vectors, grid.points, "squared")[:, :, None]
-    signal = signal[edges.receivers]
-    scalars = features[:, 0]
-    query = (scalars @ gate.W_h.T)[edges.receivers][:, None] + field * gate.W_f + signal
-    key = field * gate.Wk_f + signal
-    value = ((scalars @ gate.Wv_h.T)[edges.senders][:, None] + field * gate.Wv_f + signal).mean(2)
+@pytest.mark.parametrize("kernel", ["exp", "polynomial"])
+@pytest.mark.parametrize(
+    "degrees", [SCALARS, VECTORS, UP_TO_TWO, MIXED], ids=["density", "vectors", "degree 2", "mixed"]
+)
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"where": "node"}, {"positional": False}], ids=str)
+def test_two_derivatives_equal_those_of_the_sums_as_written(degrees, kernel, options):
+    grid = lebedev(38)
+    gate = random_gate(degrees, grid, kernel=kernel, **options)
 
-    def mean_square(vectors):
-        """Weighted by degree: 1, 1, 4, ...; by projection on harmonics."""
-        coefficients = torch.einsum("k,kb,ekd->ebd", weights, harmonics, vectors)
-        total = 0
-        for degree in range(gate.l_max + 1):
-            part = coefficients[:, degree**2 : (degree + 1) ** 2]
-            total = total + 4 ** max(degree - 1, 0) * part.square().sum((1, 2))
-        return total / gate.hidden_dim
+    def derivatives(function):
+        leaves = [tensor.requires_grad_() for tensor in system(degrees)]
+        inputs = [*leaves, *gate.parameters()]
+        alpha = function(leaves[0], edges_of(leaves[1]))
+        first = torch.autograd.grad(alpha.square().sum(), inputs, create_graph=True, materialize_grads=True)
+        forces = sum(gradient.square().sum() for gradient in first[:2])
+        return [alpha, *first, *torch.autograd.grad(forces, inputs, materialize_grads=True)]
 
-    temperature = MAX_TEMPERATURE * torch.sigmoid(gate.temperature) / gate.hidden_dim
-    scale = temperature / ((1 + mean_square(query)) * (1 + mean_square(key))).sqrt()
-    scores = scale[:, None, None] * (query @ key.transpose(1, 2))
-    if gate.kernel == "exp":
-        attention = weights * scores.exp()
-        return ((attention @ value[:, :, None]).squeeze(2) / attention.sum(2)) @ weights
-    together = weights[:, None] * weights * (1 + scores + scores**2 / 2)
-    return (together * value[:, None, :]).sum((1, 2)) / together.sum((1, 2))
+    mine = derivatives(gate)
+    written = derivatives(lambda features, edges: mara_cases.written_alpha(gate, features, edges))
+    assert mine[0].std() > 1e-3
+    for left, right in zip(mine, written, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-11 * (1 + float(right.detach().abs().max())))
 
 
 @pytest.mark.parametrize("kernel", ["exp", "polynomial"])
-@pytest.mark.parametrize("degrees", [SCALARS, VECTORS, UP_TO_TWO], ids=["density", "vectors", "degree 2"])
-def test_equals_the_dense_sums(degrees, kernel):
-    features, positions = system(degrees)
-    edges = edges_of(positions)
-    gate = random_gate(degrees, lebedev(38), kernel=kernel)
-    dense = dense_pooled(gate, features, edges)
-    assert dense.std() > 1e-2
-    torch.testing.assert_close(gate.pooled(features, edges)[:, 0], dense, rtol=0, atol=1e-12)
-    maps = gate.attention_maps(features, edges, torch.tensor([2]))
-    torch.testing.assert_close(maps["attention"].sum(-1), torch.ones(1, 1, 38, dtype=DOUBLE))
-    torch.testing.assert_close(maps["profile"].sum(-1), torch.ones(1, dtype=DOUBLE))
+def test_attention_maps(kernel):
+    features, positions = system(UP_TO_TWO)
+    gate = random_gate(UP_TO_TWO, lebedev(38), kernel=kernel)
+    maps = gate.attention_maps(features, edges_of(positions), torch.tensor([2]))
+    torch.testing.assert_close(maps.attention.sum(-1), torch.ones(1, 1, 38, dtype=DOUBLE))
+    torch.testing.assert_close(maps.profile.sum(-1), torch.ones(1, dtype=DOUBLE))
 
 
 def test_polynomial_kernel_does_not_depend_on_the_rule():
     features, positions = system(UP_TO_TWO)
-    edges = edges_of(positions)
-    gate = random_gate(UP_TO_TWO, design(7), kernel="polynomial")
-    fine = dense_pooled(gate, features, edges, fine=lebedev(194))
-    torch.testing.assert_close(gate.pooled(features, edges)[:, 0], fine, rtol=0, atol=1e-12)
+    gates = [random_gate(UP_TO_TWO, grid, kernel="polynomial") for grid in (design(7), lebedev(194))]
+    coarse, fine = gates[0].pooled(features, edges_of(positions)), gates[1].as_written(features, edges_of(positions))
+    torch.testing.assert_close(coarse, fine.pooled, rtol=0, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------- derivatives, corner cases
@@ -253,7 +224,7 @@ def test_dimers_empty_and_zero_length(degrees, kernel):
     for bond in [*gate.grid.points[[0, 7, 20]], torch.zeros(3, dtype=DOUBLE)]:
         vectors = torch.stack([bond, -bond]).requires_grad_()
         radial = torch.ones(2, 4, dtype=DOUBLE)
-        alpha = gate(features, SimpleNamespace(senders=senders, receivers=receivers, vectors=vectors, radial=radial))
+        alpha = gate(features, BareEdges(senders=senders, receivers=receivers, vectors=vectors, radial=radial))
         (first,) = torch.autograd.grad(alpha.sum(), vectors, create_graph=True)
         second = torch.autograd.grad(first.square().sum() + alpha.sum(), [vectors, *gate.parameters()])
         assert torch.isfinite(alpha).all()
@@ -300,19 +271,19 @@ def test_from_config():
         frame="intrinsic", kernel="polynomial", grid=SphericalDesign(degree=7), hidden_dim=16, num_heads=2
     )
     spec = SlotSpec("mace", 1, 2, UP_TO_TWO, CHANNELS, 5.0)
-    gate = MARA.from_config(config, spec)
+    gate = gate_of(config, spec)
     assert isinstance(gate, IntrinsicMARA)
     assert (gate.rotation, gate.num_heads, gate.l_max, gate.field) == ("exact", 2, 2, "squared")
-    lower = MARA.from_config(config.model_copy(update={"signal_l_max": 1, "grid": LebedevGrid(num_points=6)}), spec)
+    lower = gate_of(config.model_copy(update={"signal_l_max": 1, "grid": LebedevGrid(num_points=6)}), spec)
     assert lower.l_max == 1
     with pytest.raises(ValueError, match="Lebedev 74 has negative ones"):
-        MARA.from_config(config.model_copy(update={"kernel": "exp", "grid": LebedevGrid(num_points=74)}), spec)
+        gate_of(config.model_copy(update={"kernel": "exp", "grid": LebedevGrid(num_points=74)}), spec)
 
 
 def test_mistakes_are_explained():
     features, positions = system(VECTORS)
     edges = edges_of(positions)
-    del edges.radial
+    edges = BareEdges(edges.senders, edges.receivers, edges.vectors)
     with pytest.raises(ValueError, match="radial, which these edges do not have"):
         random_gate(SCALARS, lebedev(26))(features[:, :1], edges)
     with pytest.raises(ValueError, match="pass them all"):
@@ -333,13 +304,13 @@ def test_second_derivatives_block_by_block_keep_no_attention(monkeypatch):
         inputs = [tensor.clone().requires_grad_() for tensor in given]
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            pooled = mara_basis_kernel.pool_exponential(*inputs, basis, weights)
+            pooled = intrinsic.pool_exponential(*inputs, basis, weights)
             first = torch.autograd.grad(pooled.square().sum(), inputs, create_graph=True)
             loss = sum(value.square().sum() for value in first)
         return [pooled, *first, *torch.autograd.grad(loss, inputs)], max(sizes)
 
     whole, _ = derivatives()
-    monkeypatch.setattr(mara_basis_kernel, "NUMBERS_PER_BLOCK", 3 * 14**2)
+    monkeypatch.setattr(intrinsic, "NUMBERS_PER_BLOCK", 3 * 14**2)
     blocked, largest = derivatives()
     assert largest < edges * 14**2
     for one, other in zip(whole, blocked, strict=True):

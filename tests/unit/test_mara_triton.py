@@ -13,20 +13,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from mara_cases import edges_of, random_mara, system
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steradian.build import build_potential
-from steradian.compiler import triton_gate
-from steradian.compiler.triton_gate import on_every_device
+from steradian.compiler import checked
+from steradian.compiler.checked import FirstUse
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph
 from steradian.operators.mara import triton as mara_gpu
-from steradian.operators.mara.factorised import flat_tables
 from steradian.operators.mara.triton import plain_pool, pool_on_sphere
 from steradian.polynomials import use_backend
+from steradian.polynomials.backend import on_every_device
 from steradian.sphere.grids import equiangular, lebedev
+from tests.unit.mara_cases import edges_of, random_mara, system
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = {6: lebedev(6), 32: equiangular(4, 8), 50: lebedev(50)}
@@ -37,7 +37,7 @@ def problem(num_points, heads, atoms=4, dtype=torch.float64, nodes=None, cutoff=
     mara = random_mara(5, GRIDS[num_points], 8, num_heads=heads)
     features, positions = system(atoms)
     edges = edges_of(positions, cutoff)
-    tables = flat_tables(mara._tables(), mara.weights).detach()
+    tables = mara._tables().detach()
     given = [edges.vectors, mara._node_tables(features)[0].detach(), tables]
     leaves = [x.to(DEVICE, kind) for x, kind in zip(given, (dtype, nodes or dtype, dtype))]
     return leaves, edges.receivers.to(DEVICE), mara.points.to(DEVICE, dtype)
@@ -249,7 +249,7 @@ def test_the_attention_role_reaches_the_gate():
 def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     model, (features, positions) = random_mara(5, GRIDS[6], 8), system(4)
     expected = model(features, edges_of(positions))
-    monkeypatch.setattr(triton_gate, "_PASSED", {})
+    monkeypatch.setattr(checked, "_OPERATORS", FirstUse())
     monkeypatch.setattr(mara_gpu, "pool_on_sphere", lambda *given: 1.001 * pool_on_sphere(*given))
     with on_every_device():
         with pytest.warns(UserWarning, match=r"MARA \(float64 float64, 1 heads, 6 points, distance\) differ"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="kernels for GPUs need triton, which PyTorch brings with CUDA only")
 
-from test_hosts import STATISTICS
-
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
-from steradian.execution import kernel_choice as choice
-from steradian.execution.padding import Buckets, Sizes
-from steradian.execution.runner import Runner
+from steradian.execution.backend_benchmark import benchmark_backends
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
-from steradian.polynomials import gate, triton_run, use_backend
-from steradian.polynomials import triton_ops as polynomial_ops
+from steradian.polynomials import triton as polynomial_ops
+from steradian.polynomials import use_backend
+from tests.systems import NO_REFERENCES as STATISTICS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp=[4])
@@ -34,7 +29,6 @@ HOST = MACEConfig(num_channels=2, l_max=1, hidden_l=1, correlation=2, radial_mlp
 def _unchecked(monkeypatch):
     """The check of every polynomial has tests of its own."""
     monkeypatch.setattr("steradian.polynomials.passes", lambda *_: True)
-    assert gate.TOLERANCE
 
 
 def model(precision="float64", gated=False):
@@ -59,10 +53,10 @@ def batch():
 @pytest.mark.parametrize("gated", [False, True], ids=["mace", "mace-mara"])
 def test_training_step_equals_the_reference(gated, monkeypatch):
     ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
+    run = polynomial_ops.run_program
+    monkeypatch.setattr(polynomial_ops, "run_program", lambda *given: ran.append(1) or run(*given))
     potential, graph = model(gated=gated), batch()
-    found = choice.choose_backend(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
+    found = benchmark_backends(potential, graph, training=True, candidates=["triton"], timer=lambda *_: 1.0)
     assert not found.refused
     assert found.errors["triton"] < 1e-12
     assert len(ran) > 10
@@ -90,26 +84,3 @@ def test_programs_of_a_model_have_names_that_do_not_depend_on_the_process():
     program = polynomial_ops._PROGRAMS.pop(derived)
     again = polynomial_ops.program_named(derived)  # as in a process that loads a compiled graph
     assert again.nodes == program.nodes
-
-
-def test_a_compiled_step_follows_its_batches(monkeypatch):
-    """The traced graph holds the operations, not the numbers, of the batch it was traced with."""
-    ran = []
-    run = triton_run.run_program
-    monkeypatch.setattr(triton_run, "run_program", lambda *given: ran.append(1) or run(*given))
-    potential = model().eval()
-    monkeypatch.setattr(
-        "steradian.execution.runner.kernels_of", lambda device: nullcontext()
-    )  # not plain PyTorch on a CPU
-    runner = Runner(potential, "compile", backend="trace", buckets=Buckets(exact=(Sizes(6, 40, 2),)))
-    with use_backend("triton"):
-        for shift in (0.0, 0.3):
-            graph = batch()
-            graph = replace(graph, positions=graph.positions * (1 + shift))
-            ran.clear()
-            found = runner(graph)
-            assert len(ran) > 5
-            with use_backend("reference"):
-                truth = potential(graph)
-            assert float((found.forces - truth.forces).abs().max()) < 1e-12 * float(truth.forces.abs().max())
-    assert runner.reason is None

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steradian.compiler.capture import static_step
 from steradian.config import LossConfig
-from steradian.execution.buffers import tensors_of, with_tensors
 from steradian.execution.dataset import DeviceData
 from steradian.execution.padding import Buckets, Sizes, pad_graph
 from steradian.graph import Graph
 from steradian.graph.neighbors import make_graph
-from steradian.graph.pairs import with_pairs
 from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 #: Operators whose result or shape depends on values, so that a GPU has to be waited for.
 WAITING = (
@@ -67,23 +60,21 @@ class NoQuestions(TorchDispatchMode):
 
 @contextmanager
 def watched() -> Iterator[None]:
-    with use_backend("reference"), static_step(), NoQuestions():
+    with use_backend("reference"), NoQuestions():
         yield
 
 
 def fresh(graph: Graph) -> Graph:
     """The same graph in new tensors, for which nothing has been kept."""
-    return with_tensors(graph, {name: value.clone() for name, value in tensors_of(graph).items()})
+    return graph.mapped(lambda value: value.clone())
 
 
 def prepared(host: str, operator: str, periodic: bool) -> tuple[Any, Graph]:
     potential = cases.potential(host, operator)
     structures = [cases.ethanol(0), cases.crystal(), cases.ethanol(2)] if periodic else [cases.ethanol(0)] * 2
-    graph = with_pairs(cases.batch(*structures))
+    graph = cases.batch(*structures)
     graph = replace(
         graph,
-        periodic=periodic,
-        layout=tuple(graph.atoms_per_system.tolist()),
         energy=torch.zeros(graph.num_systems, dtype=torch.float64),
         forces=torch.zeros_like(graph.positions),
         stress=torch.zeros_like(graph.cell),
@@ -102,7 +93,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("host", "operator"), COMBINATIONS)
 def test_energy_forces_and_stress(host: str, operator: str) -> None:
     potential, graph = prepared(host, operator, periodic="efa" not in operator and operator != "both")
-    with use_backend("reference"), static_step():
+    with use_backend("reference"):
         potential(graph, stress=True)  # tables of constants are made on first use
     graph = fresh(graph)
     with watched():
@@ -119,7 +110,7 @@ def test_training_step(host: str, operator: str) -> None:
     def step() -> Any:
         return torch.autograd.grad(loss(potential(graph), graph).total, parameters, allow_unused=True)
 
-    with use_backend("reference"), static_step():
+    with use_backend("reference"):
         step()
     graph = fresh(graph)
     with watched():
@@ -131,7 +122,7 @@ def test_training_step(host: str, operator: str) -> None:
 def test_inference_with_frozen_weights_and_tables(host: str) -> None:
     potential, graph = prepared(host, "none", periodic=True)
     potential.for_inference()
-    with use_backend("reference"), static_step():
+    with use_backend("reference"):
         potential(graph)
     graph = fresh(graph)
     with watched():
@@ -142,12 +133,14 @@ def test_composition_saves_the_product_with_all_elements() -> None:
     """Where the atoms of each element are counted beforehand, maps per element run element by element."""
     potential, graph = prepared("mace", "none", periodic=True)
     counts = tuple((number, int((graph.numbers == number).sum())) for number in (1, 6, 8))
-    with use_backend("reference"), static_step():
+    with use_backend("reference"):
         expected = potential(graph)
-        potential(replace(graph, composition=counts))
+    graph.topology.composition = counts
+    with use_backend("reference"):
+        potential(fresh(graph))
     graph = fresh(graph)
     with watched():
-        found = potential(replace(graph, composition=counts))
+        found = potential(graph)
     assert torch.allclose(found.forces, expected.forces, rtol=1e-10, atol=1e-12)
 
 
@@ -160,7 +153,7 @@ def test_gathering_a_batch_from_the_device() -> None:
     frames, layout = data.indices([2, 0], sizes), data.layout([2, 0], sizes)
     with watched():
         graph = data.batch(frames, sizes, layout)
-    assert graph.pairs is not None
+    assert graph.topology.pairs is not None
     assert int(graph.real.sum()) == 2
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from steradian.compiler.capture import static_step
 from steradian.config import LossConfig
-from steradian.execution.padding import Buckets, Sizes, ghost_edges, pad_graph, real_part
+from steradian.execution.padding import Buckets, Sizes, pad_graph, real_part
 from steradian.graph import Graph
-from steradian.graph.pairs import with_pairs
+from steradian.graph.ghosts import ghost_edges
 from steradian.polynomials import use_backend
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 SIZES = Sizes(29, 512, 5)  # five ghosts, an odd number
 CARBON = 6
@@ -66,14 +61,13 @@ def test_padded_step_equals_plain_one(host: str, operator: str) -> None:
     potential = cases.potential(host, operator)
     periodic = "efa" not in operator and operator != "both"
     graph = mixed() if periodic else molecules()
-    graph = replace(graph, periodic=graph.is_periodic)
     sizes = Sizes(29 if periodic else 23, graph.num_edges + 42, 5)
     padded = pad_graph(graph, sizes, number=CARBON, cutoff=potential.cutoff)
     loss = Loss(LossConfig(stress_weight=1.0))
     parameters = [parameter for parameter in potential.train().parameters() if parameter.requires_grad]
     results = []
     for given in (graph, padded):
-        with use_backend("reference"), static_step() if given is padded else torch.enable_grad():
+        with use_backend("reference"):
             prediction = potential(given, forces=True, stress=True)
             total = loss(prediction, given).total
             results.append((prediction, total, torch.autograd.grad(total, parameters, allow_unused=True)))
@@ -95,7 +89,7 @@ def test_padded_step_equals_plain_one(host: str, operator: str) -> None:
 
 
 def test_ghosts_do_not_touch_real_atoms_and_receivers_ascend() -> None:
-    graph = with_pairs(mixed())
+    graph = mixed()
     padded = pad_graph(graph, SIZES, number=CARBON, cutoff=3.5)
     assert Sizes.of(padded) == SIZES
     added = slice(graph.num_edges, None)
@@ -111,27 +105,30 @@ def test_ghosts_do_not_touch_real_atoms_and_receivers_ascend() -> None:
 
 
 def test_pairs_of_a_padded_graph_are_two_edges_of_one_length() -> None:
-    graph = with_pairs(mixed())
+    graph = mixed()
     padded = pad_graph(graph, SIZES, number=CARBON, cutoff=3.5)
-    assert padded.pairs is not None
-    assert len(padded.pairs.first) == SIZES.edges // 2
-    counts = torch.bincount(padded.pairs.of_edge, minlength=SIZES.edges // 2)
+    assert padded.topology.pairs is not None
+    assert len(padded.topology.pairs.first) == SIZES.edges // 2
+    counts = torch.bincount(padded.topology.pairs.of_edge, minlength=SIZES.edges // 2)
     assert (counts == 2).all()
     potential = cases.potential()
-    with use_backend("reference"), static_step():
-        shared, plain = (potential(given) for given in (padded, replace(padded, pairs=None)))
+    with use_backend("reference"):
+        shared, plain = (potential(given) for given in (padded, cases.without_pairs(padded)))
     close(shared.energy, plain.energy)
     close(shared.forces, plain.forces)
 
 
 def test_template_of_full_length_fills_any_list() -> None:
     graph = molecules()
-    senders, receivers = ghost_edges(graph.num_atoms, SIZES)
     place = torch.arange(SIZES.edges)
+    ghosts = SIZES.atoms - graph.num_atoms
+    receivers, senders = ghost_edges(place - graph.num_edges, SIZES.edges - graph.num_edges, ghosts)
     kept = torch.cat([graph.receivers, graph.receivers.new_zeros(SIZES.edges - graph.num_edges)])
-    joined = torch.where(place < graph.num_edges, kept, receivers)
+    joined = torch.where(place < graph.num_edges, kept, graph.num_atoms + receivers)
     assert (joined.diff() >= 0).all()
+    assert set(receivers[graph.num_edges :].tolist()) == set(range(ghosts))
     assert int((senders - receivers).abs().max()) == 1
+    assert int(receivers.max()) < ghosts
 
 
 def test_too_small_sizes_are_refused() -> None:

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import steradian.hosts.base
-import steradian.hosts.visnet
 from steradian.build import build_potential
 from steradian.config import MACEConfig, MARAConfig, ModelConfig, NequIPConfig, ViSNetConfig
-from steradian.data.statistics import DatasetStatistics
 from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph
-from steradian.graph.pairs import pairs_of
 from steradian.graph.structures import Structure
+from steradian.graph.topology import Topology
+from tests.systems import made_up
 
 CUTOFF = 3.5
 HOSTS = {
@@ -24,10 +22,7 @@ HOSTS = {
     "nequip": NequIPConfig(num_layers=3, num_channels=4, l_max=1, cutoff_A=CUTOFF, radial_mlp=[8]),
     "visnet": ViSNetConfig(num_layers=4, num_channels=16, num_heads=2, cutoff_A=CUTOFF, radial={"num": 8}, vertex=True),
 }
-STATISTICS = DatasetStatistics(
-    elements=(1, 6, 8), atom_references={1: 0.0, 6: 0.0, 8: 0.0}, avg_num_neighbors=6.0, energy_shift=0.0,
-    force_rms=1.0, energy_std=1.0, num_frames=1, reference_report="made up",
-)  # fmt: skip
+STATISTICS = made_up({1: 0.0, 6: 0.0, 8: 0.0}, avg_num_neighbors=6.0)
 
 
 def molecule(seed=0):
@@ -45,7 +40,7 @@ def crystal():
 
 @pytest.mark.parametrize("graph", [molecule(), crystal(), batch_graphs([molecule(1), crystal(), molecule(2)])])
 def test_every_pair_is_an_edge_and_its_opposite(graph):
-    pairs = pairs_of(graph)
+    pairs = graph.prepared().pairs
     assert len(pairs.first) * 2 == graph.num_edges
     assert torch.equal(torch.bincount(pairs.of_edge), torch.full((len(pairs.first),), 2))
     assert torch.equal(pairs.of_edge[pairs.first], torch.arange(len(pairs.first)))
@@ -63,18 +58,18 @@ def test_a_one_sided_list_has_no_pairs_and_a_mixed_one_pairs_of_one_edge():
         names = ("senders", "receivers", "shifts")
         return replace(graph, **{name: getattr(graph, name)[mask] for name in names})
 
-    assert pairs_of(kept(graph.senders < graph.receivers)) is None
+    assert kept(graph.senders < graph.receivers).prepared().pairs is None
     mixed = kept((graph.senders < graph.receivers) | (torch.arange(graph.num_edges) % 5 > 0))
-    pairs = pairs_of(mixed)
+    pairs = mixed.prepared().pairs
     assert sorted(set(torch.bincount(pairs.of_edge).tolist())) == [1, 2]
 
 
 def test_another_list_with_the_same_senders_is_not_mistaken():
     graph = molecule()
-    first = pairs_of(graph)
-    assert pairs_of(graph) is first
+    first = graph.prepared().pairs
+    assert graph.prepared().pairs is first
     other = replace(graph, shifts=torch.ones_like(graph.shifts))
-    assert pairs_of(other) is None  # no edge has an opposite any more
+    assert other.prepared().pairs is None  # no edge has an opposite any more
 
 
 @pytest.mark.parametrize("gate", ["none", "mara"])
@@ -85,9 +80,9 @@ def test_hosts_give_the_same_numbers_without_pairs(name, gate, training, monkeyp
     potential = build_potential(
         ModelConfig(host=HOSTS[name], precision="float64", **sections), STATISTICS, seed=1
     ).train(training)
-    graph = batch_graphs([molecule(3), crystal()])
 
     def numbers():
+        graph = batch_graphs([molecule(3), crystal()])
         found = potential(graph, stress=True)
         if not training:
             return [found.energy, found.forces, found.stress]
@@ -95,8 +90,7 @@ def test_hosts_give_the_same_numbers_without_pairs(name, gate, training, monkeyp
         return list(torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True))
 
     together = numbers()
-    for module in (steradian.hosts.base, steradian.hosts.visnet):
-        monkeypatch.setattr(module, "pairs_of", lambda graph: None)
+    monkeypatch.setattr(Topology, "pairs", None)
     for one, other in zip(together, numbers()):
         assert (one is None) == (other is None)
         if one is not None:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from test_precision import potential
 
 from steradian.build import save_potential
 from steradian.graph.structures import Structure
 from steradian.studies.precision import PrecisionRow, PrecisionStudy, StudySettings, precision_study
+from tests.unit.precision_cases import potential
 
 SMALL = StudySettings(max_structures=3, md_steps=20, repeats=2, presets=("float64", "float32", "mixed"))
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import ConfigError
-from steradian.training import scaling
-from steradian.training.fit import fit
-from steradian.training.keeper import RunKeeper
-from steradian.training.module import DivergenceError
-from steradian.training.progressive import order_at, set_order, start_progressive
+from steradian.training import optimisation
+from steradian.training.loop import DivergenceError, Loop
+from steradian.training.optimisation import order_at, set_order, start_progressive
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
+from tests.unit.precision_cases import STATISTICS, graph, potential
+from tests.unit.training_cases import toy_config, toy_file
 
 EPOCHS = 4
 
@@ -42,7 +42,7 @@ def train(folder: Path, name: str, *overrides: str) -> RunDirectory:
 def start_at(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start from another scale of the loss."""
     made = torch.amp.GradScaler
-    monkeypatch.setattr(scaling.torch.amp, "GradScaler", lambda device, init_scale: made(device, init_scale=scale))
+    monkeypatch.setattr(optimisation.torch.amp, "GradScaler", lambda device, init_scale: made(device, init_scale=scale))
 
 
 @pytest.mark.parametrize("preset", ["float32", "mixed", "half", "tf32", "float64"])
@@ -74,7 +74,7 @@ def test_steps_that_overflow_are_left_out_and_counted(folder, monkeypatch):
 
 
 def test_gradients_that_always_overflow_are_an_error(folder, monkeypatch):
-    monkeypatch.setattr(scaling, "SMALLEST", 2.0**39)
+    monkeypatch.setattr(optimisation, "SMALLEST", 2.0**39)
     start_at(2.0**40, monkeypatch)
     with pytest.raises(DivergenceError, match="overflow in float16 whatever the scale"):
         train(folder, "diverged", "model.precision=half")
@@ -86,17 +86,17 @@ def test_gradients_that_always_overflow_are_an_error(folder, monkeypatch):
 def test_resumed_runs_end_with_the_same_bits(folder, extra, monkeypatch):
     name = "resumed_" + str(len(extra))
     whole = train(folder, name + "_whole", *extra)
-    save = RunKeeper.save
+    save = Loop.save
 
-    def save_and_stop(self, trainer, module):
-        save(self, trainer, module)
+    def save_and_stop(self):
+        save(self)
         if self.position.step == 9:
             self.request.receive(15, None)
 
-    monkeypatch.setattr(RunKeeper, "save", save_and_stop)
+    monkeypatch.setattr(Loop, "save", save_and_stop)
     part = train(folder, name, *extra)
     assert read_state(part.state)["position"]["step"] < read_state(whole.state)["position"]["step"]
-    monkeypatch.setattr(RunKeeper, "save", save)
+    monkeypatch.setattr(Loop, "save", save)
     config = toy_config(folder, name, "model.edge_gate={kind: none}", *extra)
     fit(config, resume=part.path, progress=False)
     one, other = (read_state(directory.state) for directory in (whole, part))
@@ -112,8 +112,6 @@ def test_orders_come_in_on_the_schedule():
 
 
 def test_raising_the_order_leaves_the_function_and_then_it_learns(folder):
-    from test_precision import STATISTICS, graph, potential
-
     model = potential("mace", "float64")
     full = model(graph()).forces
     start_progressive(model.host)

@@ -15,23 +15,23 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
-from training_cases import toy_config, toy_file, toy_frames
 
-from steradian.build import load_potential
+from steradian.build import build_potential, load_potential
 from steradian.config import ConfigError, LossConfig, OptimizerConfig, RunConfig, ScheduleConfig, load_config
 from steradian.data.load import load_dataset
 from steradian.evaluation.metrics import METRICS, ErrorAccumulator
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.ema import MovingAverage
-from steradian.training.fit import fit
+from steradian.graph.structures import Structure
+from steradian.potential import Potential
+from steradian.training.loop import DivergenceError, Steps
 from steradian.training.losses import Loss, MissingLabelError, labels_in_use
-from steradian.training.module import DivergenceError, TrainingModule
-from steradian.training.optimizers import make_optimizer, parameter_groups
-from steradian.training.plan import check_monitor
+from steradian.training.optimisation import LearningRate, MovingAverage, make_optimizer, parameter_groups
+from steradian.training.prepare import check_monitor
 from steradian.training.record import RunDirectory
-from steradian.training.schedules import LearningRate
+from steradian.training.run import fit
 from steradian.training.state import random_state, read_state, restore_random_state, write_state
+from tests.unit.training_cases import toy_config, toy_file, toy_frames
 
 
 def two_systems(**labels: Any) -> Graph:
@@ -180,7 +180,21 @@ def rows_of(directory: RunDirectory) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def errors_of(potential: Potential, frames: list[Structure]) -> dict[str, float]:
+    graphs = GraphDataset(frames, potential.cutoff)
+    graph = batch_graphs([graphs[index] for index in range(len(graphs))])
+    errors = ErrorAccumulator()
+    errors.update(potential.eval()(graph), graph)
+    return errors.compute()
+
+
 def test_run_learns_and_records(folder: Path) -> None:
+    """One of the twenty training frames, with two atoms that nearly touch (34 eV/Å), carries most of the squared loss.
+
+    The loss of a single epoch therefore goes up and down by a factor of ten while the step is large; what the run has
+    learned is seen in the errors of its model against those before training, and in the middle one of the last losses.
+    Over five seeds the force errors fall to 0.03-0.08 (validation) and 0.03-0.14 (training) of the start.
+    """
     config = toy_config(
         folder, "learns", "training.max_epochs=25", "model.edge_gate.dropout=0.0", "training.validate_every=4"
     )
@@ -188,7 +202,15 @@ def test_run_learns_and_records(folder: Path) -> None:
     directory = RunDirectory(result.run_dir)
     rows = rows_of(directory)
     assert [int(row["epoch"]) for row in rows] == [4, 8, 12, 16, 20, 24, 25], "the last epoch is always validated"
-    assert float(rows[-1]["train/loss"]) < 0.2 * float(rows[0]["train/loss"])
+    losses = [float(row["train/loss"]) for row in rows]
+    assert sorted(losses[-3:])[1] < 0.2 * losses[0]
+    dataset = load_dataset(config.data)
+    trained = load_potential(directory.model)
+    start = build_potential(config.model, trained.statistics, seed=config.training.seed)
+    for frames, share in ((dataset.validation, 0.15), (dataset.train, 0.25)):
+        before, after = errors_of(start, frames), errors_of(trained, frames)
+        assert after["forces_mae"] < share * before["forces_mae"]
+        assert after["energy_mae"] < share * before["energy_mae"]
     assert {name for name in rows[0] if name.startswith("validation/")} == {
         f"validation/{name}" for name in METRICS if not name.startswith("stress")
     }
@@ -204,12 +226,9 @@ def test_best_model_has_averaged_weights_and_the_reported_figures(folder: Path) 
     values = [float(row[config.training.monitor]) for row in rows_of(directory)]
     assert result.metrics[config.training.monitor] == pytest.approx(min(values), rel=1e-6)
     potential = load_potential(directory.model)
-    frames = GraphDataset(load_dataset(config.data).validation, potential.cutoff)
-    graph = batch_graphs([frames[index] for index in range(len(frames))])
-    errors = ErrorAccumulator()
-    errors.update(potential(graph), graph)
-    for name, value in errors.compute("validation/").items():
-        assert result.metrics[name] == pytest.approx(value, rel=1e-4), name
+    found = errors_of(potential, load_dataset(config.data).validation)
+    for name, value in found.items():
+        assert result.metrics[f"validation/{name}"] == pytest.approx(value, rel=1e-4), name
     state = read_state(directory.state)
     raw = [state["weights"][name] for name, _ in potential.named_parameters()]
     assert any(not torch.equal(one, other) for one, other in zip(raw, state["average"]["averages"]))
@@ -233,14 +252,14 @@ def test_early_stopping_on_a_tail(folder: Path) -> None:
 
 def test_divergence_names_frames_and_keeps_the_last_good_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = toy_config(folder, "diverges")
-    step = TrainingModule.training_step
+    accumulate = Steps.accumulate
 
-    def broken(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+    def broken(self: Steps, batch: Any, first: bool = True) -> None:
         if self.step == 5:
             batch = replace(batch, graph=replace(batch.graph, energy=batch.graph.energy * math.nan))
-        return step(self, batch, batch_idx)
+        accumulate(self, batch, first)
 
-    monkeypatch.setattr(TrainingModule, "training_step", broken)
+    monkeypatch.setattr(Steps, "accumulate", broken)
     with pytest.raises(
         DivergenceError, match=r"the loss is nan at step 6, in training frames .*toy\.xyz:\d+"
     ) as caught:
@@ -291,7 +310,6 @@ def test_unknown_metric_is_refused_before_anything_is_read() -> None:
 
 
 def test_missing_logger_is_one_line(folder: Path) -> None:
-    pytest.importorskip("lightning")
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from steradian.build import build_potential
-from steradian.compiler.capture import static_step
-from steradian.config import LossConfig, MACEConfig, ModelConfig
+from steradian.config import LossConfig
 from steradian.execution.buffers import tensors_of
 from steradian.execution.dataset import DeviceData
 from steradian.execution.graphs import Repeater
 from steradian.execution.padding import Buckets, Sizes, pad_graph
-from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
+from steradian.execution.steps import GradientStep, PredictionStep, Steps, with_gradients
 from steradian.graph import Graph, batch_graphs
 from steradian.graph.neighbors import make_graph
-from steradian.graph.pairs import with_pairs
 from steradian.graph.structures import Structure
 from steradian.polynomials import use_backend
 from steradian.potential import Potential
 from steradian.training.losses import Loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-import cases
+from tests import cases
 
 
 def frames(periodic: bool = True) -> list[Graph]:
@@ -55,34 +48,33 @@ def frames(periodic: bool = True) -> list[Graph]:
 def test_gathered_batches_are_the_padded_ones(chosen: list[int], pairs: bool) -> None:
     graphs = frames()
     data = DeviceData(graphs, "cpu", number=6, cutoff=cases.CUTOFF, pairs=pairs)
-    listed = [with_pairs(graphs[index]) if pairs else graphs[index] for index in chosen]
-    expected = batch_graphs([replace(graph, pairs=None) for graph in listed])
+    expected = batch_graphs([graphs[index] for index in chosen])
     sizes = Buckets().choose(data.sizes(chosen))
     assert data.sizes(chosen) == Sizes.of(expected)
-    with static_step():
-        found = data.batch(data.indices(chosen, sizes), sizes, data.layout(chosen, sizes))
+    found = data.batch(data.indices(chosen, sizes), sizes, data.layout(chosen, sizes))
     expected = pad_graph(replace(expected, config_type=()), sizes, number=6, cutoff=cases.CUTOFF)
-    assert found.pairs is not None or not pairs
-    for name, value in tensors_of(replace(found, pairs=None)).items():
+    listed = found.topology.pairs
+    assert listed is not None or not pairs
+    for name, value in tensors_of(cases.without_pairs(found)).items():
         assert torch.equal(value, tensors_of(expected)[name]), name
         assert value.dtype == tensors_of(expected)[name].dtype, name
-    assert found.layout == tuple(found.atoms_per_system.tolist())
-    if found.pairs is not None:
+    assert found.topology.sizes == tuple(found.atoms_per_system.tolist())
+    if listed is not None:
         lengths = found.positions[found.senders] - found.positions[found.receivers]
-        same = found.pairs.first.index_select(0, found.pairs.of_edge)
+        same = listed.first.index_select(0, listed.of_edge)
         if not found.shifts.any():
             assert torch.allclose(lengths.norm(dim=1), lengths.norm(dim=1)[same])
-        assert (torch.bincount(found.pairs.of_edge, minlength=sizes.edges // 2) == 2).all()
-        assert torch.equal(found.pairs.of_edge[found.pairs.first], torch.arange(sizes.edges // 2))
+        assert (torch.bincount(listed.of_edge, minlength=sizes.edges // 2) == 2).all()
+        assert torch.equal(listed.of_edge[listed.first], torch.arange(sizes.edges // 2))
 
 
 def test_pairs_of_gathered_crystals_give_the_same_energies() -> None:
     data = DeviceData(frames(), "cpu", number=6, cutoff=cases.CUTOFF)
     potential = cases.potential()
     sizes = Buckets().choose(data.sizes([1, 3, 0]))
-    with use_backend("reference"), static_step():
+    with use_backend("reference"):
         graph = data.batch(data.indices([1, 3, 0], sizes), sizes)
-        shared, plain = (potential(each) for each in (graph, replace(graph, pairs=None)))
+        shared, plain = (potential(each) for each in (graph, cases.without_pairs(graph)))
     assert torch.allclose(shared.forces, plain.forces, rtol=0, atol=1e-11)
 
 
@@ -96,12 +88,10 @@ def test_labels_of_some_frames_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-def training_steps(
-    potential: Potential, data: DeviceData | None, mode: str = "cuda_graph", **options: Any
-) -> BatchSteps:
+def training_steps(potential: Potential, data: DeviceData | None, mode: str = "cuda_graph", **options: Any) -> Steps:
     loss = Loss(LossConfig())
     step = GradientStep(potential, lambda found, graph: loss(found, graph).total, forces=True, stress=False)
-    return BatchSteps(step, data, mode, **options)
+    return Steps(step, mode, data=data, **options)
 
 
 def plain(potential: Potential, graph: Graph) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -142,7 +132,7 @@ def test_recorded_steps_give_the_plain_gradients(host: str, operator: str, on_de
         optimizer.step()
         optimizer.zero_grad()
     assert steps.reason is None
-    assert steps._steps.made <= 4
+    assert steps.made <= 4
 
 
 def test_attention_between_all_atoms_has_a_step_per_list_of_systems() -> None:
@@ -152,7 +142,7 @@ def test_attention_between_all_atoms_has_a_step_per_list_of_systems() -> None:
     steps = training_steps(potential, data, recorder=Repeater(), buckets=Buckets(exact=(Sizes(25, 400, 4),)))
     for chosen in ([0, 1], [1, 2], [0, 3], [2, 4]):
         assert_gradients(steps(chosen), plain(potential, batch_graphs([graphs[index] for index in chosen])))
-    assert steps._steps.made == 2
+    assert steps.made == 2
     assert steps.reason is None
 
 
@@ -192,23 +182,7 @@ def test_step_that_cannot_be_recorded_is_called(capsys: pytest.CaptureFixture[st
     assert "the training step cannot be recorded" in lines[0]
 
 
-def test_traced_training_step_holds_for_new_weights() -> None:
-    """Forward, forces, loss and double backward in one graph."""
-    host = MACEConfig(num_layers=1, num_channels=2, hidden_l=0, l_max=1, correlation=2, cutoff_A=3.5, radial_mlp=[4])
-    potential = build_potential(ModelConfig(host=host, precision="float64"), cases.STATISTICS, seed=1).train()
-    graphs = frames()
-    data = DeviceData(graphs, "cpu", number=6, cutoff=3.5)
-    steps = training_steps(potential, data, "compile", backend="trace", buckets=Buckets(exact=(Sizes(22, 600, 3),)))
-    for chosen in ([0, 3], [2, 1]):
-        assert_gradients(steps(chosen), plain(potential, batch_graphs([graphs[index] for index in chosen])))
-        with torch.no_grad():
-            for weight in potential.parameters():
-                weight.mul_(1.05)
-    assert steps.reason is None
-    assert steps._steps.made == 1
-
-
-def test_dropout_is_recorded_but_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropout_is_recorded() -> None:
     graphs = frames()
     potential = cases.potential("mace", "mara").train()
     for layer in potential.host.layers:
@@ -218,16 +192,13 @@ def test_dropout_is_recorded_but_not_compiled(capsys: pytest.CaptureFixture[str]
     first, second = (recorded([0, 1]).loss.clone() for _ in range(2))
     assert recorded.reason is None
     assert not torch.equal(first, second)
-    compiled = training_steps(potential, data, "compile", backend="trace")
-    compiled([0, 1])
-    assert "dropout" in capsys.readouterr().err
 
 
 def test_validation_step_gives_predictions_and_labels() -> None:
     graphs = frames()
     potential = cases.potential().eval()
     data = DeviceData(graphs, "cpu", number=6, cutoff=3.5)
-    steps = BatchSteps(PredictionStep(potential, forces=True, stress=True), data, "cuda_graph", recorder=Repeater())
+    steps = Steps(PredictionStep(potential, forces=True, stress=True), data=data, recorder=Repeater())
     for chosen in BATCHES:
         graph = batch_graphs([graphs[index] for index in chosen])
         expected = potential(graph, stress=True)

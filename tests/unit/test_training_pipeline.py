@@ -10,23 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import load_potential
 from steradian.config import ConfigError, RunConfig, TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.execution.graphs import Repeater
 from steradian.graph import Prediction
-from steradian.training import module as training_module
-from steradian.training import pipeline
-from steradian.training.fit import fit
-from steradian.training.keeper import RunKeeper
-from steradian.training.late import LateValues
-from steradian.training.module import DivergenceError
-from steradian.training.prefetch import prefetched, to_device
+from steradian.training import loop, pipeline
+from steradian.training.feeding import prefetched, to_device
+from steradian.training.loop import DivergenceError, Loop
+from steradian.training.machine import AsynchronousValues, training_device
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
-from steradian.training.trainer import training_device
+from tests.unit.training_cases import toy_config, toy_file
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +42,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Pipeline]:
         made.append(pipeline.make_pipeline(*arguments, recorder=Repeater()))
         return made[-1]
 
-    monkeypatch.setattr(training_module, "uses_pipeline", lambda config, device: True)
-    monkeypatch.setattr(training_module, "make_pipeline", make)
+    monkeypatch.setattr(loop, "uses_pipeline", lambda config, device: True)
+    monkeypatch.setattr(loop, "make_pipeline", make)
     return made
 
 
@@ -73,7 +70,7 @@ def test_prepared_run_trains_as_the_plain_one(
     assert recorded[0].on_device is fits
     for steps in (recorded[0]._train, recorded[0]._validation):
         assert steps.reason is None
-        assert 0 < steps._steps.made <= 3
+        assert 0 < steps.made <= 3
     expected, found = weights_of(plain), weights_of(result.run_dir)
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-7, atol=1e-9), name
@@ -88,14 +85,12 @@ def test_prepared_run_resumes_to_the_last_bit(
     config_of_part = config(folder, "part")
     stops = iter((2, 5))
     stop = next(stops)
-    original = RunKeeper._wish
+    original = Loop._due
 
-    def wish(self: RunKeeper, *arguments: Any, **options: Any) -> int:
-        if self.position.step >= stop:
-            return 3
-        return original(self, *arguments, **options)
+    def due(self: Loop, *arguments: Any) -> int:
+        return loop.SIGNAL if self.position.step >= stop else original(self, *arguments)
 
-    monkeypatch.setattr(RunKeeper, "_wish", wish)
+    monkeypatch.setattr(Loop, "_due", due)
     part = fit(config_of_part, progress=False)
     assert part.reason == "interrupted"
     stop = 10**9
@@ -116,27 +111,6 @@ def test_half_precision_scales_the_loss_of_prepared_steps(folder: Path, recorded
 def test_frames_that_diverge_are_named(folder: Path, recorded: list[Any]) -> None:
     with pytest.raises(DivergenceError, match=r"training frames .*toy\.xyz:\d+"):
         fit(config(folder, "diverges", "training.optimizer.learning_rate=1e200"), progress=False)
-
-
-def test_compiled_execution_is_asked_for_by_the_configuration(
-    folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from steradian.execution.steps import BatchSteps
-
-    made: list[BatchSteps] = []
-    original = BatchSteps.__init__
-
-    def quick(self: BatchSteps, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **{**options, "backend": "trace"})
-        made.append(self)
-
-    monkeypatch.setattr(BatchSteps, "__init__", quick)
-    small = ("model.host.num_layers=1", "model.host.num_channels=2", "model.host.correlation=1")
-    settings = ("model.edge_gate={kind: none}", "training.execution=compile", "training.max_epochs=1")
-    result = fit(config(folder, "compiled", *small, *settings), dry_run=True)
-    assert [steps.mode for steps in made] == ["compile", "compile"]
-    assert [steps.reason for steps in made] == [None, None]
-    assert result.steps == 2
 
 
 def test_device_of_a_run() -> None:
@@ -167,8 +141,8 @@ def test_errors_of_padded_batches_are_those_of_the_real_atoms() -> None:
     assert errors.arrays().force_error.shape == (3, 3)
 
 
-def test_late_values_arrive_in_order() -> None:
-    values: LateValues[str] = LateValues()
+def test_asynchronous_values_arrive_in_order() -> None:
+    values: AsynchronousValues[str] = AsynchronousValues()
     loss = torch.tensor(1.0)
     values.add(loss, "first")
     loss.fill_(2.0)
@@ -203,11 +177,8 @@ def test_leaving_early_ends_the_thread() -> None:
 
 
 def test_moved_graphs_know_pairs_and_periodicity() -> None:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-    import cases
+    from tests import cases
 
     graph = to_device(cases.batch(cases.ethanol(), cases.crystal()), torch.device("cpu"))
-    assert graph.periodic is True
-    assert graph.pairs is not None
+    assert graph.topology.is_periodic
+    assert graph.topology.pairs is not None

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import build_potential, load_potential
 from steradian.config import RunConfig, dump_config
@@ -20,9 +19,10 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.fit import fit
 from steradian.training.record import RunDirectory
+from steradian.training.run import fit
 from steradian.training.state import read_state
+from tests.unit.training_cases import toy_config, toy_file
 
 EXACT = (
     "model.edge_gate.dropout=0.0",
@@ -35,8 +35,19 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from steradian.config import load_config
-from steradian.training.fit import fit
-from steradian.training.trainer import end_processes
+from steradian.training.run import fit
+from steradian.training.machine import Process, end_processes
+import torch
+process = Process.present()
+process.join(torch.device("cpu"))
+transposed, lacking, idle = (torch.nn.Parameter(torch.zeros(3, 2).T if k == 0 else torch.zeros(2)) for k in range(3))
+transposed.grad = (process.rank + 1.0) * torch.arange(6.0).reshape(3, 2).T
+lacking.grad = None if process.first else torch.tensor([2.0, 4.0])
+process.average_gradients([transposed, lacking, idle])
+assert torch.equal(transposed.grad, 1.5 * torch.arange(6.0).reshape(3, 2).T)
+assert transposed.grad.stride() == transposed.stride()
+assert lacking.grad.tolist() == [1.0, 2.0]
+assert idle.grad is None
 for argument in sys.argv[1:]:
     config = load_config(argument.removeprefix("resume:"))
     fit(config, resume=config.output / config.name if argument.startswith("resume:") else None, progress=True)
@@ -97,11 +108,18 @@ def runs(folder: Path) -> dict[str, RunDirectory]:
     return {config.name: RunDirectory(config.output / config.name) for config in (even, uneven, stopped, whole)}
 
 
+def rows_of(directory: RunDirectory) -> list[dict[str, str]]:
+    with open(directory.metrics, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_gradients_are_averaged(folder: Path, runs: dict[str, RunDirectory]) -> None:
     """Two processes with batches of three make the steps of one process with batches of six."""
     config = toy_config(folder, "single", "data.split.train=18", "data.batch.graphs=6", *EXACT)
-    single = read_state(RunDirectory(fit(config, progress=False).run_dir).state)
-    double = read_state(runs["even"].state)
+    directory = RunDirectory(fit(config, progress=False).run_dir)
+    losses = [float(row["train/loss"]) for row in rows_of(directory)]
+    assert [float(row["train/loss"]) for row in rows_of(runs["even"])] == pytest.approx(losses, rel=1e-7)
+    single, double = read_state(directory.state), read_state(runs["even"].state)
     assert double["position"]["step"] == single["position"]["step"] == 6
     statistics = DatasetStatistics.from_dict(single["statistics"])
     start = dict(build_potential(config.model, statistics, seed=config.training.seed).named_parameters())

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import toy_config, toy_file
 
 from steradian.build import load_potential
 from steradian.config import dump_config
-from steradian.training.fit import fit
-from steradian.training.keeper import RunKeeper
+from steradian.training.loop import SIGNAL, Loop
 from steradian.training.record import RunDirectory, RunExistsError
+from steradian.training.run import fit
 from steradian.training.state import ResumeError, read_state
+from tests.unit.training_cases import toy_config, toy_file
 
 STEPS_PER_EPOCH = 4  # seven batches of three, two to a step
 
@@ -80,10 +80,10 @@ def test_stopped_and_resumed_equals_whole(
     directory = RunDirectory(config.output / config.name)
     for number, stop in enumerate(stops):
 
-        def wish(keeper: RunKeeper, trainer: object, interval: float = 0.0, *, stop: int = stop) -> int:
-            return 3 if keeper.position.step == stop else 0
+        def due(loop: Loop, interval: float = 0.0, *, stop: int = stop) -> int:
+            return SIGNAL if loop.position.step == stop else 0
 
-        monkeypatch.setattr(RunKeeper, "_wish", wish)
+        monkeypatch.setattr(Loop, "_due", due)
         result = fit(config, resume=directory.path if number else None, progress=False)
         assert (result.reason, result.steps) == ("interrupted", stop)
     monkeypatch.undo()
@@ -97,10 +97,10 @@ def test_random_state_matters(whole: RunDirectory, folder: Path, monkeypatch: py
     """The comparison can fail: without the generators' states the resumed run has other dropout."""
     config = toy_config(folder, "careless")
     directory = RunDirectory(config.output / config.name)
-    monkeypatch.setattr(RunKeeper, "_wish", lambda keeper, *_: 3 if keeper.position.step == 5 else 0)
+    monkeypatch.setattr(Loop, "_due", lambda loop, *_: SIGNAL if loop.position.step == 5 else 0)
     fit(config, progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr("steradian.training.keeper.restore_random_state", lambda state: None)
+    monkeypatch.setattr("steradian.training.loop.restore_random_state", lambda state: None)
     fit(config, resume=directory.path, progress=False)
     with pytest.raises(AssertionError):
         assert_same_run(whole, directory)

@@ -1,23 +1,23 @@
 """The command ``steradian``.
 
-No module of this folder imports torch, ASE or Lightning at load (commands import what they need when they run), so
+No module of this folder imports torch, NumPy or ASE at load (commands import what they need when they run), so
 ``steradian --help`` answers at once.
 """
 
 from __future__ import annotations
 
-import codecs
+import os
+import signal
 import sys
-import unicodedata
 
 import typer
 
 from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, precision, train
-from steradian.config.text import printable
+from steradian.cli.common import Stopped, plain, speak_any_encoding, stop_on_signals
 
 __all__ = ["app", "main"]
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_MISTAKE = 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,43 +55,27 @@ def options(
     """Machine-learned force fields with geometric attention."""
 
 
-PLAIN = {"Å": "A", "→": "->", "±": "+-", "×": "x", "α": "alpha", "σ": "sigma", "−": "-", "…": "...", "·": "."}
-
-
-def write_in_any_encoding() -> None:
-    """What the output's encoding lacks (cp1252, Latin-1, ASCII) is written in letters that it has, never an error."""
-
-    def plain(error: UnicodeError) -> tuple[str, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        letters = error.object[error.start : error.end]
-        bare = [unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() for letter in letters]
-        return "".join(PLAIN.get(letter, near or "?") for letter, near in zip(letters, bare)), error.end
-
-    codecs.register_error("steradian.plain", plain)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="steradian.plain")
-
-
 def main() -> None:
-    """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C exit code 130."""
-    write_in_any_encoding()
+    """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C and signals 128 + their number."""
+    speak_any_encoding()
+    stop_on_signals()
     if "--debug" in sys.argv[1:]:
         app()
         return
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
-    except MemoryError as error:
-        print(f"error: not enough memory ({printable(error)}): smaller batches, or a smaller model", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):
+        if Stopped.last is None:
+            raise
+        print(f"stopped by {signal.Signals(Stopped.last).name}", file=sys.stderr)
+        sys.exit(128 + Stopped.last)
+    except BrokenPipeError:  # whoever read the output has gone (steradian ... | head); nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except (ValueError, ImportError) as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        print(f"error: {plain(f'{where}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from steradian.config import ConfigError, RunConfig, load_config, parse_config
 __all__ = ["train"]
 
 EXIT_INTERRUPTED = 130
+READABLE = (".xyz", ".extxyz", ".npz", ".db", ".traj")
 
 
 def train(
@@ -20,7 +22,12 @@ def train(
         Path | None, typer.Argument(help="YAML file; without one, the defaults.", show_default=False)
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Train on this file (validation frames are split off).")
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            help="Train on this file, folder of files or 'pattern*.xyz'; may be given several times"
+            " (validation frames are split off).",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
     settings: Annotated[
@@ -40,9 +47,9 @@ def train(
     steradian train --resume runs/demo_mace
     """
     run = resolve(config, data, name, settings or [], resume)
-    from steradian.training.fit import fit
-    from steradian.training.progress import spell_seconds
-    from steradian.training.trainer import end_processes
+    from steradian.training.machine import end_processes
+    from steradian.training.report import spell_seconds
+    from steradian.training.run import fit
 
     result = fit(
         run,
@@ -60,33 +67,54 @@ def train(
 
 
 def resolve(
-    config: Path | None, data: Path | None, name: str | None, settings: list[str], resume: Path | None
+    config: Path | None, data: list[Path] | None, name: str | None, settings: list[str], resume: Path | None
 ) -> RunConfig:
-    """The configuration from a file, a data file or a run to go on with, and the overrides.
+    """The configuration from a file, data files or a run to go on with, and the overrides.
 
     Raises:
         ConfigError: with the way out.
     """
     if resume is not None:
-        if config is not None or data is not None or name is not None:
+        if config is not None or data or name is not None:
             raise ConfigError("--resume takes its configuration from the run; leave out CONFIG, --data and --name")
         stored = resume / "config.yaml"
         if not stored.is_file():
             raise ConfigError(f"{resume}: no run to resume there (it has no config.yaml)")
         return load_config(stored, settings)
-    if config is None and data is None:
+    if config is None and not data:
         raise ConfigError("give a configuration file, or --data FILE to train on your own frames with the defaults")
     overrides: list[str] = []
-    if data is not None:
-        if not data.exists():
-            raise ConfigError(f"{data}: no such file")
-        overrides.append(f"data.train={quoted(data)}")
-    if name is not None or (
-        config is None and not any(entry.partition("=")[0].strip() == "name" for entry in settings)
-    ):
-        overrides.append(f"name={quoted(name or data.stem)}")  # type: ignore[union-attr]
+    if data:
+        files = [file for path in data for file in data_files(path)]
+        several = ", ".join(quoted(file) for file in files)
+        overrides.append(f"data.train={several if len(files) == 1 else f'[{several}]'}")
+        if name is None and config is None and not any(entry.startswith("name=") for entry in settings):
+            name = (data[0] if data[0].exists() else files[0]).stem
+    if name is not None:
+        overrides.append(f"name={quoted(name)}")
     overrides += settings
     return parse_config({}, overrides, source="command line") if config is None else load_config(config, overrides)
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files that a path, a folder or a pattern means, in the order of their names.
+
+    Raises:
+        ConfigError: none.
+    """
+    if path.is_dir():
+        if next(path.rglob("type.raw"), None) is not None:
+            return [path]  # one DeePMD data set
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in READABLE)
+        if not found:
+            raise ConfigError(f"{path}: no data files in this folder ({', '.join(READABLE)} or DeePMD's type.raw)")
+        return found
+    if not path.exists():
+        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise ConfigError(f"{path}: no such file")
+        return found
+    return [path]
 
 
 def quoted(value: object) -> str:
@@ -119,7 +147,7 @@ def print_plan(rows: list[tuple[str, str]]) -> None:
 
 
 def print_result(result: Any, dry_run: bool, monitor: str, took: str) -> None:
-    from steradian.training.fit import closing_line
+    from steradian.training.run import closing_line
 
     if dry_run:
         typer.echo(f"dry run: {result.steps} steps and one validation batch took {took}; nothing was written")

@@ -139,8 +139,27 @@ class Lanes:
         number = struct.unpack("f", struct.pack("f", value))[0] if self.itemsize == 4 else value
         return Value(self, ir.Constant(self.vector, [ir.Constant(self.real, number)] * self.width))
 
+    def at(self, address: Any, kind: Any) -> Any:
+        """A pointer to what lies at an address."""
+        return self.b.inttoptr(address, kind.as_pointer())
+
+    def integer_at(self, base: Any, index: Any) -> Any:
+        """An int64 of a table."""
+        address = self.b.add(base, self.b.mul(self.integer(index), I64(8)))
+        return self.b.load(self.at(address, I64))
+
+    def prefetch(self, address: Any, count: int = 1) -> None:
+        """Have some vectors brought into the cache while other work goes on."""
+        byte = ir.IntType(8)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        for index in range(count):
+            place = self.at(self.b.add(address, I64(64 * index)), byte)
+            self.b.call(function, [place, I32(0), I32(3), I32(1)])  # to read, keep, data
+
     def splat(self, scalar: Any, kind: Any) -> Any:
-        undefined = ir.Constant(kind, ir.Undefined)
+        undefined = ir.Constant(kind, ir.Undefined)  # the pattern that LLVM knows as one broadcasting instruction
         one = self.b.insert_element(undefined, scalar, I32(0))
         return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, self.width), [0] * self.width))
 
@@ -150,11 +169,15 @@ class Lanes:
         address = b.add(base, b.mul(self.integer(index), I64(self.itemsize)))
         return Value(self, self.splat(b.load(b.inttoptr(address, self.real.as_pointer())), self.vector))
 
-    def intrinsic(self, name: str, *values: Value) -> Value:
+    def intrinsic(self, name: str, *values: Value, flags: tuple[str, ...] = FLAGS) -> Value:
         full = f"llvm.{name}.v{self.width}f{8 * self.itemsize}"
         kind = ir.FunctionType(self.vector, [self.vector] * len(values))
         function = self.module.globals.get(full) or ir.Function(self.module, kind, name=full)
-        return Value(self, self.b.call(function, [value.ir for value in values], fastmath=FLAGS))
+        return Value(self, self.b.call(function, [value.ir for value in values], fastmath=flags))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a b + c, rounded once and never rearranged."""
+        return self.intrinsic("fma", a, b, c, flags=())
 
     def exp2(self, x: Value) -> Value:
         """2^x for x <= 0; what is negligible against one (below 2^-100, 2^-700) is rounded up to that."""
@@ -167,6 +190,7 @@ class Lanes:
             total = total * rest + coefficient
         b = self.b
         shift = ir.Constant(self.whole, [23 if self.itemsize == 4 else 52] * self.width)
+        # 2^n is n added to the exponent, which lies above the mantissa's 23 (52) bits
         power = b.shl(b.fptosi(nearest.ir, self.whole), shift)
         return Value(self, b.bitcast(b.add(b.bitcast(total.ir, self.whole), power), self.vector))
 

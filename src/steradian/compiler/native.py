@@ -1,7 +1,10 @@
 """Machine code: made by LLVM on first use, kept on disk, loaded by later processes.
 
-The cache is ``$STERADIAN_CACHE`` or ``~/.cache/steradian``; a file is written whole or not at all, and carries its own
-checksum. Where it cannot be written, code is made anew in every process.
+Code is keyed by what it is made of: the text of every module of this package that its maker imports, the arguments of
+the maker, and the processor. So changed makers make new code, and nobody has to remember to say so. The cache is
+``$STERADIAN_CACHE`` or ``~/.cache/steradian``, or a private folder among the system's temporary files where that cannot
+be written. What is read from it will be executed, so a file counts only if this user (or root) alone can have written
+it; it is written whole or not at all, and carries a checksum over its key and its content.
 """
 
 from __future__ import annotations
@@ -9,74 +12,216 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
+import re
+import stat
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from steradian.compiler.allocator import keep_freed_memory
-from steradian.polynomials.program import Program, needed_in_order
 
-__all__ = ["cache_folder", "compiled", "compiled_text"]
+__all__ = ["Code", "cache_folder", "code_of", "function_of", "is_in_use"]
 
-#: Part of what identifies code in the cache: to be raised with every change of its makers.
-VERSION = 4
 #: Name of the function in every module.
 FUNCTION = "run"
 #: Seconds of work after which the user is told.
 WORTH_A_LINE = 1.0
-_LOCK = threading.Lock()
-_FUNCTIONS: WeakKeyDictionary[Program, dict[tuple[int, int, tuple[bool, ...]], Callable]] = WeakKeyDictionary()
+#: Imports of this package in the text of a module, and what is imported from there, in brackets or on one line.
+IMPORT = re.compile(r"^\s*(?:from|import) +(steradian[.\w]*)(?: +import +(\([^)]*\)|[\w ,]*))?", re.MULTILINE)
+_LOCK = threading.RLock()
 _ENGINES: list[Any] = []
 _seconds = 0.0
 
 
+@dataclass
+class Code:
+    """A function in machine code.
+
+    Attributes:
+        call: takes int64 numbers, returns nothing.
+        new: made in this process, and not kept yet: nobody has seen what it computes.
+    """
+
+    call: Callable
+    key: str
+    content: bytes
+    new: bool
+
+    def keep(self) -> None:
+        """Keep new code for later processes."""
+        if self.new:
+            _write(self.key, self.content)
+            self.new, self.content = False, b""
+
+
+def function_of(name: str, maker: Callable[..., str], arguments: tuple, num_arguments: int) -> Callable:
+    """The function ``run`` of what a maker returns for arguments that ``repr`` describes; see :func:`code_of`."""
+    code = code_of(name, maker, arguments, num_arguments, repr(arguments))
+    code.keep()
+    return code.call
+
+
+def code_of(name: str, maker: Callable[..., str], arguments: tuple, num_arguments: int, description: str) -> Code:
+    """Machine code of a module in LLVM's language.
+
+    Args:
+        name: what it computes, for messages.
+        maker: returns the text, of a module with a function ``run`` of int64 arguments; not called where the code is at
+            hand.
+        arguments: of the maker.
+        num_arguments: of the function.
+        description: all that the text depends on besides the source of the maker.
+    """
+    with _LOCK:
+        key = key_of(maker, description)
+        known = _read(key)
+        content = _compile(name, lambda: maker(*arguments)) if known is None else known
+        call = _load(content, num_arguments)
+        return Code(call, key, content, True) if known is None else Code(call, key, b"", False)
+
+
+def is_in_use() -> bool:
+    """Whether this process has machine code."""
+    return bool(_ENGINES)
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def key_of(maker: Callable[..., str], description: str) -> str:
+    """What identifies code: its maker with all of its source, what it was asked for, LLVM, and the processor."""
+    _, target = _target()
+    whole = (target, maker.__module__, maker.__qualname__, source_of(maker.__module__), description)
+    return hashlib.sha256("\0".join(whole).encode()).hexdigest()
+
+
+@cache
+def source_of(module: str) -> str:
+    """A hash over the text of a module and of all modules of this package that it imports, directly or not."""
+    found: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = _text_of(name)
+            for parent, names in IMPORT.findall(found[name].decode("utf-8", "replace")):
+                # what is imported from a package may be a module
+                waiting += [parent, *(f"{parent}.{one}" for one in re.findall(r"\w+", names))]
+    whole = hashlib.sha256()
+    for name in sorted(found):
+        whole.update(hashlib.sha256(name.encode() + b"\0" + found[name]).digest())
+    return whole.hexdigest()
+
+
+def _text_of(module: str) -> bytes:
+    """The source of a module of this package; nothing for what is no module."""
+    try:
+        specification = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a name in a module that is no package
+        return b""
+    if specification is None or not specification.origin:
+        return b""
+    loader: Any = specification.loader
+    text: bytes = loader.get_data(specification.origin)  # from archives, too; compiled, where there is nothing else
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
 def cache_folder() -> Path:
-    """Where compiled programs are kept."""
+    """Where this user's code is kept; it need not exist.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
     chosen = os.environ.get("STERADIAN_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "steradian"
 
 
-def compiled(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> Callable:
-    """The function of a program (see :mod:`steradian.polynomials.codegen`), in float32 (4) or float64 (8),
-    with that many channels and with ``halves`` of its inputs and outputs in bfloat16 (empty: none)."""
-    key = (itemsize, channels, halves)
-    known = _FUNCTIONS.get(program, {}).get(key)
-    if known is not None:
-        return known
-    with _LOCK:
-        functions = _FUNCTIONS.setdefault(program, {})
-        if key not in functions:
-            functions[key] = _load(_program_code(program, itemsize, channels, halves), 9)
-        return functions[key]
+@cache
+def _folders(chosen: str | None) -> tuple[tuple[Path, ...], Path | None]:
+    """Folders that code is read from, and the one it is written to, for a value of ``STERADIAN_CACHE``."""
+    readable: tuple[Path, ...] = ()
+    try:
+        folder = cache_folder() / "kernels"
+        readable = (folder,)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return readable, folder
+        reason = f"{folder} cannot be written"
+    except OSError as error:
+        reason = f"{folder}: {error.strerror}"
+    except RuntimeError:
+        reason = "there is no home folder"
+    own = _private_folder()
+    where = "is made anew in every process" if own is None else f"is kept in {own}"
+    print(f"steradian: machine code {where} ({reason}; STERADIAN_CACHE names another place)", file=sys.stderr)
+    return (readable, None) if own is None else ((*readable, own), own)
 
 
-def _program_code(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> bytes:
-    from steradian.polynomials.codegen import module_of
+def _private_folder() -> Path | None:
+    """A folder of this user alone among the temporary files, which everybody can write to; None where another user was
+    first to take its name."""
+    user = os.getuid() if hasattr(os, "getuid") else "code"
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"steradian-{user}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = os.lstat(folder)
+        if stat.S_ISDIR(status.st_mode) and _is_ours(status):  # and no link to somewhere else
+            return folder
+    return None
 
-    names = ", ".join(slot.operand.name for slot in program.outputs)
-    stored = f" {''.join('fh'[half] for half in halves)}" if halves else ""
-    description = f"{itemsize} {channels}{stored} {_description(program)}"
-    return _object_code(names, description, lambda: module_of(program, itemsize, channels, halves))
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether nobody else can have written a file or folder, where the system knows owners."""
+    if not hasattr(os, "geteuid"):
+        return True
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def compiled_text(name: str, description: str, make: Callable[[], str], num_arguments: int) -> Callable:
-    """The function ``run`` of a module in LLVM's language, of int64 arguments.
+def _read(key: str) -> bytes | None:
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    for folder in _folders(os.environ.get("STERADIAN_CACHE"))[0]:
+        with contextlib.suppress(OSError):
+            with os.fdopen(os.open(folder / f"{key}.o", flags), "rb") as stream:
+                status = os.fstat(stream.fileno())
+                content = stream.read() if stat.S_ISREG(status.st_mode) and _is_ours(status) else b""
+            if content[:32] == _checksum(key, content[32:]):
+                return content[32:]
+    return None
 
-    Args:
-        name: what it computes, for messages.
-        description: everything the code depends on, the version of its maker included.
-        make: returns the text; not called where the code is at hand.
-        num_arguments: of the function.
-    """
-    with _LOCK:
-        return _load(_object_code(name, description, make), num_arguments)
+
+def _write(key: str, content: bytes) -> None:
+    """Write a file under a name that cannot be foreseen, and give it its own when it is complete."""
+    folder = _folders(os.environ.get("STERADIAN_CACHE"))[1]
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):  # a full disk, say: code is made again by the next process
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(_checksum(key, content) + content)
+            os.replace(temporary, folder / f"{key}.o")
+        except OSError:
+            os.unlink(temporary)
+
+
+def _checksum(key: str, content: bytes) -> bytes:
+    # with the key: a file under another file's name is not taken for it
+    return hashlib.sha256(key.encode() + content).digest()
+
+
+# ----------------------------------------------------------------------------------------------------------------- LLVM
 
 
 @cache
@@ -93,38 +238,7 @@ def _target() -> tuple[Any, str]:
     name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu=name, features=features, opt=2, reloc="pic", codemodel="small")
-    return machine, f"{VERSION} {llvmlite.__version__} {target.triple} {name} {features}"
-
-
-def _object_code(name: str, description: str, make: Callable[[], str]) -> bytes:
-    _, target = _target()
-    key = hashlib.sha256(f"{target} {description}".encode()).hexdigest()
-    path = cache_folder() / "kernels" / f"{key}.o"
-    with contextlib.suppress(OSError):
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return content[32:]
-    code = _compile(name, make)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(hashlib.sha256(code).digest() + code)
-        os.replace(temporary, path)
-    return code
-
-
-def _description(program: Program) -> str:
-    """Everything the code depends on."""
-    order = needed_in_order(program)
-    graph = program.graph
-    slots = [
-        (slot.operand.dim, slot.operand.has_channels, slot.index is None, slot.operand.read_once)
-        for slot in program.inputs
-    ]
-    targets = [(slot.operand.dim, slot.operand.has_channels, slot.index is None) for slot in program.outputs]
-    nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in order]
-    return repr((slots, targets, program.nodes, nodes))
+    return machine, f"{llvmlite.__version__} {target.triple} {name} {features}"
 
 
 def _compile(name: str, make: Callable[[], str]) -> bytes:
@@ -133,7 +247,7 @@ def _compile(name: str, make: Callable[[], str]) -> bytes:
     global _seconds
     started = time.perf_counter()
     machine, _ = _target()
-    code = machine.emit_object(llvm.parse_assembly(make()))
+    code: bytes = machine.emit_object(llvm.parse_assembly(make()))
     before, _seconds = _seconds, _seconds + time.perf_counter() - started
     if before < WORTH_A_LINE <= _seconds:
         print("steradian: making machine code for this model (once; kept for later runs)", file=sys.stderr)
@@ -146,7 +260,10 @@ def _load(code: bytes, num_arguments: int) -> Callable:
     import llvmlite.binding as llvm
 
     machine, _ = _target()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    # Code reads its constants at a distance of 32 bits. LLVM's own memory manager asks the system for code and for
+    # constants one after the other, and in a process with large libraries they may come to lie further apart, which
+    # ends it. llvmlite's takes one block for both.
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)  # the code lives as long as its engine

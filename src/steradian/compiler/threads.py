@@ -3,12 +3,16 @@
 PyTorch's OpenMP threads stay awake for a while after each of its own parallel loops. Threads of another pool would
 fight with them for the cores, so tasks are handed to the same ones, by way of the OpenMP library that is loaded
 already. Where that library cannot be found a pool of Python threads takes the tasks.
+
+A process made by ``fork`` gets a copy of the memory but not the threads, and OpenMP would wait for them for ever, in
+PyTorch's own loops as well as here. So such a process is told to use one thread, if kernels had been made before it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,51 +20,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from llvmlite import ir
+
+from steradian.compiler.lanes import I32, I64, Lanes
+from steradian.compiler.native import FUNCTION, function_of, is_in_use
 
 __all__ = ["run_tasks"]
 
-#: LLVM's text of what each thread runs: tasks thread, thread + threads, ... The table it is given holds the kernel, the
-#: functions that return the thread's number and the number of threads, the number of tasks, and each task's arguments.
-MEMBER = """
-define void @run(i64 %table) {{
-entry:
-  %p = inttoptr i64 %table to ptr
-  %kernel_place = getelementptr i64, ptr %p, i64 0
-  %kernel_address = load i64, ptr %kernel_place
-  %kernel = inttoptr i64 %kernel_address to ptr
-  %number_place = getelementptr i64, ptr %p, i64 1
-  %number_address = load i64, ptr %number_place
-  %number = inttoptr i64 %number_address to ptr
-  %threads_place = getelementptr i64, ptr %p, i64 2
-  %threads_address = load i64, ptr %threads_place
-  %threads = inttoptr i64 %threads_address to ptr
-  %tasks_place = getelementptr i64, ptr %p, i64 3
-  %tasks = load i64, ptr %tasks_place
-  %me32 = call i32 %number()
-  %all32 = call i32 %threads()
-  %me = sext i32 %me32 to i64
-  %all = sext i32 %all32 to i64
-  br label %head
-head:
-  %task = phi i64 [ %me, %entry ], [ %next, %body ]
-  %more = icmp slt i64 %task, %tasks
-  br i1 %more, label %body, label %done
-body:
-  %offset = mul i64 %task, {count}
-  %start = add i64 %offset, 4
-{loads}
-  call void %kernel({arguments})
-  %next = add i64 %task, %all
-  br label %head
-done:
-  ret void
-}}
-"""
-LOAD = """
-  %place{k} = add i64 %start, {k}
-  %pointer{k} = getelementptr i64, ptr %p, i64 %place{k}
-  %argument{k} = load i64, ptr %pointer{k}
-"""
+#: Numbers at the head of the table that :func:`member_text` reads.
+HEAD = 4
 
 
 @dataclass(frozen=True)
@@ -98,11 +67,27 @@ def _openmp() -> _OpenMP | None:
 @cache
 def _member(count: int) -> int:
     """Address of what each thread runs, for kernels of ``count`` arguments."""
-    from steradian.compiler.native import compiled_text
+    return address_of(function_of("threads", member_text, (count,), 1))
 
-    loads = "".join(LOAD.format(k=k) for k in range(count))
-    text = MEMBER.format(count=count, loads=loads, arguments=", ".join(f"i64 %argument{k}" for k in range(count)))
-    return address_of(compiled_text("threads", text, lambda: text, 1))
+
+def member_text(count: int) -> str:
+    """LLVM's text of what each thread runs: tasks thread, thread + threads, ...
+
+    The table it is given holds the kernel, the functions that return the thread's number and the number of threads, the
+    number of tasks, and each task's ``count`` arguments.
+    """
+    lanes = Lanes(FUNCTION, 1, 8)
+    b, (table,) = lanes.b, lanes.function.args
+    kernel, number, threads, tasks = (lanes.integer_at(table, place) for place in range(HEAD))
+    asking = ir.FunctionType(I32, [])
+    me, together = (b.sext(b.call(lanes.at(address, asking), []), I64) for address in (number, threads))
+    turns = b.sdiv(b.add(b.sub(tasks, me), b.sub(together, I64(1))), together)
+    with lanes.loop(0, turns) as turn:
+        task = b.add(me, b.mul(turn.index, together))
+        start = b.add(b.mul(task, I64(count)), I64(HEAD))
+        arguments = [lanes.integer_at(table, b.add(start, I64(place))) for place in range(count)]
+        b.call(lanes.at(kernel, ir.FunctionType(ir.VoidType(), [I64] * count)), arguments)
+    return lanes.finish()
 
 
 def address_of(function: Callable) -> int:
@@ -110,12 +95,30 @@ def address_of(function: Callable) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    if is_in_use():
+        _forked = True
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def run_tasks(function: Callable, tasks: Sequence[tuple[int, ...]], threads: int) -> None:
     """Call a kernel once per task (its int64 arguments), the tasks in any order and side by side."""
+    if _forked:
+        _say_forked()
+        for task in tasks:
+            function(*task)
+        return
     library = _openmp()
     if library is None:
-        pool = _pool(os.getpid(), threads)
-        for future in [pool.submit(function, *task) for task in tasks]:
+        for future in [_pool(threads).submit(function, *task) for task in tasks]:
             future.result()
         return
     head = (address_of(function), library.thread_number, library.num_threads, len(tasks))
@@ -124,6 +127,14 @@ def run_tasks(function: Callable, tasks: Sequence[tuple[int, ...]], threads: int
 
 
 @cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # one pool per process: the threads of a pool do not survive a fork
+def _say_forked() -> None:
+    print(
+        "steradian: kernels use one thread in a process forked after they were used; start processes by 'spawn' for"
+        " more",
+        file=sys.stderr,
+    )
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="steradian")

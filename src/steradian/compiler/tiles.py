@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from steradian.compiler.lanes import I32, I64, Lanes, Value
+from steradian.compiler.lanes import I64, Lanes, Value
 
 __all__ = ["ROWS", "Tiles"]
 
@@ -41,11 +41,6 @@ class Tiles(Lanes):
         self.lane_numbers = ir.Constant(self.whole_addresses, list(range(self.width)))
 
     # ------------------------------------------------------------------------------------------------------ integers
-
-    def integer_at(self, base: Any, index: Any) -> Any:
-        """An int64 of a table."""
-        address = self.b.add(base, self.b.mul(self.integer(index), I64(8)))
-        return self.b.load(self.b.inttoptr(address, I64.as_pointer()))
 
     def plus(self, *numbers: Any) -> Any:
         total = self.integer(numbers[0])
@@ -76,16 +71,6 @@ class Tiles(Lanes):
 
     def add_to(self, value: Value, base: Any, index: Any = 0) -> None:
         self.put(self.vector_at(base, index) + value, base, index)
-
-    def prefetch(self, base: Any, count: int) -> None:
-        """Have some vectors brought into the cache while other work goes on."""
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        name = "llvm.prefetch.p0"
-        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
-        for index in range(count):
-            place = self.b.inttoptr(self.vector_address(base, index), byte)
-            self.b.call(function, [place, I32(0), I32(3), I32(1)])  # to read, keep, data
 
     def vector_address(self, base: Any, index: Any) -> Any:
         return self.plus(base, self.times(index, 64))
@@ -124,7 +109,7 @@ class Tiles(Lanes):
         turns = self.intrinsic("rint", angle * (2 / math.pi))
         rest = angle
         for part in _parts_of_quarter(single):  # each step is exact, or rounds what the next one is too small to see
-            rest = self._fma(-turns, self.value(part), rest)
+            rest = self.fma(-turns, self.value(part), rest)
         square = rest * rest
         sine = rest + rest * square * self._polynomial(square, _sine(single))
         cosine = self.value(1.0) + square * self._polynomial(square, _cosine(single))
@@ -145,13 +130,6 @@ class Tiles(Lanes):
         b = self.b
         shift = ir.Constant(self.whole, [8 * self.itemsize - 2] * self.width)
         return Value(self, b.bitcast(b.xor(b.bitcast(value.ir, self.whole), b.shl(bit, shift)), self.vector))
-
-    def _fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a b + c, rounded once and never rearranged."""
-        name = f"llvm.fma.v{self.width}f{8 * self.itemsize}"
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
-        return Value(self, self.b.call(function, [a.ir, b.ir, c.ir]))
 
 
 def _parts_of_quarter(single: bool) -> list[float]:

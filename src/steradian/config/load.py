@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from steradian.config.data import DataConfig
 from steradian.config.hosts import MACEConfig
@@ -34,6 +34,16 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+            raise ValueError(
+                "the folder of a run lies inside 'output': choose a name such as 'ethanol' or 'set1/ethanol'"
+            )
+        return name
 
     @model_validator(mode="after")
     def _check_orders(self) -> RunConfig:

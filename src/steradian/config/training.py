@@ -58,6 +58,6 @@ class TrainingConfig(Section):
     loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(["csv"])
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's default")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    execution: Literal["auto", "eager", "compile", "cuda_graph"] = Field(
-        "auto", description="steps are called, compiled or recorded; auto: recorded on a GPU, called on a CPU"
+    execution: Literal["auto", "eager", "cuda_graph"] = Field(
+        "auto", description="steps are called or recorded; auto: recorded on a GPU, called on a CPU"
     )

@@ -79,7 +79,7 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
         "test": test or [frames[index] for index in indices["test"]],
     }
     if not splits["train"]:
-        raise DataError("the split leaves no training frames: give more frames, or a smaller data.split.validation")
+        raise DataError("the split leaves no training frames; give data.validation (a file) or more frames")
     _check_elements(splits, config.reference_energies.kind in ("auto", "isolated_atoms"))
     _note_duplicates(splits, reader.warnings)
     provenance = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
+from scipy.spatial.distance import pdist
 
 from steradian.config import KeysConfig, ReferenceEnergiesConfig, UnitsConfig
 from steradian.data.labels import is_isolated_atom
@@ -258,9 +259,11 @@ def compute_statistics(
     atoms = sum(len(frame) for frame in frames)
     total_edges = sum(_num_edges(frame, cutoff) for frame in frames) if num_edges is None else sum(num_edges)
     if total_edges == 0:
+        lengths = [pdist(frame.positions).min() for frame in frames if len(frame) > 1]
+        found = f"the two closest are {min(lengths):.4g} Å apart" if lengths else "every frame is a single atom"
         raise DataError(
-            f"no atom of the training frames has a neighbour within {cutoff} Å: wrong data.units.length, or a cutoff "
-            "below every distance?"
+            f"no atom of the training frames has a neighbour within {cutoff:g} Å ({found}): raise"
+            " model.host.cutoff_A, or set data.units.length to the unit of the file"
         )
     interaction = interaction_energies(frames, references)
     squares = [np.square(frame.forces).ravel() for frame in frames if frame.forces is not None]

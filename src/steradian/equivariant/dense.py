@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.frozen import of_weight
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import _per_irrep
 from steradian.precision import WithRole, cast
@@ -109,9 +108,9 @@ class Dense(WithRole):
         self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.scale != 1.0 or self.low is not None:
-            weight = of_weight(weight, ("scaled", self.low), lambda value: cast(value * self.scale, self.low))
+            weight = self.folded(self.low, lambda: cast(self.weight * self.scale, self.low), weight)
         out = _per_irrep(cast(features, self.low), self.degrees, weight).to(features.dtype)
         if self.bias is None:
             return out

@@ -7,15 +7,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.compiler.capture import capturing
-from steradian.compiler.frozen import of_weight
 from steradian.equivariant.irreps import Degrees
 from steradian.equivariant.tensor_product import PathTable
+from steradian.graph.topology import Rows, rows_of
 from steradian.precision import WithRole, cast
 
-__all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear", "sort_by_element"]
+__all__ = ["ElementLinear", "EmbeddedLinear", "IrrepsLinear", "PathLinear"]
 
 
 class IrrepsLinear(WithRole):
@@ -30,7 +28,7 @@ class IrrepsLinear(WithRole):
         self.weight = nn.Parameter(torch.randn(len(degrees), channels_in, channels_out))
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(_unit_variance(value), self.low))
+        weight = self.folded(self.low, lambda: cast(_unit_variance(self.weight), self.low), self.weight)
         return _per_irrep(cast(features, self.low), self.degrees, weight).to(features.dtype)
 
 
@@ -93,7 +91,8 @@ class PathLinear(WithRole):
             wide = weight.dtype
             block = cast(part, low or wide).reshape(num_atoms, 2 * degree + 1, count * self.num_channels)
             scale = weight.shape[0] ** -0.5 / self.divisor
-            matrix = of_weight(weight, ("scaled", scale, low), partial(_scaled, scale=scale, low=low))
+            make = partial(_scaled, weight, scale=scale, low=low)
+            matrix = self.folded((degree, parity, scale, low), make, weight)
             blocks[degree, parity] = _mix(block, matrix).to(wide)
         return blocks
 
@@ -118,19 +117,19 @@ class ElementLinear(WithRole):
         self.degrees = degrees
         self.weight = nn.Parameter(torch.randn(num_elements, len(degrees), channels_in, channels_out))
 
-    def forward(self, features: Tensor, species: Tensor) -> Tensor:
+    def forward(self, features: Tensor, species: Rows | Tensor) -> Tensor:
         """``[N, D, C_in] -> [N, D, C_out]``; species ``[N]`` is the index into the table of elements."""
+        species = rows_of(species, self.weight.shape[0])
         scale = (self.weight.shape[0] * self.weight.shape[2]) ** -0.5
-        weight = of_weight(self.weight, ("scaled", self.low), lambda value: cast(value * scale, self.low))
-        known = _by_element(species, weight.shape[0])
-        if known is None:
-            return _of_own_element(cast(features, self.low), self.degrees, weight, species).to(features.dtype)
-        order, back, counts = known
-        if not len(order):
+        weight = self.folded(self.low, lambda: cast(self.weight * scale, self.low), self.weight)
+        if species.counts is None:
+            return _of_own_element(cast(features, self.low), self.degrees, weight, species.index).to(features.dtype)
+        if not len(species):
             return features.new_zeros((0, features.shape[1], weight.shape[-1]))
-        parts = cast(features, self.low).index_select(0, order).split([count for _, count in counts])
-        blocks = [_per_irrep(part, self.degrees, weight[element]) for part, (element, _) in zip(parts, counts)]
-        return torch.cat(blocks).index_select(0, back).to(features.dtype)
+        present = [(element, count) for element, count in enumerate(species.counts) if count]
+        parts = _sorted(cast(features, self.low), species).split([count for _, count in present])
+        blocks = [_per_irrep(part, self.degrees, weight[element]) for part, (element, _) in zip(parts, present)]
+        return _put_back(torch.cat(blocks), species).to(features.dtype)
 
 
 class EmbeddedLinear(WithRole):
@@ -156,7 +155,7 @@ class EmbeddedLinear(WithRole):
             nn.Parameter(torch.randn(channels_in, embedding_dim, widths[irrep])) for irrep in self.kept
         )
 
-    def forward(self, features: Tensor, species: Tensor, embedding: Tensor) -> dict[tuple[int, int], Tensor]:
+    def forward(self, features: Tensor, species: Rows | Tensor, embedding: Tensor) -> dict[tuple[int, int], Tensor]:
         """``[N, 2 l + 1, width]`` of every irrep that is kept, from features ``[N, D, C_in]``.
 
         Args:
@@ -165,22 +164,22 @@ class EmbeddedLinear(WithRole):
             embedding: ``[Z, T]``.
         """
         parts = cast(features, self.low).split([2 * degree + 1 for degree, _ in self.degrees], dim=1)
-        known = _by_element(species, embedding.shape[0])
-        if known is None:
-            return self._of_own_element(parts, species, embedding, features.dtype)
-        order, back, counts = known
-        present = [element for element, _ in counts]
+        species = rows_of(species, embedding.shape[0])
+        if species.counts is None:
+            return self._of_own_element(parts, species.index, embedding, features.dtype)
+        counts = [count for count in species.counts if count]
+        present = [element for element, count in enumerate(species.counts) if count]
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
-            matrices = self._per_element(weight, embedding, present)
+            matrices = self._per_element(irrep, weight, embedding, present)
             block = parts[self.degrees.index(irrep)]
             if len(present) == 1:
                 out[irrep] = _mix(block, matrices[0])
                 continue
-            pieces = block.index_select(0, order).split([count for _, count in counts]) if present else []
+            pieces = _sorted(block, species).split(counts) if present else []
             mixed = [_mix(piece, matrix) for piece, matrix in zip(pieces, matrices)]
             empty = block.new_zeros((0, block.shape[1], weight.shape[2]))
-            out[irrep] = torch.cat(mixed).index_select(0, back) if mixed else empty
+            out[irrep] = _put_back(torch.cat(mixed), species) if mixed else empty
         return {irrep: block.to(features.dtype) for irrep, block in out.items()}
 
     def _of_own_element(
@@ -188,24 +187,23 @@ class EmbeddedLinear(WithRole):
     ) -> dict[tuple[int, int], Tensor]:
         out = {}
         for irrep, weight in zip(self.kept, self.weights):
-            matrices = torch.stack(self._per_element(weight, embedding, list(range(embedding.shape[0]))))
+            matrices = torch.stack(self._per_element(irrep, weight, embedding, list(range(embedding.shape[0]))))
             block = parts[self.degrees.index(irrep)]
             out[irrep] = _of_own_element(block, (irrep,), matrices.unsqueeze(1), species).to(dtype)
         return out
 
-    def _per_element(self, weight: Tensor, embedding: Tensor, present: list[int]) -> list[Tensor]:
-        """``[C_in, width]`` of every element in a list; made once for frozen weights."""
+    def _per_element(
+        self, irrep: tuple[int, int], weight: Tensor, embedding: Tensor, present: list[int]
+    ) -> list[Tensor]:
+        """``[C_in, width]`` of every element in a list; made once for weights that are not trained."""
 
-        def made(value: Tensor) -> list[Tensor]:
-            scale = (value.shape[0] * value.shape[1]) ** -0.5
+        def made() -> list[Tensor]:
+            scale = (weight.shape[0] * weight.shape[1]) ** -0.5
             rows = embedding if len(present) == len(embedding) else embedding[present]
-            mixed = torch.einsum("zt,ctd->zcd", rows * scale, value)
+            mixed = torch.einsum("zt,ctd->zcd", rows * scale, weight)
             return list(cast(mixed, self.low).contiguous().unbind(0))
 
-        if embedding.requires_grad:
-            return made(weight)
-        key = ("embedded", tuple(present), embedding.data_ptr(), embedding._version, embedding.dtype, self.low)
-        return of_weight(weight, key, made)
+        return self.folded((irrep, tuple(present), self.low), made, weight, embedding)
 
 
 def _scaled(weight: Tensor, scale: float, low: torch.dtype | None) -> Tensor:
@@ -231,28 +229,11 @@ def _of_own_element(features: Tensor, degrees: Degrees, weight: Tensor, species:
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
-_ELEMENTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-ByElement = tuple[Tensor, Tensor, list[tuple[int, int]]]
-
-
-def sort_by_element(species: Tensor, counts: Sequence[int]) -> None:
-    """Say how many atoms ``[N]`` each element has, so that maps per element need not ask a GPU for it.
-
-    Args:
-        species: ``[N]`` index into the table of elements; the order is kept as long as this tensor lives.
-        counts: ``[Z]``.
-    """
-    order = torch.argsort(species, stable=True)
-    present = [(element, count) for element, count in enumerate(counts) if count]
-    _ELEMENTS[species] = (order, torch.argsort(order), present)
+def _sorted(values: Tensor, species: Rows) -> Tensor:
+    """Values ``[N, ...]`` element by element."""
+    return values if species.order is None else values.index_select(0, species.order)
 
 
-def _by_element(species: Tensor, num_elements: int) -> ByElement | None:
-    """Order of the atoms by element, its inverse, and ``(element, atoms)`` of the elements present; None: not known."""
-    if species not in _ELEMENTS:
-        if capturing():
-            return None
-        sort_by_element(species, torch.bincount(species, minlength=num_elements).tolist())
-    known: ByElement = _ELEMENTS[species]
-    return known
+def _put_back(values: Tensor, species: Rows) -> Tensor:
+    """Values that were sorted by element in the order of the atoms."""
+    return values if species.order is None else values.index_select(0, species.inverse)

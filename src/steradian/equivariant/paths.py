@@ -234,9 +234,7 @@ class MessagePassing(WithRole):
         products = evaluate(
             _message_polynomial(self.paths),
             [features, edges.harmonics[:, : (self.l_max + 1) ** 2], weights.unflatten(1, (self.l_max + 1, -1))],
-            gathers=[edges.senders, None, None],
-            scatter=edges.receivers,
-            num_rows=edges.num_atoms,
-            in_order=True,
+            gathers=[edges.topology.by_sender, None, None],
+            scatter=edges.topology.by_receiver,
         )
         return self.weights(products)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from steradian.equivariant.irreps import Degrees, dim, to_cue
+from steradian.graph.topology import Rows
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
@@ -111,7 +112,7 @@ class SymmetricContraction(WithRole):
     """
 
     role = "contraction"
-    #: Highest number of factors that takes part at present (see :mod:`steradian.training.progressive`).
+    #: Highest number of factors that takes part at present (see :mod:`steradian.training.optimisation`).
     order: int
     #: Format of the coefficients (see :mod:`steradian.precision`); None: that of the features.
     tables_dtype: torch.dtype | None = None
@@ -128,11 +129,11 @@ class SymmetricContraction(WithRole):
         normal = torch.randn(num_elements, self.polynomial.inputs[0].dim, num_channels)
         self.weight = nn.Parameter(torch.einsum("pq,zqc->zpc", scales, normal))
 
-    def forward(self, features: Tensor, species: Tensor) -> Tensor:
+    def forward(self, features: Tensor, species: Rows | Tensor) -> Tensor:
         """``[N, D, C] -> [N, D_out, C]``; species ``[N]`` indexes the table of elements."""
         given = [cast(self.weight, self.low), cast(features, self.low)]
         polynomial = self.polynomial if self.order >= self.correlation else _truncated(self.polynomial, self.order)
-        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None])
+        out = evaluate(polynomial.rounded(self.tables_dtype), given, gathers=[species, None], folded=self.folded)
         return out.to(features.dtype)
 
     @torch.no_grad()

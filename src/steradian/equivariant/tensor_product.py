@@ -150,11 +150,9 @@ class ChannelwiseTensorProduct(WithRole):
         return evaluate(
             self.polynomial.rounded(self.tables_dtype),
             given,
-            gathers=[edges.senders, None, None if edges.pairs is None else edges.pairs.of_edge],
-            scatter=edges.receivers,
-            num_rows=edges.num_atoms,
+            gathers=[edges.topology.by_sender, None, None if edges.pairs is None else edges.pairs.rows],
+            scatter=edges.topology.by_receiver,
             dtype=stored,
-            in_order=True,
         )
 
 

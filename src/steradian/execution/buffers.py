@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Generic, TypeVar
 
 import torch
@@ -21,20 +21,12 @@ T = TypeVar("T")
 
 def tensors_of(graph: Graph) -> dict[str, Tensor]:
     """The tensors of a graph by name, those of its pairs included."""
-    found = {field.name: getattr(graph, field.name) for field in fields(graph)}
+    found = {each.name: getattr(graph, each.name) for each in fields(graph)}
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    if graph.pairs is not None:
-        found |= {"pairs.first": graph.pairs.first, "pairs.of_edge": graph.pairs.of_edge}
+    pairs = graph.prepared().pairs
+    if pairs is not None:
+        found |= {"pairs.first": pairs.first, "pairs.of_edge": pairs.of_edge}
     return found
-
-
-def with_tensors(graph: Graph, tensors: dict[str, Tensor]) -> Graph:
-    """The graph with other tensors, named as by :func:`tensors_of`."""
-    changes: dict = {name: value for name, value in tensors.items() if "." not in name}
-    if graph.pairs is not None:
-        pairs = replace(graph.pairs, first=tensors["pairs.first"], of_edge=tensors["pairs.of_edge"])
-        changes["pairs"] = pairs
-    return replace(graph, **changes)
 
 
 class GraphBuffers:
@@ -45,8 +37,8 @@ class GraphBuffers:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._own = {name: value.detach().clone() for name, value in tensors_of(graph).items()}
-        self.graph = with_tensors(graph, self._own)
+        self.graph = graph.mapped(lambda tensor: tensor.detach().clone())
+        self._own = tensors_of(self.graph)
         self._source: list[tuple[Tensor, int]] = []
 
     def follow(self, source: Graph, padded: Callable[[], Graph]) -> None:
@@ -78,6 +70,8 @@ class GraphBuffers:
         with torch.no_grad():
             for name, value in given.items():
                 self._own[name].copy_(value, non_blocking=True)
+        assert self.graph.topology is not None
+        self.graph.topology.refresh()
 
 
 def _version(value: Tensor) -> int:

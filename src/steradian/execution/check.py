@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from steradian.compiler.checked import OF_GRADIENTS, MismatchError, allowed, require_equal
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.graph import Prediction
 from steradian.potential import Potential
@@ -15,19 +16,11 @@ from steradian.precision import PrecisionPolicy
 __all__ = ["MismatchError", "check_gradients", "check_loss", "check_prediction", "tolerance", "weights_state"]
 
 
-class MismatchError(RuntimeError):
-    """A prepared step gives other results than the potential."""
-
-
 def tolerance(policy: PrecisionPolicy) -> float:
-    """Largest difference, relative to the largest number, that another order of the same sums can make.
-
-    In 16 bits a sum that differs in its last float32 bit may be rounded to the next number, 2^-8 away in bfloat16.
-    """
+    """Largest difference, relative to the largest number, that is allowed to a prepared step."""
     formats = [policy.weights, policy.radial, policy.messages, policy.paths, policy.node, policy.attention]
-    if policy.tf32 or policy.int8 or any(dtype.itemsize < 4 for dtype in formats):
-        return 0.03
-    return 1e-8 if policy.weights == torch.float64 else 2e-4
+    narrow = policy.tf32 or policy.int8 or any(dtype.itemsize < 4 for dtype in formats)
+    return allowed("prepared step", "narrow" if narrow else policy.weights)
 
 
 def check_prediction(found: Prediction, expected: Prediction, policy: PrecisionPolicy) -> None:
@@ -39,7 +32,7 @@ def check_prediction(found: Prediction, expected: Prediction, policy: PrecisionP
     for name in ("interaction_energy", "forces", "stress"):
         value, truth = getattr(found, name), getattr(expected, name)
         if truth is not None:
-            _compare(name.replace("_", " "), value, truth, tolerance(policy), floor=1e-3)
+            require_equal(name.replace("_", " "), value, truth, tolerance(policy), floor=1e-3)
 
 
 def check_loss(found: Tensor, expected: Tensor, policy: PrecisionPolicy) -> None:
@@ -48,7 +41,8 @@ def check_loss(found: Tensor, expected: Tensor, policy: PrecisionPolicy) -> None
     Raises:
         MismatchError: they differ.
     """
-    _compare("the loss", found.reshape(1), expected.reshape(1), 10 * tolerance(policy), floor=1e-6)
+    bound = OF_GRADIENTS["prepared step"] * tolerance(policy)
+    require_equal("the loss", found.reshape(1), expected.reshape(1), bound, floor=1e-6)
 
 
 def check_gradients(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], policy: PrecisionPolicy) -> None:
@@ -62,15 +56,8 @@ def check_gradients(found: Sequence[Tensor | None], expected: Sequence[Tensor | 
     given = [value.double().flatten() for value in found if value is not None]
     truth = [value.double().flatten() for value in expected if value is not None]
     if truth:
-        # gradients are differences of large sums, and second derivatives: ten times the tolerance of forces
-        _compare("gradients", torch.cat(given), torch.cat(truth), 10 * tolerance(policy), floor=1e-12)
-
-
-def _compare(name: str, found: Tensor, expected: Tensor, relative: float, floor: float) -> None:
-    scale = max(floor, float(expected.detach().abs().max().nan_to_num(float("inf")))) if expected.numel() else 1.0
-    difference = float((found.detach() - expected.detach()).abs().max()) if expected.numel() else 0.0
-    if not difference <= relative * scale and scale < float("inf"):  # what is not finite is not for this check
-        raise MismatchError(f"{name} differ by {difference:.2g} of {scale:.2g}, allowed is {relative:.0e} of it")
+        bound = OF_GRADIENTS["prepared step"] * tolerance(policy)
+        require_equal("gradients", torch.cat(given), torch.cat(truth), bound, floor=1e-12)
 
 
 def weights_state(potential: Potential) -> Hashable:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.execution.padding import APART, Sizes, ghost_partner
+from steradian.execution.padding import Sizes
 from steradian.graph import Graph
-from steradian.graph.pairs import Pairs, with_pairs
+from steradian.graph.ghosts import ghost_edges, ghost_places
+from steradian.graph.topology import Pairs, Topology
 
 __all__ = ["DeviceData", "room_for"]
 
@@ -59,7 +60,7 @@ class DeviceData:
         cutoff: float,
         pairs: bool = True,
     ) -> None:
-        listed = [with_pairs(graph) if pairs else graph for graph in (graphs[index] for index in range(len(graphs)))]
+        listed = [graphs[index] for index in range(len(graphs))]
         if not listed:
             raise ValueError("a data set without frames")
         self.device, self.number, self.cutoff = torch.device(device), number, cutoff
@@ -70,12 +71,12 @@ class DeviceData:
         self._tensors: dict[str, Tensor] = {}
         for name in (*PER_ATOM, *PER_EDGE, *PER_SYSTEM):
             self._keep(name, [getattr(graph, name) for graph in listed])
-        self.has_pairs = pairs and all(graph.pairs is not None or not graph.num_edges for graph in listed)
+        both = [_complete_pairs(graph) for graph in listed] if pairs else []
+        found = [each for each in both if each is not None]
+        self.has_pairs = len(found) == len(listed)
         if self.has_pairs:
-            empty = torch.zeros(0, dtype=torch.int64)
-            both = [graph.pairs or Pairs(empty, empty) for graph in listed]
-            self._keep("first", [each.first for each in both])
-            self._keep("of_edge", [each.of_edge for each in both])
+            self._keep("first", [each.first for each in found])
+            self._keep("of_edge", [each.of_edge for each in found])
         # one more frame, without atoms, stands for a ghost system
         for name, counts in (("atoms", self.atoms), ("edges", self.edges)):
             starts = np.concatenate([[0], np.cumsum(counts)])
@@ -132,41 +133,58 @@ class DeviceData:
         """
         flat = self._tensors
         count = (frames < self.num_frames).sum()  # of real systems; the first ghost system has this index
-        atom = _Rows(flat, "atoms", frames, count, sizes.atoms)
-        edge = _Rows(flat, "edges", frames, count, sizes.edges)
-        apart = torch.zeros_like(flat["positions"][:1]).expand(sizes.atoms, 3).clone()
-        apart[:, 0] = (atom.own % 2).to(apart.dtype) * (APART * self.cutoff)
-        ghosts, missing = sizes.atoms - atom.total, (sizes.edges - edge.total).clamp(min=1)
-        ghost = torch.div(edge.own * ghosts, missing, rounding_mode="floor")
+        atom = _Gathered(flat, "atoms", frames, count, sizes.atoms)
+        edge = _Gathered(flat, "edges", frames, count, sizes.edges)
+        apart = ghost_places(atom.own, self.cutoff).to(flat["positions"].dtype)
+        receiver, sender = ghost_edges(edge.own, sizes.edges - edge.total, sizes.atoms - atom.total)
         begin = atom.starts.index_select(0, edge.system)
         per_system: dict[str, Any] = {name: flat[name].index_select(0, frames) for name in PER_SYSTEM if name in flat}
+        tensors: dict[str, Any] = {
+            "numbers": atom.take("numbers", self.number),
+            "system": atom.system,
+            "senders": edge.take("senders", sender, begin),
+            "receivers": edge.take("receivers", receiver, begin),
+            "shifts": edge.take("shifts", 0),
+            "pbc": per_system.pop("pbc"),
+        }
+        topology = Topology(
+            num_atoms=sizes.atoms,
+            num_systems=sizes.systems,
+            is_static=True,
+            sizes=layout,
+            periodic=self.periodic,
+            pairs=self._pairs(edge, frames, count, sizes) if self.has_pairs and sizes.edges % 2 == 0 else None,
+            real=frames < self.num_frames,
+            **tensors,
+        )
         return Graph(
             positions=atom.take("positions", apart),
-            numbers=atom.take("numbers", self.number),
-            system=atom.system,
-            senders=edge.take("senders", ghost_partner(ghost, ghosts), begin),
-            receivers=edge.take("receivers", ghost, begin),
-            shifts=edge.take("shifts", 0),
             num_systems=sizes.systems,
             forces=atom.take("forces", 0.0) if "forces" in flat else None,
             dipoles=atom.take("dipoles", 0.0) if "dipoles" in flat else None,
-            pairs=self._pairs(edge, frames, count, sizes) if self.has_pairs and sizes.edges % 2 == 0 else None,
-            real=frames < self.num_frames,
-            periodic=self.periodic,
-            layout=layout,
+            topology=topology,
+            **tensors,
             **per_system,
         )
 
-    def _pairs(self, edge: _Rows, frames: Tensor, count: Tensor, sizes: Sizes) -> Pairs:
+    def _pairs(self, edge: _Gathered, frames: Tensor, count: Tensor, sizes: Sizes) -> Pairs:
         """A frame with E edges has E / 2 pairs, so they are found as its edges are."""
         flat = self._tensors
         of_edge = edge.take("of_edge", torch.div(edge.own, 2, rounding_mode="floor"), edge.begin // 2)
-        pair = _Rows(flat, "edges", frames, count, sizes.edges // 2, half=True)
+        pair = _Gathered(flat, "edges", frames, count, sizes.edges // 2, half=True)
         first = pair.take("first", 2 * pair.own, 2 * pair.begin)
         return Pairs(first, of_edge)
 
 
-class _Rows:
+def _complete_pairs(graph: Graph) -> Pairs | None:
+    """Its pairs where every edge has its opposite."""
+    if not graph.num_edges:
+        return Pairs(graph.senders[:0], graph.senders[:0])
+    pairs = graph.prepared().pairs
+    return pairs if pairs is not None and 2 * pairs.count == graph.num_edges else None
+
+
+class _Gathered:
     """Where the rows of a padded batch (atoms, edges or pairs) come from.
 
     Attributes:

@@ -80,7 +80,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # other threads (data, Lightning) may allocate meanwhile: only this one must not
+        # other threads (data) may allocate meanwhile: only this one must not
         with torch.cuda.device(self.device), torch.cuda.graph(
             graph, pool=self._pool, capture_error_mode="thread_local"
         ):  # fmt: skip

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from steradian.config.precision import Int8Kind, Int8Role, PrecisionConfig
 from steradian.graph import Graph
@@ -72,40 +69,3 @@ def quantized(
             f" {'use ' + ' or '.join(ways) + ', or ' if ways else ''}keep the model as it is"
         )
     return model
-
-
-def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[K, N]`` int8 and ``[N]`` scales of a matrix ``[K, N]``."""
-    scales = (weight.detach().abs().amax(0) / 127).clamp(min=1e-30)
-    return torch.round(weight.detach() / scales).to(torch.int8), scales
-
-
-class Int8Product(torch.autograd.Function):
-    """``x @ (whole * scales)``; see the module."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, whole: Tensor, scales: Tensor, dynamic: bool) -> Tensor:
-        ctx.save_for_backward(whole, scales)
-        ctx.dynamic = dynamic
-        return (_dynamic(x, whole) if dynamic else x @ whole.to(x.dtype)) * scales
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        whole, scales = ctx.saved_tensors
-        gradient, across = gradient * scales, whole.t().contiguous()
-        back = _dynamic(gradient, across) if ctx.dynamic else gradient @ across.to(gradient.dtype)
-        return back, None, None, None
-
-
-def _dynamic(x: Tensor, whole: Tensor) -> Tensor:
-    """Rows rounded to int8, multiplied as whole numbers."""
-    scales = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-    rounded = torch.round(x / scales).to(torch.int8)
-    return torch._int_mm(_plain(rounded), _plain(whole)).to(x.dtype) * scales
-
-
-def _plain(matrix: Tensor) -> Tensor:
-    """With the strides of its shape: PyTorch 2.13 multiplies wrongly where an axis of length one has another stride."""
-    columns = matrix.shape[1]
-    return matrix if matrix.stride() == (columns, 1) else matrix.clone(memory_format=torch.contiguous_format)

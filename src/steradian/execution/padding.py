@@ -1,10 +1,4 @@
-"""Graphs filled up to a few fixed sizes, so that a step can be recorded or compiled once and used for many batches.
-
-What is added are *ghosts*: atoms of one system of their own, behind the real ones. They stand at two places, farther
-apart than the cutoff, and all added edges run from one place to the other. So the envelope of an added edge is exactly
-zero, and with it its message and all its derivatives; real atoms have no edge to a ghost. Receivers stay in ascending
-order.
-"""
+"""Graphs filled up to a few fixed sizes with ghosts, so that a step can be recorded once and used for many batches."""
 
 from __future__ import annotations
 
@@ -17,14 +11,13 @@ import torch
 from torch import Tensor
 
 from steradian.graph import Graph, Prediction
-from steradian.graph.pairs import Pairs
+from steradian.graph.ghosts import ghost_edges, ghost_places
+from steradian.graph.topology import Pairs, Topology
 
-__all__ = ["Buckets", "Sizes", "ghost_edges", "ghost_partner", "pad_graph", "real_part"]
+__all__ = ["Buckets", "Sizes", "pad_graph", "real_part"]
 
 GHOSTS = 2
 """The smallest number of ghosts: an edge needs two ends."""
-APART = 1.5
-"""Distance of the two places of ghosts, in cutoffs."""
 
 
 @dataclass(frozen=True, order=True)
@@ -99,38 +92,10 @@ class Buckets:
         return cls(ratio=ratio, largest=replace(top, edges=max(2, top.edges)))
 
 
-def ghost_partner(index: Tensor, count: Tensor | int) -> Tensor:
-    """For ghosts numbered from zero the one at the other place: 0 and 1 face each other, 2 and 3, ...
-
-    An odd last one faces the one before it.
-    """
-    partner = index + 1 - 2 * (index % 2)
-    return torch.where(partner < count, partner, index - 1)
-
-
-def ghost_edges(
-    num_atoms: int, sizes: Sizes, *, num_edges: int = 0, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Senders and receivers of the edges that fill up a list of neighbours.
-
-    Args:
-        num_atoms: real atoms; all others are ghosts.
-        sizes: of the padded graph.
-        num_edges: real edges. The default 0 gives a template of full length, for lists whose length changes on the
-            device: ``torch.where(place < length, listed, template)``.
-
-    Returns:
-        Two tensors ``[sizes.edges - num_edges]``, int64; receivers ascend.
-    """
-    ghosts, missing = sizes.atoms - num_atoms, sizes.edges - num_edges
-    own = torch.arange(missing, device=device) * ghosts // max(1, missing)
-    return num_atoms + ghost_partner(own, ghosts), num_atoms + own
-
-
 def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Graph:
     """The graph filled up with ghosts.
 
-    Labels of ghosts are zero, and ``real`` tells the systems apart; losses leave ghosts out.
+    Labels of ghosts are zero, and ``topology.real`` tells the systems apart; losses leave ghosts out.
 
     Args:
         graph: on any device; nothing is asked of it.
@@ -144,50 +109,62 @@ def pad_graph(graph: Graph, sizes: Sizes, *, number: int, cutoff: float) -> Grap
     have = Sizes.of(graph)
     if not sizes.fits(have.with_ghosts()):
         raise ValueError(f"{have} with two ghosts do not fit into {sizes}: take larger sizes")
-    if graph.real is not None or graph.share is not None:
+    known = graph.prepared()
+    if known.real is not None or graph.share is not None:
         raise ValueError("a graph that is padded or spread over processes cannot be padded")
     ghosts, missing, systems = sizes.atoms - have.atoms, sizes.edges - have.edges, sizes.systems - have.systems
-    positions = graph.positions.new_zeros((ghosts, 3))
-    positions[1::2, 0] = APART * cutoff
-    senders, receivers = ghost_edges(have.atoms, sizes, num_edges=have.edges, device=graph.senders.device)
+    device = graph.senders.device
+    own = torch.arange(ghosts, device=device)
+    receivers, senders = ghost_edges(torch.arange(missing, device=device), missing, ghosts)
 
-    def longer(value: Any, count: int, fill: float = 0) -> Any:
-        if value is None:
-            return None
-        return torch.cat([value, value.new_full((count, *value.shape[1:]), fill)])
-
-    known = torch.ones(have.systems, dtype=torch.bool, device=graph.system.device)
+    tensors: dict[str, Any] = {
+        "numbers": _longer(graph.numbers, ghosts, number),
+        "system": _longer(graph.system, ghosts, have.systems),
+        "senders": torch.cat([graph.senders, have.atoms + senders]),
+        "receivers": torch.cat([graph.receivers, have.atoms + receivers]),
+        "shifts": _longer(graph.shifts, missing),
+        "pbc": _longer(graph.pbc, systems),
+    }
+    topology = Topology(
+        num_atoms=sizes.atoms,
+        num_systems=sizes.systems,
+        is_static=True,
+        sizes=(*known.sizes, ghosts, *(0,) * (systems - 1)) if known.knows_sizes else None,
+        periodic=known.is_periodic,
+        composition=_with_ghosts(known.composition, number, ghosts),
+        pairs=_padded_pairs(known, missing),
+        real=_longer(torch.ones(have.systems, dtype=torch.bool, device=device), systems),
+        **tensors,
+    )
     return replace(
         graph,
-        positions=torch.cat([graph.positions, positions]),
-        numbers=longer(graph.numbers, ghosts, number),
-        system=longer(graph.system, ghosts, have.systems),
-        senders=torch.cat([graph.senders, senders]),
-        receivers=torch.cat([graph.receivers, receivers]),
-        shifts=longer(graph.shifts, missing),
-        cell=longer(graph.cell, systems),
-        pbc=longer(graph.pbc, systems),
+        positions=torch.cat([graph.positions, ghost_places(own, cutoff).to(graph.positions.dtype)]),
+        cell=_longer(graph.cell, systems),
         num_systems=sizes.systems,
-        energy=longer(graph.energy, systems),
-        forces=longer(graph.forces, ghosts),
-        stress=longer(graph.stress, systems),
-        weight=longer(graph.weight, systems),
-        dipoles=longer(graph.dipoles, ghosts),
-        pairs=_padded_pairs(graph, missing),
-        real=longer(known, systems),
-        composition=_with_ghosts(graph.composition, number, ghosts),
-        layout=None if graph.layout is None else (*graph.layout, ghosts, *(0,) * (systems - 1)),
+        energy=_longer(graph.energy, systems),
+        forces=_longer(graph.forces, ghosts),
+        stress=_longer(graph.stress, systems),
+        weight=_longer(graph.weight, systems),
+        dipoles=_longer(graph.dipoles, ghosts),
         config_type=graph.config_type + ("",) * systems if graph.config_type else (),
+        topology=topology,
+        **tensors,
     )
 
 
-def _padded_pairs(graph: Graph, missing: int) -> Pairs | None:
+def _longer(value: Any, count: int, fill: float = 0) -> Any:
+    """The tensor with so many more rows; None stays None."""
+    return None if value is None else torch.cat([value, value.new_full((count, *value.shape[1:]), fill)])
+
+
+def _padded_pairs(known: Topology, missing: int) -> Pairs | None:
     """Added edges have one length, so any two of them may share what depends on it."""
-    if graph.pairs is None or missing % 2 or 2 * len(graph.pairs.first) != graph.num_edges:
+    pairs = known.pairs
+    if pairs is None or missing % 2 or 2 * pairs.count != known.num_edges:
         return None
-    added = torch.arange(missing, device=graph.senders.device)
-    first = torch.cat([graph.pairs.first, graph.num_edges + added[::2]])
-    return Pairs(first, torch.cat([graph.pairs.of_edge, graph.num_edges // 2 + added // 2]))
+    added = torch.arange(missing, device=known.senders.device)
+    first = torch.cat([pairs.first, known.num_edges + added[::2]])
+    return Pairs(first, torch.cat([pairs.of_edge, known.num_edges // 2 + added // 2]))
 
 
 def _with_ghosts(

@@ -1,30 +1,103 @@
-"""Steps over batches of a data set: loss and gradients of all weights, or predictions to validate, prepared once."""
+"""Steps over graphs and batches, prepared once per size of the input: predictions, or a loss and its gradients.
+
+A batch is filled up to a bucket (:mod:`~steradian.execution.padding`), written into tensors that stay where they are,
+and the step of the bucket is replayed (a CUDA graph). On its first use a step is checked against the same function
+called on the same batch; where it cannot be made or does not pass, one line says why, and the function is called from
+then on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import static_step
-from steradian.execution.buffers import GraphBuffers, StepCache, tensors_of, with_tensors
+from steradian.execution.buffers import GraphBuffers, StepCache, tensors_of
 from steradian.execution.check import MismatchError, check_gradients, check_loss, check_prediction, weights_state
 from steradian.execution.dataset import DeviceData
 from steradian.execution.graphs import CudaRecorder, Recorded, Recorder, first_line, map_tensors, record, say
 from steradian.execution.padding import Buckets, Sizes, pad_graph
-from steradian.execution.runner import Mode, kernels_of, prepared
-from steradian.execution.trace import compile_step, named_state
 from steradian.graph import Graph, Prediction
-from steradian.operators.base import GlobalMixer
+from steradian.operators.base import declares
 from steradian.potential import Potential
 
-__all__ = ["BatchSteps", "GradientStep", "PredictionStep", "with_gradients"]
+__all__ = ["GradientStep", "Mode", "PredictionStep", "Step", "Steps", "resolve_mode", "with_gradients"]
+
+Mode = Literal["auto", "eager", "cuda_graph"]
 
 Batch = Graph | Sequence[int]
 """A batch: indices of frames of the data on the device, or a graph."""
+
+MANY_ELEMENTS = 8
+"""Above so many elements, maps per element run element by element, and a step holds for one composition."""
+
+
+def resolve_mode(mode: str, device: torch.device, recorder: Recorder | None = None) -> Mode:
+    """How to run on a device: ``auto`` records on a GPU (or with a recorder of one's own) and calls elsewhere.
+
+    Raises:
+        ValueError: an unknown mode, or ``cuda_graph`` without a GPU.
+    """
+    mode = mode.replace("-", "_")
+    if mode not in get_args(Mode):
+        raise ValueError(f"execution '{mode}' is not known; choose {', '.join(get_args(Mode))}")
+    records = device.type == "cuda" or recorder is not None
+    if mode == "auto":
+        return "cuda_graph" if records else "eager"
+    if mode == "cuda_graph" and not records:
+        raise ValueError("execution 'cuda_graph' needs a GPU; choose auto or eager")
+    return mode  # type: ignore[return-value]
+
+
+class Step(Protocol):
+    """What is run over batches.
+
+    Attributes:
+        what: for messages.
+        potential: that it evaluates.
+        draws: whether two calls on one batch differ, so that they cannot be compared.
+    """
+
+    what: str
+    potential: Potential
+
+    @property
+    def draws(self) -> bool: ...
+
+    def __call__(self, graph: Graph, scale: Tensor) -> Any:
+        """Tensors in tuples, dictionaries or dataclasses; asks the device for nothing where the graph is static.
+
+        Args:
+            graph: on the potential's device.
+            scale: ``[]`` factor on a loss.
+        """
+
+    def check(self, found: Any, expected: Any) -> None:
+        """Raises MismatchError where the two differ by more than rounding."""
+
+
+class PredictionStep:
+    """Prediction of a batch, and the labels of the batch to compare it with."""
+
+    what = "the step of energies and forces"
+    draws = False
+
+    def __init__(self, potential: Potential, *, forces: bool = True, stress: bool = False) -> None:
+        self.potential = potential
+        self.options = {"forces": forces, "stress": stress}
+
+    def __call__(self, graph: Graph, scale: Tensor | None = None) -> tuple[Prediction, dict[str, Tensor]]:
+        """Prediction without history; energy, forces, stress and numbers of the batch."""
+        found: Prediction = map_tensors(Tensor.detach, self.potential(graph, **self.options))
+        kept = {name: value for name, value in tensors_of(graph).items() if name in ("energy", "forces", "stress")}
+        return found, {"numbers": graph.numbers, **kept}
+
+    def check(self, found: Any, expected: Any) -> None:
+        """Raises MismatchError where the two differ by more than rounding."""
+        check_prediction(found[0], expected[0], self.potential.policy)
 
 
 @dataclass(frozen=True)
@@ -52,22 +125,17 @@ class GradientStep:
         self.potential, self.loss = potential, loss
         self.options = {"forces": forces, "stress": stress}
 
-    @property
-    def names(self) -> list[str]:
-        """The trained weights."""
-        return [name for name, weight in self.potential.named_parameters() if weight.requires_grad]
-
-    def __call__(self, graph: Graph, scale: Tensor, state: dict[str, Tensor] | None = None) -> LossAndGradients:
-        """The step on a graph; with other weights than the potential's own where a state is given.
+    def __call__(self, graph: Graph, scale: Tensor) -> LossAndGradients:
+        """The loss of a batch and its gradients.
 
         Gradients are taken by tensors made here that share the memory of the weights: autograd binds a weight to the
         stream where it was used first, and a recording must not touch other streams.
         """
         potential = self.potential
-        state = named_state(potential) if state is None else state
         with torch.enable_grad(), potential.policy.matrix_units():
-            weights = {name: state[name].detach().requires_grad_() for name in self.names}
-            prediction = torch.func.functional_call(potential, {**state, **weights}, (graph,), self.options)
+            trained = {name: weight for name, weight in potential.named_parameters() if weight.requires_grad}
+            weights = {name: weight.detach().requires_grad_() for name, weight in trained.items()}
+            prediction = torch.func.functional_call(potential, weights, (graph,), self.options)
             loss = self.loss(prediction, graph)
             found = torch.autograd.grad(loss * scale.to(loss.dtype), list(weights.values()), allow_unused=True)
         return LossAndGradients(loss.detach(), tuple(found))
@@ -86,34 +154,6 @@ class GradientStep:
         )
 
 
-class PredictionStep:
-    """Prediction of a batch and the padded graph itself, whose labels it is compared with."""
-
-    what = "the validation step"
-    draws = False
-
-    def __init__(self, potential: Potential, *, forces: bool, stress: bool) -> None:
-        self.potential = potential
-        self.options = {"forces": forces, "stress": stress}
-
-    def __call__(
-        self, graph: Graph, scale: Tensor, state: dict[str, Tensor] | None = None
-    ) -> tuple[Prediction, dict[str, Tensor]]:
-        """Prediction, and energy, forces, stress and numbers of the batch."""
-        with torch.enable_grad():
-            if state is None:
-                prediction = self.potential(graph, **self.options)
-            else:
-                prediction = torch.func.functional_call(self.potential, state, (graph,), self.options)
-        kept = {name: value for name, value in tensors_of(graph).items() if name in ("energy", "forces", "stress")}
-        found: Prediction = map_tensors(Tensor.detach, prediction)
-        return found, {"numbers": graph.numbers, **kept}
-
-    def check(self, found: Any, expected: Any) -> None:
-        """Raises MismatchError where the two differ by more than rounding."""
-        check_prediction(found[0], expected[0], self.potential.policy)
-
-
 @dataclass
 class _Prepared:
     """A step of one bucket: how a batch is written into it, and how it is run."""
@@ -122,45 +162,63 @@ class _Prepared:
     run: Recorded[Any]
 
 
-class BatchSteps:
-    """Runs a step over batches, recorded or compiled once per bucket.
+class Steps:
+    """Runs a step over batches, recorded once per bucket.
 
     Args:
-        step: what is run.
+        step: what is run. Weights may change between calls, in place; their device, format or training mode too (steps
+            are made anew then).
+        mode: ``auto``, ``eager`` or ``cuda_graph``.
         data: on the device, for batches named by frames; None: batches are graphs.
-        mode: ``eager``, ``compile`` or ``cuda_graph``.
-        buckets: sizes of padded batches.
+        buckets: sizes of padded batches; None for steps of a quarter.
         keep: how many buckets are kept ready.
-        recorder: for tests, or to share memory with other steps; None makes one on a GPU.
-        backend: compiler, a name of ``torch.compile``.
+        recorder: what records, in place of CUDA graphs (for tests), or to share memory with other steps.
 
     Attributes:
+        mode: resolved.
         reason: why steps are called instead, where preparing one failed.
+
+    Not supported: graphs spread over processes, and operators that ask for the lattice in crystals; see
+    :meth:`can_serve`.
     """
 
     def __init__(
         self,
-        step: GradientStep | PredictionStep,
-        data: DeviceData | None,
-        mode: Mode,
+        step: Step,
+        mode: str = "auto",
         *,
+        data: DeviceData | None = None,
         buckets: Buckets | None = None,
         keep: int = 8,
         recorder: Recorder | None = None,
-        backend: str = "inductor",
     ) -> None:
-        self.step, self.data, self.mode, self.backend = step, data, mode, backend
-        self.potential = step.potential
+        self.step, self.potential, self.data = step, step.potential, data
+        self.mode = resolve_mode(mode, self.potential.device, recorder)
         self.buckets = buckets or Buckets()
         self.reason: str | None = None
         self._recorder = recorder
         self._steps: StepCache[_Prepared] = StepCache(keep, step.what)
-        self._state: Any = None
-        self._by_layout = any(isinstance(module, GlobalMixer) for module in self.potential.modules())
+        self._state: Hashable = None
+        # steps with attention between all atoms hold for one list of systems
+        self._by_sizes = declares(self.potential, "needs_system_sizes")
+        self._asks_for_lattice = declares(self.potential, "asks_for_the_lattice")
         self._scale = torch.ones((), device=self.potential.device)
 
+    @property
+    def made(self) -> int:
+        """Steps that were prepared so far."""
+        return self._steps.made
+
+    def can_serve(self, batch: Batch) -> bool:
+        """Whether a step of this batch can be prepared."""
+        if self.mode == "eager" or self.reason is not None:
+            return False
+        if not isinstance(batch, Graph):
+            return not (self._asks_for_lattice and self._data.periodic)
+        return batch.share is None and bool(batch.num_atoms) and not (self._asks_for_lattice and batch.is_periodic)
+
     def __call__(self, batch: Batch, scale: Tensor | None = None) -> Any:
-        """What the step gives for a batch; overwritten by the next call.
+        """What the step gives for a batch, ghosts included; overwritten by the next call.
 
         Args:
             batch: frames of the data, or a graph on any device.
@@ -171,28 +229,44 @@ class BatchSteps:
         else:
             self._scale.copy_(scale, non_blocking=True)
         real = Sizes.of(batch) if isinstance(batch, Graph) else self._data.sizes(batch)
-        if not self._can_serve(batch):
+        if not self.can_serve(batch):
             return self._called(batch, real.with_ghosts())  # no step is kept, so no padding is needed
         sizes = self.buckets.choose(real)
         state = weights_state(self.potential)
         if state != self._state:
             self._steps.clear()
             self._state = state
+        given = self._known(batch) if isinstance(batch, Graph) else batch
         try:
-            prepared_step = self._steps.get(self._key(batch, sizes), lambda: self._make(batch, sizes))
+            prepared = self._steps.get(self._key(given, sizes), lambda: self._make(given, sizes))
         except Exception as error:
             self._give_up(error)
             return self._called(batch, sizes)
-        prepared_step.write(batch)
-        return prepared_step.run()
+        prepared.write(given)
+        return prepared.run()
+
+    def static(self, graph: Graph, warm_up: int = 3) -> Callable[[], Any]:
+        """The step of one graph whose tensors the caller changes in place (and whose topology he refreshes).
+
+        Args:
+            graph: with a static topology, or with edges that never change.
+            warm_up: calls before the recording.
+
+        Returns:
+            A function that gives the outputs for the present contents, overwritten by the next call.
+        """
+
+        def called() -> Any:
+            return self.step(graph, self._scale)
+
+        if not self.can_serve(graph):
+            return called
+        device, what = self.potential.device, self.step.what
+        run = record(called, device=device, what=what, recorder=self._recording(), warm_up=warm_up)
+        self.reason = run.reason
+        return run
 
     # ------------------------------------------------------------------------------------------------------ inside
-
-    def _can_serve(self, batch: Batch) -> bool:
-        """Attention between all atoms of a crystal asks for the lattice, so it cannot be recorded."""
-        if self.mode == "eager" or self.reason is not None:
-            return False
-        return not (self._by_layout and (batch.is_periodic if isinstance(batch, Graph) else self._data.periodic))
 
     @property
     def _data(self) -> DeviceData:
@@ -200,16 +274,28 @@ class BatchSteps:
             raise ValueError("batches named by frames need their data on the device")
         return self.data
 
-    def _key(self, batch: Batch, sizes: Sizes) -> Any:
-        if isinstance(batch, Graph):
-            layout = tuple(batch.atoms_per_system.tolist()) if self._by_layout else None
-            return sizes, layout, tuple(tensors_of(batch)), batch.is_periodic
-        return sizes, self._data.layout(batch, sizes) if self._by_layout else None
+    def _known(self, graph: Graph) -> Graph:
+        """The graph on the device with everything that a step would otherwise have to ask for.
 
-    def _padded(self, batch: Graph, sizes: Sizes) -> Graph:
-        if self._by_layout and batch.layout is None:
-            batch = replace(batch, layout=tuple(batch.atoms_per_system.tolist()))
-        graph = prepared(replace(batch, config_type=()), self.potential)
+        Raises:
+            ValueError: an element that the potential does not know.
+        """
+        topology = graph.prepared()
+        if graph.numbers.device.type == "cpu" and topology.real is None:
+            self.potential.check_elements(graph.numbers)
+        if len(self.potential.elements) > MANY_ELEMENTS and graph.num_systems == 1 and topology.composition is None:
+            found, counts = graph.numbers.unique(return_counts=True)
+            topology.composition = tuple(zip(found.tolist(), counts.tolist()))
+        return replace(graph, config_type=()).to(self.potential.device)
+
+    def _key(self, batch: Batch, sizes: Sizes) -> Hashable:
+        if not isinstance(batch, Graph):
+            return sizes, self._data.layout(batch, sizes) if self._by_sizes else None
+        known = batch.prepared()
+        formats = tuple((name, value.dtype) for name, value in tensors_of(batch).items())
+        return sizes, known.sizes if self._by_sizes else None, known.is_periodic, known.composition, formats
+
+    def _padded(self, graph: Graph, sizes: Sizes) -> Graph:
         return pad_graph(graph, sizes, number=self.potential.elements[0], cutoff=self.potential.cutoff)
 
     def _source(self, batch: Batch, sizes: Sizes) -> tuple[Callable[[Batch], None], Callable[[], Graph]]:
@@ -222,7 +308,7 @@ class BatchSteps:
                 buffers.follow(new, lambda: self._padded(new, sizes))
 
             return follow, lambda: buffers.graph
-        data, layout = self._data, self._data.layout(batch, sizes) if self._by_layout else None
+        data, layout = self._data, self._data.layout(batch, sizes) if self._by_sizes else None
         frames = data.indices(batch, sizes).to(data.device)
 
         def write(new: Batch) -> None:
@@ -230,44 +316,23 @@ class BatchSteps:
 
         return write, lambda: data.batch(frames, sizes, layout)
 
-    def _run(self, graph: Graph) -> Any:
-        with kernels_of(self.potential.device), static_step():
-            return self.step(graph, self._scale)
-
     def _called(self, batch: Batch, sizes: Sizes) -> Any:
-        _, graph = self._source(batch, sizes)
-        return self._run(graph())
+        given = self._known(batch) if isinstance(batch, Graph) else batch
+        _, graph = self._source(given, sizes)
+        return self.step(graph(), self._scale)
 
     def _make(self, batch: Batch, sizes: Sizes) -> _Prepared:
         write, graph = self._source(batch, sizes)
-        expected = self._run(graph())
 
         def called() -> Any:
-            return self._run(graph())
+            return self.step(graph(), self._scale)
 
-        function = called if self.mode == "cuda_graph" else self._compiled(graph(), graph)
-        if self.mode == "compile":
-            self.step.check(function(), expected)
-        run = record(function, device=self.potential.device, what=self.step.what, recorder=self._recording())
-        if run.reason is not None and self.mode == "cuda_graph":
-            self.reason = run.reason  # it has been said
+        expected = called()
+        run = record(called, device=self.potential.device, what=self.step.what, recorder=self._recording())
+        self.reason = run.reason  # where there is one, it has been said
         if not run.eager and not self.step.draws:
             self.step.check(run(), expected)
         return _Prepared(write, run)
-
-    def _compiled(self, example: Graph, graph: Callable[[], Graph]) -> Callable[[], Any]:
-        if self.step.draws:
-            raise MismatchError("dropout draws other numbers in every call, so a compiled step cannot be checked")
-
-        def step(state: dict[str, Tensor], inputs: dict[str, Tensor]) -> Any:
-            given = dict(inputs)
-            scale = given.pop("scale")
-            return self.step(with_tensors(example, given), scale, state)
-
-        inputs = {**tensors_of(example), "scale": self._scale}
-        with kernels_of(self.potential.device):
-            run = compile_step(step, self.potential, inputs, backend=self.backend)
-        return lambda: run({**tensors_of(graph()), "scale": self._scale})
 
     def _recording(self) -> Recorder | None:
         if self._recorder is None and self.potential.device.type == "cuda":
@@ -279,8 +344,8 @@ class BatchSteps:
         self._steps.clear()
         what = "gives other results" if isinstance(error, MismatchError) else "cannot be prepared"
         say(
-            f"{self.step.what}, {'compiled' if self.mode == 'compile' else 'recorded'}, {what} ({self.reason});"
-            " it is called instead. training.execution=eager does so without trying"
+            f"{self.step.what}, recorded, {what} ({self.reason}); it is called instead. execution=eager does so without"
+            " trying"
         )
 
 

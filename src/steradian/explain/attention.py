@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from steradian.checkpoint import write_atomically
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from steradian.operators.base import EdgeGate
 from steradian.potential import Potential
 
 __all__ = ["AttentionResult", "LayerAttention", "attention_of"]
@@ -80,11 +82,9 @@ def attention_of(potential: Potential, structure: Structure) -> AttentionResult:
     Raises:
         ValueError: the model has no attention, or the structure has no two atoms within the cutoff.
     """
-    gated: dict[int, Any] = {
-        index: module.gate
-        for index, (_, module) in enumerate(potential.host.get_submodule("layers").named_children())
-        if module.gate is not None
-    }
+    layers_of_host: Any = potential.host.get_submodule("layers")
+    gates: list[EdgeGate | None] = [layer.gate for layer in layers_of_host.children()]
+    gated = {index: gate for index, gate in enumerate(gates) if gate is not None and gate.grid is not None}
     if not gated:
         raise ValueError("the model has no attention to show; train one with --set model.edge_gate.kind=mara")
     graph = make_graph(structure, potential.cutoff)
@@ -105,14 +105,12 @@ def attention_of(potential: Potential, structure: Structure) -> AttentionResult:
     for index, gate in gated.items():
         features, edges = seen[index]
         maps = gate.attention_maps(features.detach(), edges)
-        weights = maps["grid"].weights.detach().cpu().double().numpy() / (4 * np.pi)
-        layers.append(
-            LayerAttention(
-                layer=index,
-                alpha=maps["alpha"].detach().cpu().double().numpy(),
-                profile=maps["profile"].detach().cpu().double().numpy() / weights,
-                points=maps["grid"].points.detach().cpu().double().numpy(),
-            )
-        )
-        vectors = edges.vectors.detach().cpu().double().numpy()
+        equal_share = _numbers(maps.grid.weights) / (4 * np.pi)
+        profile = _numbers(maps.profile) / equal_share
+        layers.append(LayerAttention(index, _numbers(maps.alpha), profile, _numbers(maps.grid.points)))
+        vectors = _numbers(edges.vectors)
     return AttentionResult(structure, graph.senders.numpy(), graph.receivers.numpy(), vectors, tuple(layers))
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()

@@ -20,18 +20,16 @@ by receiver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steradian.graph.sharing import Share
-
-if TYPE_CHECKING:
-    from steradian.graph.pairs import Pairs
+from steradian.graph.topology import Pairs, Topology
 
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 
@@ -56,13 +54,8 @@ class Graph:
         weight: ``[S]`` weight of a system in the loss, or None for ones.
         dipoles: ``[N, 3]`` atomic dipoles, for models that embed them, or None.
         share: where the graph is one process's part of a system, the atoms it answers for; positions are centred.
-        pairs: pairs of opposite edges where they were looked for beforehand (:func:`steradian.graph.pairs.with_pairs`).
-            They belong to these edges: to be dropped where senders and receivers are replaced.
-        real: ``[S]`` bool, False for systems that only fill up a bucket (:mod:`steradian.execution.padding`), or None.
-        periodic: whether any system is periodic, where it is known; saves a question to a GPU.
-        composition: ``(atomic number, atoms)`` of the elements present, where it is known; saves the same.
-        layout: atoms of every system, where they are known; for attention between all atoms of a system.
         config_type: one label per system, for tables of errors per configuration type.
+        topology: what was prepared for these tensors; see :meth:`prepared`.
     """
 
     positions: Tensor
@@ -80,22 +73,36 @@ class Graph:
     weight: Tensor | None = None
     dipoles: Tensor | None = None
     share: Share | None = None
-    pairs: Pairs | None = None
-    real: Tensor | None = None
-    periodic: bool | None = None
-    composition: tuple[tuple[int, int], ...] | None = None
-    layout: tuple[int, ...] | None = None
     config_type: tuple[str, ...] = ()
+    topology: Topology | None = field(default=None, repr=False, compare=False)
+
+    def prepared(self) -> Topology:
+        """The topology of the tensors as they are now: the one at hand if nothing has changed, else a new one."""
+        if self.topology is None or not self.topology.holds_for(self._listed()):
+            # a static one says that its owner changed the tensors and did not refresh it: what it knows may be wrong
+            known = Topology(
+                self.senders,
+                self.receivers,
+                self.num_atoms,
+                numbers=self.numbers,
+                system=self.system,
+                num_systems=self.num_systems,
+                shifts=self.shifts,
+                pbc=self.pbc,
+            )
+            object.__setattr__(self, "topology", known)  # a note of what follows from the fields, not a field
+        assert self.topology is not None
+        return self.topology
 
     @property
     def is_periodic(self) -> bool:
-        """Whether any system is periodic; asks ``pbc`` where it is not known."""
-        return bool(self.pbc.any()) if self.periodic is None else self.periodic
+        """Whether any system is periodic."""
+        return self.prepared().is_periodic
 
     @property
-    def pbc_if_periodic(self) -> Tensor | None:
-        """``pbc``, or None where it is known that no system is periodic."""
-        return None if self.periodic is False else self.pbc
+    def real(self) -> Tensor | None:
+        """``[S]`` bool, False for systems that only fill up a bucket; None where there are none."""
+        return None if self.topology is None else self.topology.real
 
     @property
     def num_atoms(self) -> int:
@@ -113,16 +120,32 @@ class Graph:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Graph:
         """Move to a device and cast the floating-point inputs; energies stay float64 (totals need the digits)."""
+        moved = self.mapped(lambda tensor: tensor.to(device=device))
+        if dtype is None:
+            return moved
         changes: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                floating = value.is_floating_point() and field.name != "energy"
-                changes[field.name] = value.to(device=device, dtype=dtype if floating else None)
-        if self.pairs is not None:
-            first, of_edge = self.pairs.first.to(device=device), self.pairs.of_edge.to(device=device)
-            changes["pairs"] = replace(self.pairs, first=first, of_edge=of_edge)
-        return replace(self, **changes)
+        for each in fields(self):
+            value = getattr(moved, each.name)
+            if isinstance(value, Tensor) and value.is_floating_point() and each.name != "energy":
+                changes[each.name] = value.to(dtype)
+        return replace(moved, **changes)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Graph:
+        """The same graph with every tensor changed to one of the same numbers (a copy, on another device, pinned); what
+        was prepared comes along."""
+        own: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {name: change(value) for name, value in own.items() if isinstance(value, Tensor)}
+        changed = replace(self, **own)
+        known = self.topology
+        if known is None or changed.senders is self.senders or not known.holds_for(self._listed()):
+            return changed
+        pairs = None if known.pairs is None else Pairs(change(known.pairs.first), change(known.pairs.of_edge))
+        real = None if known.real is None else change(known.real)
+        return replace(changed, topology=known.of_copies(*changed._listed(), pairs=pairs, real=real))
+
+    def _listed(self) -> tuple[Tensor, ...]:
+        """What a topology is made of."""
+        return self.numbers, self.system, self.senders, self.receivers, self.shifts, self.pbc
 
 
 @dataclass(frozen=True)
@@ -130,37 +153,60 @@ class Edges:
     """The geometry of a graph's edges as a host and its operators see it; differentiable.
 
     Attributes:
-        senders, receivers: ``[E]`` as in :class:`Graph`.
+        topology: which atoms they connect, and what is prepared for them.
         vectors: ``[E, 3]`` from receiver to sender [Å].
         lengths: ``[E]`` their norms [Å].
         radial: ``[E, R]`` radial basis times envelope.
         envelope: ``[E]`` smooth cutoff, 1 at zero distance and 0 (with zero slope) at the cutoff.
         harmonics: ``[E, (l_max + 1)^2]`` real spherical harmonics of the direction, "component" normalisation
             (squares of a degree sum to 2 l + 1), degrees in order.
-        num_atoms: N.
-        system: ``[N]`` index of the system of each atom; num_systems: S.
         cell: ``[S, 3, 3]`` lattice vectors as rows [Å], strained and differentiable, or None where nothing is periodic.
-        pbc: ``[S, 3]`` periodicity, or None.
         share: as in :class:`Graph`.
-        pairs: of opposite edges, or None where they are not known.
         radial_of_pairs: ``[Q, R]`` the radial basis of pairs, where it was computed for them first.
     """
 
-    senders: Tensor
-    receivers: Tensor
+    topology: Topology
     vectors: Tensor
     lengths: Tensor
     radial: Tensor
     envelope: Tensor
     harmonics: Tensor
-    num_atoms: int
-    system: Tensor
-    num_systems: int
     cell: Tensor | None = None
-    pbc: Tensor | None = None
     share: Share | None = None
-    pairs: Pairs | None = None
     radial_of_pairs: Tensor | None = None
+
+    @property
+    def senders(self) -> Tensor:
+        """``[E]`` index j of the neighbour."""
+        return self.topology.senders
+
+    @property
+    def receivers(self) -> Tensor:
+        """``[E]`` index i of the centre, ascending."""
+        return self.topology.receivers
+
+    @property
+    def num_atoms(self) -> int:
+        return self.topology.num_atoms
+
+    @property
+    def system(self) -> Tensor:
+        """``[N]`` index of the system of each atom."""
+        return self.topology.system
+
+    @property
+    def num_systems(self) -> int:
+        return self.topology.num_systems
+
+    @property
+    def pbc(self) -> Tensor | None:
+        """``[S, 3]`` periodicity, or None where nothing is periodic."""
+        return self.topology.pbc if self.topology.is_periodic else None
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Opposite edges, or None where they are not known."""
+        return self.topology.pairs
 
     @cached_property
     def pair_radial(self) -> Tensor:
@@ -202,15 +248,18 @@ class Prediction:
 
 
 def batch_graphs(graphs: Sequence[Graph]) -> Graph:
-    """Put several graphs into one; atoms, edges and systems keep their order.
+    """Put several graphs into one; atoms, edges and systems keep their order. Nothing that a graph holds is lost.
 
     Raises:
-        ValueError: for an empty list, or where a label is present in some graphs and missing in others.
+        ValueError: for an empty list, where a label is present in some graphs and missing in others, or for parts of
+            systems that are spread over processes.
     """
     if not graphs:
         raise ValueError("cannot make a batch of no graphs")
     if len(graphs) == 1:
         return graphs[0]
+    if any(graph.share is not None for graph in graphs):
+        raise ValueError("a part of a system that is spread over processes cannot be put into a batch")
     atom_offsets = [0]
     system_offsets = [0]
     for graph in graphs:
@@ -233,6 +282,14 @@ def batch_graphs(graphs: Sequence[Graph]) -> Graph:
             )
         return joined(name)
 
+    def weights() -> Tensor | None:
+        given = [graph.weight for graph in graphs]
+        if all(weight is None for weight in given):
+            return None
+        ones = [graph.positions.new_ones(graph.num_systems) for graph in graphs]
+        return torch.cat([one if weight is None else weight for weight, one in zip(given, ones)])
+
+    labels = [graph.config_type or ("",) * graph.num_systems for graph in graphs]
     return Graph(
         positions=joined("positions"),
         numbers=joined("numbers"),
@@ -246,7 +303,7 @@ def batch_graphs(graphs: Sequence[Graph]) -> Graph:
         energy=joined_label("energy"),
         forces=joined_label("forces"),
         stress=joined_label("stress"),
-        weight=joined_label("weight"),
+        weight=weights(),
         dipoles=joined_label("dipoles"),
-        config_type=tuple(label for graph in graphs for label in graph.config_type),
+        config_type=tuple(kind for each in labels for kind in each) if any(map(any, labels)) else (),
     )

@@ -18,18 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
 
-from steradian.graph.device_rows import keep_rows, update_rows
+from steradian.graph.ghosts import ghost_edges, ghost_places
 from steradian.graph.graph import Graph
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.neighbors_device import Boxes, guess_width, make_search, rounded_up
+from steradian.graph.topology import Topology
 
-__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of", "fresh_on_cpu"]
+__all__ = ["Capacity", "DeviceList", "HostList", "Needs", "boxes_of"]
 
 #: of half the skin: what rounding may take
 SAFETY = 0.998
@@ -73,17 +75,6 @@ class Needs:
             if getattr(self, name) > getattr(capacity, name)
         }
         return replace(capacity, **larger)
-
-
-def fresh_on_cpu(graph: Graph) -> Graph:
-    """The graph of a device list as a model may take it.
-
-    Machine code on a CPU keeps what it prepares for a list; new tensors tell it that this one is new. On a GPU nothing
-    is kept, and the graph is given as it is.
-    """
-    if graph.senders.device.type != "cpu":
-        return graph
-    return replace(graph, senders=graph.senders.clone(), receivers=graph.receivers.clone(), shifts=graph.shifts.clone())
 
 
 def boxes_of(systems: Sequence[Atoms]) -> Boxes:
@@ -135,11 +126,11 @@ class HostList:
         vectors = positions.index_select(0, graph.senders) - positions.index_select(0, graph.receivers)
         near = (vectors + self._offsets).square().sum(1) < self.cutoff**2
         if self._near is None or not torch.equal(self._near, near):
-            # the same tensors from step to step: what is prepared for them (sorted rows, pairs) is prepared once
             self._near = near
             self._kept = replace(
                 graph, senders=graph.senders[near], receivers=graph.receivers[near], shifts=graph.shifts[near]
             )
+            self._kept.prepared()  # once for all steps with these edges
         return replace(self._kept, positions=positions)
 
     def _too_far(self, positions: Tensor) -> bool:
@@ -214,9 +205,6 @@ class DeviceList:
         self._listed = torch.zeros((count, width), device=device, dtype=torch.bool)
         self._slots = torch.arange(capacity.edges, device=device)
         self._cells = self.graph.cell.index_select(0, self.graph.system[:count])
-        if device.type == "cuda":  # sorted once per step for all kernels that sum over them
-            keep_rows(self.graph.senders, self.graph.num_atoms)
-            keep_rows(self.graph.receivers, self.graph.num_atoms, ascending=True)
 
     @property
     def waits(self) -> bool:
@@ -247,19 +235,15 @@ class DeviceList:
         total = running[-1]
         place = torch.searchsorted(running, self._slots + 1).clamp_(max=count * width - 1)
         real = self._slots < total
-        rank = (self._slots - total).clamp(min=0)
-        ghost = rank * self.num_ghosts // (self._slots.numel() - total).clamp(min=1)
-        ghost = ghost.clamp_(max=self.num_ghosts - 1)
-        other = (ghost + 1) % self.num_ghosts
+        ghost, other = ghost_edges(self._slots - total, self._slots.numel() - total, self.num_ghosts)
         senders = self._rows_senders.flatten().index_select(0, place)
         shifts = self._rows_shifts.view(-1, 3).index_select(0, place)
         graph.senders.copy_(torch.where(real, senders, count + other))
         graph.receivers.copy_(torch.where(real, place // width, count + ghost))
         graph.shifts.copy_(shifts * real.unsqueeze(1))
         graph.positions[:count].copy_(positions)
-        if graph.senders.is_cuda:
-            update_rows(graph.senders)
-            update_rows(graph.receivers)
+        assert graph.topology is not None
+        graph.topology.refresh()
         self.flags[0] = torch.maximum(self.flags[0], moved)
         self.flags[3] = torch.maximum(self.flags[3], total.double())
         return graph
@@ -274,28 +258,37 @@ class DeviceList:
 
 
 def _padded_graph(systems: Sequence[Atoms], boxes: Boxes, num_edges: int, cutoff: float, positions: Tensor) -> Graph:
-    """Real atoms, then ghosts: an even number of them, on two places two cutoffs apart, next ones never together."""
+    """Real atoms, then ghosts, an even number of them."""
     device, count, num = positions.device, boxes.num_atoms, len(systems)
     ghosts = max(2, 2 * round(0.5 * GHOSTS * count))
     numbers = np.concatenate([*(atoms.numbers for atoms in systems), np.repeat(systems[0].numbers[:1], ghosts)])
-    places = np.zeros((ghosts, 3))
-    places[1::2, 0] = 2.0 * cutoff
     system = np.concatenate([np.repeat(np.arange(num), boxes.sizes), np.full(ghosts, num)])
     cell = np.concatenate([boxes.cells, boxes.cells[:1]])
     pbc = np.concatenate([boxes.pbc, boxes.pbc[:1]])
     found, times = np.unique(numbers, return_counts=True)
-    return Graph(
-        positions=torch.cat([positions, torch.tensor(places, device=device, dtype=positions.dtype)]),
-        numbers=torch.tensor(numbers.astype(np.int64), device=device),
-        system=torch.tensor(system, device=device),
-        senders=torch.full((num_edges,), count, device=device),
-        receivers=torch.full((num_edges,), count + 1, device=device),
-        shifts=torch.zeros((num_edges, 3), device=device, dtype=torch.int64),
-        cell=torch.tensor(cell, device=device),
-        pbc=torch.tensor(pbc, device=device),
+    own = torch.arange(ghosts, device=device)
+    tensors: dict[str, Any] = {
+        "numbers": torch.tensor(numbers.astype(np.int64), device=device),
+        "system": torch.tensor(system, device=device),
+        "senders": torch.full((num_edges,), count, device=device),
+        "receivers": torch.full((num_edges,), count + 1, device=device),
+        "shifts": torch.zeros((num_edges, 3), device=device, dtype=torch.int64),
+        "pbc": torch.tensor(pbc, device=device),
+    }
+    topology = Topology(
+        num_atoms=count + ghosts,
         num_systems=num + 1,
-        real=torch.tensor([True] * num + [False], device=device),
+        is_static=True,
+        sizes=(*boxes.sizes, ghosts),
         periodic=bool(pbc.any()),
         composition=tuple(zip(found.tolist(), times.tolist())),
-        layout=(*boxes.sizes, ghosts),
+        real=torch.tensor([True] * num + [False], device=device),
+        **tensors,
+    )
+    return Graph(
+        positions=torch.cat([positions, ghost_places(own, cutoff).to(positions.dtype)]),
+        cell=torch.tensor(cell, device=device),
+        num_systems=num + 1,
+        topology=topology,
+        **tensors,
     )

@@ -12,10 +12,33 @@ from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.graph import Edges, Graph
-from steradian.graph.pairs import pairs_of
+from steradian.graph.topology import Rows
 from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
-__all__ = ["ConvolutionHost", "Host", "HostOutput"]
+__all__ = ["ConvolutionHost", "Host", "HostOutput", "TrainingFacts"]
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a host is told of the training set.
+
+    Attributes:
+        elements: atomic numbers, ascending: the order of the species.
+        avg_num_neighbors: edges per atom.
+        scale: [eV] factor on the interaction energies (root mean square force).
+        shift: [eV] added to every atom's interaction energy. Energies of isolated atoms are not in it: the potential
+            adds them.
+    """
+
+    elements: tuple[int, ...]
+    avg_num_neighbors: float
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def num_elements(self) -> int:
+        """Z, the size of the table of elements."""
+        return len(self.elements)
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class Host(nn.Module, ABC):
     """
 
     cutoff: float
+    scale: Tensor
+    shift: Tensor
     #: Whether vectors may come in a wider format than that of the features.
     takes_exact_vectors = False
 
@@ -42,16 +67,21 @@ class Host(nn.Module, ABC):
         return self.cutoff * len(list(self.get_submodule("layers").children()))
 
     @abstractmethod
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         """Energies per atom.
 
         Args:
-            graph: topology (senders, receivers, system), periodicity and the strained, differentiable cell; its
+            graph: its topology (senders, receivers, systems, periodicity) and the strained, differentiable cell; its
                 positions are not used.
-            species: ``[N]`` index of each atom's element in the table of elements.
+            species: ``[N]`` index of each atom's element in the table of elements, prepared.
             positions: ``[N, 3]`` centred positions [Å], differentiable.
             vectors: ``[E, 3]`` from receiver to sender [Å], differentiable.
         """
+
+    def place_scale(self, facts: TrainingFacts) -> None:
+        """Buffers ``scale`` and ``shift``, with all digits whatever the format of the weights."""
+        self.register_buffer("scale", torch.tensor(float(facts.scale), dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(float(facts.shift), dtype=torch.float64))
 
     def tabulate_radial(self, num_intervals: int) -> float | None:
         """Replace the radial networks by tables until :meth:`train`; the largest relative error, None if there is none.
@@ -102,15 +132,15 @@ class ConvolutionHost(Host):
         dtype = next(self.parameters()).dtype
         lengths = safe_norm(vectors)
         envelope = polynomial_envelope(lengths, self.cutoff, self.envelope_p)
-        pairs, of_pairs = pairs_of(graph), None
+        topology = graph.prepared()
+        pairs, of_pairs = topology.pairs, None
         if pairs is None or transform is not None:
             radial = self._radial(lengths if transform is None else transform(lengths), envelope)
         else:
             of_pairs = self._radial(lengths.index_select(0, pairs.first), envelope.index_select(0, pairs.first))
             radial = of_pairs.index_select(0, pairs.of_edge)
         return Edges(
-            senders=graph.senders,
-            receivers=graph.receivers,
+            topology=topology,
             vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
             radial=radial.to(dtype),
@@ -118,12 +148,7 @@ class ConvolutionHost(Host):
             harmonics=spherical_harmonics(
                 unit_vectors(vectors, lengths).to(self.harmonics_dtype or dtype), self.l_max
             ).to(dtype),
-            num_atoms=graph.num_atoms,
-            system=graph.system,
-            num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc_if_periodic,
             share=graph.share,
-            pairs=pairs,
             radial_of_pairs=None if of_pairs is None else of_pairs.to(dtype),
         )

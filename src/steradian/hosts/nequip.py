@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steradian.compiler.activations import silu
 from steradian.config import NequIPConfig
-from steradian.equivariant.activations import silu
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
-from steradian.hosts.base import ConvolutionHost, HostOutput
+from steradian.graph.topology import Rows
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
@@ -154,7 +155,7 @@ class NequIPLayer(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, features: Tensor, species: Tensor, embedding: Tensor, positions: Tensor, edges: Edges
+        self, features: Tensor, species: Rows, embedding: Tensor, positions: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C_in]``.
 
@@ -192,8 +193,8 @@ class Readout(WithRole):
     def forward(self, scalars: Tensor) -> Tensor:
         first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
         x = self.multiply(scalars, first) * first.shape[0] ** -0.5
-        for weight in others:
-            x = self.multiply(silu(x), weight) * (SILU_GAIN * weight.shape[0] ** -0.5)
+        for place, weight in enumerate(others, 1):
+            x = self.multiply(silu(x), weight, place=place) * (SILU_GAIN * weight.shape[0] ** -0.5)
         return x.squeeze(-1).to(scalars.dtype)
 
 
@@ -202,23 +203,17 @@ class NequIP(ConvolutionHost):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: messages are divided by its root; ``config.avg_num_neighbors`` wins where it is set.
-        scale: [eV] factor on the atoms' energies, the same for all elements at the start.
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set. Messages are divided by the root of the number of neighbours;
+            ``config.avg_num_neighbors`` wins where it is set.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
 
-    Scale and shift are one number per element. The energies of isolated atoms are not among the shifts: the potential
-    adds them.
+    Scale and shift are one number per element, the same for all at the start.
     """
 
     def __init__(
         self,
         config: NequIPConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
@@ -230,7 +225,7 @@ class NequIP(ConvolutionHost):
             self.radial_scale = math.sqrt(2.0 / config.cutoff_A)
         channels = config.num_channels
         embedding_dim = config.embedding_dim or channels
-        self.embedding = nn.Parameter(torch.randn(num_elements, embedding_dim))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, embedding_dim))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
         layers = []
         for index, (degrees_in, degrees_out) in enumerate(layer_degrees(config)):
@@ -254,32 +249,30 @@ class NequIP(ConvolutionHost):
                 degrees_out=degrees_out,
                 channels_out=channels,
             )
-            neighbors = config.avg_num_neighbors or avg_num_neighbors
+            neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
             layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)
         self.readout = Readout(channels, config.readout_mlp)
-        self._place_scales(config, num_elements, scale, shift)
+        self._place_scales(config, facts)
 
-    def _place_scales(self, config: NequIPConfig, num_elements: int, scale: float, shift: float) -> None:
-        self.scale: Tensor
-        self.shift: Tensor
+    def _place_scales(self, config: NequIPConfig, facts: TrainingFacts) -> None:
         for name, value, trainable in (
-            ("scale", scale, config.trainable_scales),
-            ("shift", shift, config.trainable_shifts),
+            ("scale", facts.scale, config.trainable_scales),
+            ("shift", facts.shift, config.trainable_shifts),
         ):
-            start = torch.full((num_elements,), float(value), dtype=torch.float64)
+            start = torch.full((facts.num_elements,), float(value), dtype=torch.float64)
             if trainable:
                 setattr(self, name, nn.Parameter(start))
             else:
                 self.register_buffer(name, start)
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
-        features = self.embedding.index_select(0, species).unsqueeze(1)
+        features = self.embedding.index_select(0, species.index).unsqueeze(1)
         gates = []
         for layer in self.layers:
             features, alpha = layer(features, species, self.embedding, positions, edges)
             if alpha is not None:
                 gates.append(alpha)
-        scale, shift = self.scale.index_select(0, species), self.shift.index_select(0, species)
+        scale, shift = self.scale.index_select(0, species.index), self.shift.index_select(0, species.index)
         return HostOutput(scale * self.readout(features[:, 0]) + shift, tuple(gates))

@@ -18,7 +18,8 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
-from steradian.hosts.base import Host, HostOutput
+from steradian.graph.topology import Rows
+from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.radial import bernstein_basis, cosine_envelope, safe_norm, smooth_envelope
 
@@ -111,19 +112,15 @@ class O3MPNN(Host):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: not used, messages are sums.
-        scale, shift: [eV] factor on and addition to every atom's energy; 1 and 0 are the published form.
+        facts: of the training set; messages are sums, so the number of neighbours is not used. Scale 1 and shift 0 are
+            the published form.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
     """
 
     def __init__(
         self,
         config: O3MPNNConfig,
-        num_elements: int,
-        avg_num_neighbors: float = 1.0,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
@@ -131,7 +128,7 @@ class O3MPNN(Host):
         self.takes_exact_vectors = True
         self.config, self.cutoff, self.l_max = config, config.cutoff_A, config.l_max
         channels = config.num_channels
-        self.embedding = nn.Parameter(torch.randn(num_elements, channels) * channels**-0.5)
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, channels) * channels**-0.5)
         degrees = SCALARS
         self.dipole: Dense | None = None
         if config.dipole_embedding:
@@ -147,11 +144,8 @@ class O3MPNN(Host):
         zero = config.zero_init
         self.readout = Dense(SCALARS, channels, 1, bias=False, zero=zero)
         self.readout.role = "readout"
-        self.element_bias = nn.Parameter(torch.zeros(num_elements))
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+        self.element_bias = nn.Parameter(torch.zeros(facts.num_elements))
+        self.place_scale(facts)
 
     def edges(self, graph: Graph, vectors: Tensor) -> Edges:
         """Lengths, radial basis, envelope and harmonics of the edges.
@@ -165,24 +159,19 @@ class O3MPNN(Host):
         envelope = cut(lengths, self.cutoff)
         radial = bernstein_basis(lengths / (1 + lengths), self.config.num_radial) * envelope.unsqueeze(-1)
         return Edges(
-            senders=graph.senders,
-            receivers=graph.receivers,
+            topology=graph.prepared(),
             vectors=vectors.to(dtype),
             lengths=lengths.to(dtype),
             radial=radial.to(dtype),
             envelope=envelope.to(dtype),
             harmonics=spherical_harmonics(unit_vectors(exact, lengths), self.l_max).to(dtype),
-            num_atoms=graph.num_atoms,
-            system=graph.system,
-            num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc_if_periodic,
             share=graph.share,
         )
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
-        features = self.embedding.index_select(0, species).unsqueeze(1)
+        features = self.embedding.index_select(0, species.index).unsqueeze(1)
         if self.dipole is not None:
             if graph.dipoles is None:
                 raise ValueError("this model embeds atomic dipoles, but the structures have none")
@@ -192,5 +181,5 @@ class O3MPNN(Host):
             features, alpha = layer(features, positions, edges)
             if alpha is not None:
                 gates.append(alpha)
-        energies = self.readout(features[:, :1]).flatten() + self.element_bias.index_select(0, species)
+        energies = self.readout(features[:, :1]).flatten() + self.element_bias.index_select(0, species.index)
         return HostOutput(self.scale * energies + self.shift, tuple(gates))

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.activations import silu
+from steradian.compiler.constants import constant
 from steradian.config import ViSNetConfig
-from steradian.equivariant.activations import silu
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
-from steradian.graph.pairs import Pairs, pairs_of
-from steradian.hosts.base import Host, HostOutput
+from steradian.graph.topology import Rows, Topology
+from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import evaluate
@@ -121,27 +121,64 @@ class VectorNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Edges and then one row per atom for itself: what messages run over.
+class Links:
+    """Which atoms the edges and, behind them, every atom as its own neighbour connect; E + N of them.
 
     Attributes:
-        senders, receivers: ``[E + N]``.
-        envelope: ``[E + N]`` cosine cutoff.
-        directions: ``[E + N, size]`` harmonics of degree 1 and higher, squares of a degree sum to one; zero for itself.
-        geometry: ``[E + N, 1 + size]`` what scales a vector message, and that times the directions.
-        num_atoms, num_edges: N, E.
+        senders, receivers: ``[E + N]``, for gathers and sums.
         of_pair: ``[E + N]`` the row of a pair of opposite edges, and behind those ``[Q]`` pairs of an atom; None where
             pairs are not known.
+        behind: ``[Q + N]`` a link of each of these rows; None likewise.
     """
 
-    senders: Tensor
-    receivers: Tensor
+    senders: Rows
+    receivers: Rows
+    of_pair: Rows | None
+    behind: Tensor | None
+
+    @classmethod
+    def of(cls, topology: Topology) -> Links:
+        """Made once, unless the contents of the topology change."""
+        return (
+            cls._made(topology)
+            if topology.is_static
+            else topology.prepared("visnet links", lambda: cls._made(topology))
+        )
+
+    @classmethod
+    def _made(cls, topology: Topology) -> Links:
+        count, pairs, static = topology.num_atoms, topology.pairs, topology.is_static
+        atoms = torch.arange(count, device=topology.senders.device)
+
+        def rows(index: Tensor, behind: Tensor, num_rows: int) -> Rows:
+            return Rows(torch.cat([index, behind]), num_rows, static=static)
+
+        return cls(
+            senders=rows(topology.senders, atoms, count),
+            receivers=rows(topology.receivers, atoms, count),
+            of_pair=None if pairs is None else rows(pairs.of_edge, pairs.count + atoms, pairs.count + count),
+            behind=None if pairs is None else torch.cat([pairs.first, topology.num_edges + atoms]),
+        )
+
+
+@dataclass(frozen=True)
+class LinkGeometry:
+    """Links with what they carry.
+
+    Attributes:
+        links: which atoms they connect.
+        envelope: ``[E + N]`` cutoff, 1 for an atom itself.
+        directions: ``[E + N, size]`` harmonics without the scalar, zero for an atom itself.
+        geometry: ``[E + N, 1 + size]`` scale and scaled directions of vector messages.
+        num_atoms, num_edges: N, E.
+    """
+
+    links: Links
     envelope: Tensor
     directions: Tensor
     geometry: Tensor
     num_atoms: int
     num_edges: int
-    of_pair: Tensor | None
 
 
 class ViSNetLayer(nn.Module):
@@ -185,7 +222,13 @@ class ViSNetLayer(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, features: Tensor, filters: Tensor, positions: Tensor, edges: Edges, rows: Rows, shared: Tensor | None
+        self,
+        features: Tensor,
+        filters: Tensor,
+        positions: Tensor,
+        edges: Edges,
+        rows: LinkGeometry,
+        shared: Rows | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Updates of features ``[N, 1 + size, C]`` and of filters ``[E + N, C]`` (None), and alpha ``[E]`` (None).
 
@@ -194,8 +237,8 @@ class ViSNetLayer(nn.Module):
             filters: ``[E + N, C]`` scalar features of edges and atoms.
             positions: ``[N, 3]`` [Å].
             edges, rows: geometry.
-            shared: ``rows.of_pair`` where both edges of a pair still have the same filters, which then are ``[Q + N,
-                C]``; else None.
+            shared: ``rows.links.of_pair`` where both edges of a pair still have the same filters, which then are
+                ``[Q + N, C]``; else None.
         """
         alpha = None if self.gate is None else self.gate(features, edges)
         scalars, vectors = features[:, 0], None
@@ -206,7 +249,7 @@ class ViSNetLayer(nn.Module):
         key_filter, value_filter, *edge_filters = (silu(shape).unsqueeze(1) for shape in self.filters.blocks(filters))
         attended = (key_filter, value_filter)
         messages = self._messages(self.norm(scalars), attended, alpha, rows, shared)  # [E + N, C]
-        summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.receivers, messages)
+        summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.links.receivers.index, messages)
         weights = silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
         if vectors is None or self.vectors is None or self.vector_norm is None:
             scalar_update = self.update(summed)
@@ -225,13 +268,18 @@ class ViSNetLayer(nn.Module):
         return update, edge_update, alpha
 
     def _messages(
-        self, scalars: Tensor, filters: tuple[Tensor, Tensor], alpha: Tensor | None, rows: Rows, shared: Tensor | None
+        self,
+        scalars: Tensor,
+        filters: tuple[Tensor, Tensor],
+        alpha: Tensor | None,
+        rows: LinkGeometry,
+        shared: Rows | None,
     ) -> Tensor:
         """Values times attention (equations 5-6), ``[E + N, C]``."""
         key_filter, value_filter = filters
         query, key, value = (part.unsqueeze(1) for part in self.query_key_value.blocks(scalars))
         products = evaluate(
-            product_polynomial(3), [query, key, key_filter], gathers=[rows.receivers, rows.senders, shared]
+            product_polynomial(3), [query, key, key_filter], gathers=[rows.links.receivers, rows.links.senders, shared]
         )
         attention = silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
         weight = rows.envelope
@@ -239,23 +287,23 @@ class ViSNetLayer(nn.Module):
             # no gate on what an atom tells itself
             weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
         attention = attention * weight.unsqueeze(1)
-        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.senders, shared])
-        return (values.view(len(attention), self.num_heads, -1) * attention.unsqueeze(2)).view(len(attention), -1)
+        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.links.senders, shared])
+        per_head = values.view(-1, self.num_heads, self.num_channels // self.num_heads)
+        return (per_head * attention.unsqueeze(2)).view(-1, self.num_channels)
 
-    def _carried(self, vectors: Tensor | None, weights: Tensor, rows: Rows) -> Tensor:
+    def _carried(self, vectors: Tensor | None, weights: Tensor, rows: LinkGeometry) -> Tensor:
         """Vector messages summed at the receivers, ``[N, size, C]``."""
         inputs = [weights, rows.geometry] if vectors is None else [vectors, weights, rows.geometry]
-        gathers = [None, None] if vectors is None else [rows.senders, None, None]
+        gathers = [None, None] if vectors is None else [rows.links.senders, None, None]
         return evaluate(
             vector_message(self.size, vectors is not None),
             inputs,
             gathers=gathers,
-            scatter=rows.receivers,
-            num_rows=rows.num_atoms,
+            scatter=rows.links.receivers,
         )
 
     def _edge_update(
-        self, ends: list[Tensor], filters: list[Tensor], rows: Rows, shared: Tensor | None
+        self, ends: list[Tensor], filters: list[Tensor], rows: LinkGeometry, shared: Rows | None
     ) -> Tensor | None:
         """Equation 10, and with ``vertex`` the second product, of two vectors at the receiver: ``[E + N, C]``."""
         if not ends:
@@ -265,13 +313,13 @@ class ViSNetLayer(nn.Module):
         update = evaluate(
             polynomial,
             [target, source, filters[0], rows.directions],
-            gathers=[rows.receivers, rows.senders, shared, None],
+            gathers=[rows.links.receivers, rows.links.senders, shared, None],
         )
         if same:
             update = update + evaluate(
                 polynomial,
                 [same[0], same[1], filters[1], rows.directions],
-                gathers=[rows.receivers, rows.receivers, shared, None],
+                gathers=[rows.links.receivers, rows.links.receivers, shared, None],
             )
         return update.squeeze(1)
 
@@ -314,10 +362,7 @@ class ViSNet(Host):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: not used; sums over neighbours are not rescaled.
-        scale: [eV] factor on the interaction energies.
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set; sums over neighbours are not rescaled, so their number is not used.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot. A gate weighs the
             attention.
     """
@@ -325,19 +370,16 @@ class ViSNet(Host):
     def __init__(
         self,
         config: ViSNetConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
         super().__init__()
         channels = config.num_channels
         self.cutoff, self.l_max, self.smooth = config.cutoff_A, config.l_max, config.smooth
-        self.embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, channels))
         self.radial_basis = ExpNormalBasis(config.radial.num, config.cutoff_A, config.radial.trainable)
-        self.neighbor_embedding = nn.Parameter(torch.randn(num_elements, channels))
+        self.neighbor_embedding = nn.Parameter(torch.randn(facts.num_elements, channels))
         self.neighbor_filter = BlockLinear(config.radial.num, [channels])
         self.combine = BlockLinear(2 * channels, [channels])
         self.edge_filter = BlockLinear(config.radial.num, [channels])
@@ -360,10 +402,7 @@ class ViSNet(Host):
         self.norm = nn.LayerNorm(channels)
         self.vector_norm = VectorNorm(channels, config.l_max, config.vector_norm, config.trainable_vector_norm)
         self.readout = Readout(channels)
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+        self.place_scale(facts)
 
     @property
     def reach(self) -> float:
@@ -374,64 +413,50 @@ class ViSNet(Host):
         lengths = safe_norm(vectors)
         envelope = cosine_envelope(lengths, self.cutoff)
         return Edges(
-            senders=graph.senders,
-            receivers=graph.receivers,
+            topology=graph.prepared(),
             vectors=vectors,
             lengths=lengths,
             radial=self.radial_basis(lengths, envelope),
             envelope=envelope,
             harmonics=spherical_harmonics(unit_vectors(vectors, lengths), self.l_max),
-            num_atoms=graph.num_atoms,
-            system=graph.system,
-            num_systems=graph.num_systems,
             cell=graph.cell,
-            pbc=graph.pbc_if_periodic,
             share=graph.share,
-            pairs=pairs_of(graph),
         )
 
-    def rows(self, edges: Edges) -> Rows:
+    def rows(self, edges: Edges) -> LinkGeometry:
         """The edges and, behind them, every atom as its own neighbour."""
-        atoms = torch.arange(edges.num_atoms, device=edges.senders.device)
         per_degree = [(2 * degree + 1) ** -0.5 for degree in range(1, self.l_max + 1) for _ in range(2 * degree + 1)]
         factors = constant(tuple(per_degree), edges.harmonics.dtype, edges.harmonics.device)
         directions = edges.harmonics[:, 1:] * factors
         directions = torch.cat([directions, directions.new_zeros((edges.num_atoms, directions.shape[1]))])
         envelope = torch.cat([edges.envelope, edges.envelope.new_ones(edges.num_atoms)])
         scale = envelope.unsqueeze(1) if self.smooth else torch.ones_like(envelope).unsqueeze(1)
-        return Rows(
-            senders=torch.cat([edges.senders, atoms]),
-            receivers=torch.cat([edges.receivers, atoms]),
+        return LinkGeometry(
+            links=Links.of(edges.topology),
             envelope=envelope,
             directions=directions,
             geometry=torch.cat([scale, scale * directions], dim=1),
             num_atoms=edges.num_atoms,
-            num_edges=len(edges.senders),
-            of_pair=None if edges.pairs is None else self._of_pair(edges.pairs, atoms),
+            num_edges=edges.topology.num_edges,
         )
 
-    @staticmethod
-    def _of_pair(pairs: Pairs, atoms: Tensor) -> Tensor:
-        return torch.cat([pairs.of_edge, len(pairs.first) + atoms])
-
-    def _embedded(self, species: Tensor, edges: Edges, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _embedded(self, species: Tensor, edges: Edges, rows: LinkGeometry) -> tuple[Tensor, Tensor]:
         """Scalars ``[N, C]`` of atoms and neighbours, filters (Wang et al. 2024, equations 1-4).
 
         The filters are ``[Q + N, C]`` of pairs and atoms, or ``[E + N, C]`` where pairs are not known.
         """
         pairs, radial, envelope = edges.pairs, edges.pair_radial, edges.envelope
-        senders, receivers = rows.senders, rows.receivers
-        if pairs is not None:
+        links = rows.links
+        senders, receivers = links.senders.index, links.receivers.index
+        if pairs is not None and links.behind is not None:
             envelope = envelope.index_select(0, pairs.first)
-            behind = torch.cat([pairs.first, torch.arange(edges.num_atoms, device=pairs.first.device) + rows.num_edges])
-            senders, receivers = senders.index_select(0, behind), receivers.index_select(0, behind)
+            senders, receivers = senders.index_select(0, links.behind), receivers.index_select(0, links.behind)
         weights = self.neighbor_filter(radial) * envelope.unsqueeze(1)
         neighbors = evaluate(
             product_polynomial(2),
             [self.neighbor_embedding.index_select(0, species).unsqueeze(1), weights.unsqueeze(1)],
-            gathers=[edges.senders, None if pairs is None else pairs.of_edge],
-            scatter=edges.receivers,
-            num_rows=edges.num_atoms,
+            gathers=[edges.topology.by_sender, None if pairs is None else pairs.rows],
+            scatter=edges.topology.by_receiver,
         )
         own = self.embedding.index_select(0, species)
         scalars = self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1))
@@ -441,11 +466,11 @@ class ViSNet(Host):
         ends = scalars.index_select(0, receivers) + scalars.index_select(0, senders)
         return scalars, ends * shapes
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
         edges = self.edges(graph, vectors)
         rows = self.rows(edges)
-        scalars, filters = self._embedded(species, edges, rows)
-        features, shared = scalars.unsqueeze(1), rows.of_pair
+        scalars, filters = self._embedded(species.index, edges, rows)
+        features, shared = scalars.unsqueeze(1), rows.links.of_pair
         size = dim(natural_degrees(self.l_max))
         gates = []
         for layer in self.layers:
@@ -454,7 +479,7 @@ class ViSNet(Host):
                 features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))
             features = features + update
             if edge_update is not None:  # the two edges of a pair differ from here on
-                filters = (filters if shared is None else filters.index_select(0, shared)) + edge_update
+                filters = (filters if shared is None else filters.index_select(0, shared.index)) + edge_update
                 shared = None
             if alpha is not None:
                 gates.append(alpha)

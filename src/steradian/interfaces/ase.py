@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,13 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from steradian.build import load_potential
-from steradian.config.precision import PrecisionConfig
+from steradian.config import PrecisionConfig
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
 from steradian.graph.neighbors import make_graph
-from steradian.graph.skin import Capacity, DeviceList
+from steradian.graph.skin import Capacity, DeviceList, HostList
 from steradian.graph.structures import Structure
-from steradian.operators.base import asks_for_the_lattice
-from steradian.polynomials import prepare_backend
 from steradian.potential import Potential
 
 __all__ = ["SteradianCalculator"]
@@ -79,13 +76,12 @@ class SteradianCalculator(Calculator):
         self.potential = potential.to(device).for_inference(radial_table)
         self.skin = skin
         self.num_lists = 0
-        self._listed: tuple[Graph, Atoms] | None = None
         self.on_device = self.potential.device.type == "cuda"
+        self._listed: tuple[HostList, Atoms] | None = None
         self._rows: tuple[DeviceList, Atoms] | None = None
         self._capacity: Capacity | None = None
         self._step: tuple[DeviceList, Callable[[], Prediction]] | None = None
         self._before: Atoms | None = None
-        self._near: tuple[Graph, torch.Tensor, Graph] | None = None
 
     def calculate(
         self,
@@ -144,11 +140,7 @@ class SteradianCalculator(Calculator):
         """The model on the graph of a list, recorded on a GPU; the graph has its edges when this is called first."""
         if self._step is None or self._step[0] is not rows:
             prepare_backend(self.potential, rows.graph)
-            run: Callable[[], Prediction]
-            if periodic and asks_for_the_lattice(self.potential):
-                run = partial(self.potential, rows.graph, forces=True, stress=True)
-            else:
-                run = Runner(self.potential, "auto", stress=periodic).static(rows.graph)
+            run = Runner(self.potential, stress=periodic).static(rows.graph)
             self._step = (rows, run)
         return self._step[1]
 
@@ -174,29 +166,17 @@ class SteradianCalculator(Calculator):
         if not self.skin:
             self.num_lists += 1
             return make_graph(_structure(atoms), self.potential.cutoff)
-        if self._listed is None or not self._still_valid(atoms, self._listed[1]):
-            self._listed = (make_graph(_structure(atoms), self.potential.cutoff + self.skin), atoms.copy())
-            self.num_lists += 1
-        return self._within_cutoff(self._listed[0], atoms)
+        if self._listed is None or not _same_system(atoms, self._listed[1]):
+            self._listed = (HostList([atoms], self.potential.cutoff, self.skin), atoms.copy())
+        rows = self._listed[0]
+        before = rows.num_lists
+        graph = rows.refresh(torch.from_numpy(atoms.get_positions()))
+        self.num_lists += rows.num_lists - before
+        return graph
 
     def _still_valid(self, atoms: Atoms, listed: Atoms) -> bool:
         moved = np.inf if not _same_system(atoms, listed) else _farthest(atoms, listed)
         return bool(moved < 0.5 * self.skin)
-
-    def _within_cutoff(self, graph: Graph, atoms: Atoms) -> Graph:
-        """The listed graph at the present positions, without the edges that are beyond the cutoff now."""
-        positions = torch.as_tensor(atoms.positions)
-        vectors = positions[graph.senders] - positions[graph.receivers]
-        if atoms.pbc.any():
-            vectors = vectors + graph.shifts.to(positions.dtype) @ torch.as_tensor(np.asarray(atoms.cell))
-        near = vectors.square().sum(1) < self.potential.cutoff**2
-        if self._near is None or self._near[0] is not graph or not torch.equal(self._near[1], near):
-            # the same tensors from step to step: what is prepared for them (sorted rows) is prepared once
-            kept = replace(
-                graph, senders=graph.senders[near], receivers=graph.receivers[near], shifts=graph.shifts[near]
-            )
-            self._near = (graph, near, kept)
-        return replace(self._near[2], positions=positions)
 
 
 def _same_system(atoms: Atoms, listed: Atoms) -> bool:

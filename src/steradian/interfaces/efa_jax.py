@@ -24,8 +24,8 @@ from steradian.equivariant.dense import MLP, Dense
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
 from steradian.equivariant.paths import Paths
 from steradian.hosts.o3mpnn import O3MPNN, O3Layer
-from steradian.operators.efa.efa import EuclideanFastAttention
 from steradian.operators.efa.mixer import EFAMixer
+from steradian.operators.efa.operator import EuclideanFastAttention
 from steradian.potential import Potential
 from steradian.sphere.grids import LEBEDEV_DEGREES
 

@@ -10,21 +10,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from steradian.graph import Edges
+from steradian.graph.topology import Topology
+from steradian.sphere.grids import SphereGrid
 
 __all__ = [
+    "AttentionMaps",
+    "BareEdges",
     "EdgeGate",
+    "EdgesOfGate",
     "GateFactory",
     "GlobalMixer",
     "MixerFactory",
+    "Operator",
     "SlotSpec",
-    "asks_for_the_lattice",
+    "declares",
     "empty_slot",
     "in_layer",
+    "no_operator",
 ]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
@@ -68,36 +75,133 @@ class SlotSpec:
         return sum(2 * degree + 1 for degree, _ in self.degrees)
 
 
-class EdgeGate(nn.Module, ABC):
-    """Weights every message of a layer by an invariant number alpha before the sum over neighbours.
+class EdgesOfGate(Protocol):
+    """What a gate reads of a layer's edges: :class:`steradian.graph.Edges` has it all, :class:`BareEdges` the least.
 
-    A message is linear in its radial weights, so the host multiplies those by alpha and keeps its fused
-    gather - product - scatter. Subclasses declare how exactly alpha is invariant:
+    Optional parts are None where they are not known; an operator that needs one says so by name.
+    """
 
-    * ``rotation = "exact"``: to rounding;
-    * ``rotation = "quadrature"``: up to the error of a sphere rule, which falls as the rule is refined;
-    * ``rotation = "lab_frame"``: tied to the laboratory axes (the published form of MARA); measured, never bounded.
+    @property
+    def senders(self) -> Tensor:
+        """``[E]`` index j of the neighbour."""
+
+    @property
+    def receivers(self) -> Tensor:
+        """``[E]`` index i of the centre."""
+
+    @property
+    def vectors(self) -> Tensor:
+        """``[E, 3]`` from receiver to sender [Å]."""
+
+    @property
+    def envelope(self) -> Tensor | None:
+        """``[E]`` smooth cutoff."""
+
+    @property
+    def radial(self) -> Tensor | None:
+        """``[E, R]`` radial basis times envelope."""
+
+    @property
+    def harmonics(self) -> Tensor | None:
+        """``[E, (l_max + 1)^2]`` real spherical harmonics of the direction."""
+
+    @property
+    def topology(self) -> Topology | None:
+        """What is prepared for these edges, which then are listed in order of their receivers."""
+
+
+class BareEdges(NamedTuple):
+    """Edges of anybody's model, in any order."""
+
+    senders: Tensor
+    receivers: Tensor
+    vectors: Tensor
+    envelope: Tensor | None = None
+    radial: Tensor | None = None
+    harmonics: Tensor | None = None
+    topology: Topology | None = None
+
+
+class AttentionMaps(NamedTuple):
+    """What a gate looked at on its sphere of K points, with H heads.
+
+    Attributes:
+        alpha: ``[E]`` of all edges.
+        attention: ``[e, H, K, K]`` of the chosen ones: point k asks, l answers, rows sum to one.
+        profile: ``[e, K]`` how much point l is attended to, mean over asking points and heads; sums to one. Divided by
+            ``grid.weights / 4 pi`` it is a density that is 1 where all directions count alike.
+        chosen: ``[e]`` indices of edges.
+        grid: the sphere.
+    """
+
+    alpha: Tensor
+    attention: Tensor
+    profile: Tensor
+    chosen: Tensor
+    grid: SphereGrid
+
+
+class Operator(nn.Module, ABC):
+    """What fills a slot, and the facts it declares about itself.
+
+    Whoever builds, attaches, records or draws a model asks for these facts, not for the kind of operator.
+
+    ``rotation`` says how exactly the operator turns with the atoms:
+
+    * ``exact``: to rounding;
+    * ``quadrature``: up to the error of a sphere rule, which falls as the rule is refined;
+    * ``lab_frame``: tied to the laboratory axes (the published form of MARA); measured, never bounded.
     """
 
     rotation: Rotation = "exact"
     rotation_bound: float = 0.0
-    """Largest change of alpha under a rotation or reflection that a ``quadrature`` operator promises (0 if exact)."""
+    """Largest change under a rotation or reflection that a ``quadrature`` operator promises (0 if exact)."""
     supports_pbc: bool = True
-
-    @abstractmethod
-    def forward(self, features: Tensor, edges: Edges) -> Tensor:
-        """Gate of every edge ``[E]`` from node features ``[N, D, C]`` (the invariants are ``features[:, 0]``)."""
-
-
-class GlobalMixer(nn.Module, ABC):
-    """Adds an equivariant update from all atoms of a system to a layer's local update."""
-
-    rotation: Rotation = "exact"
-    supports_pbc: bool = False
+    needs_system_sizes: bool = False
+    """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    asks_for_the_lattice: bool = False
+    """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
+    num_features: int | None = None
+    """Channels that the operator was built for; None where it takes any."""
 
     def summary(self) -> str:
         """One line for ``steradian inspect``."""
         return f"{type(self).__name__}; rotation: {self.rotation}"
+
+
+class EdgeGate(Operator):
+    """Weights every message of a layer by an invariant number alpha before the sum over neighbours.
+
+    A message is linear in its radial weights, so the host multiplies those by alpha and keeps its fused
+    gather - product - scatter.
+    """
+
+    grid: SphereGrid | None = None
+    """The sphere that the gate attends on; None where there is none to show."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
+        """Gate of every edge ``[E]`` from node features ``[N, D, C]`` (the invariants are ``features[:, 0]``)."""
+
+    def attention_maps(self, features: Tensor, edges: EdgesOfGate, chosen: Tensor | None = None) -> AttentionMaps:
+        """What the gate looked at on its sphere, for pictures.
+
+        Args:
+            features, edges: as in :meth:`forward`.
+            chosen: indices of the edges e to return maps of; None for all, which takes E * H * K * K numbers.
+
+        Raises:
+            ValueError: the gate has no sphere.
+        """
+        raise ValueError(f"{type(self).__name__} attends on no sphere, so there are no directions to show")
+
+
+class GlobalMixer(Operator):
+    """Adds an equivariant update from all atoms of a system to a layer's local update."""
+
+    supports_pbc = False
+    needs_system_sizes = True
+    asks_for_the_lattice = True
 
     @abstractmethod
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
@@ -115,9 +219,9 @@ class GlobalMixer(nn.Module, ABC):
         return local_update + self.global_update(features, local_update, positions, edges)
 
 
-def asks_for_the_lattice(model: nn.Module) -> bool:
-    """Whether a step in a crystal cannot be recorded: sums over the reciprocal lattice follow from the cell's shape."""
-    return any(isinstance(module, GlobalMixer) for module in model.modules())
+def declares(model: nn.Module, fact: str) -> bool:
+    """Whether any module of a model declares a fact, such as ``needs_system_sizes``."""
+    return any(getattr(module, fact, False) for module in model.modules())
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]
@@ -127,6 +231,11 @@ MixerFactory = Callable[[SlotSpec], GlobalMixer | None]
 def empty_slot(spec: SlotSpec) -> None:
     """The factory of an empty slot."""
     return
+
+
+def no_operator(config: object) -> Callable[[SlotSpec], None]:
+    """The factory of empty slots, for a configuration section that asks for none."""
+    return empty_slot
 
 
 def in_layer(layers: list[int] | None, spec: SlotSpec, section: str) -> bool:

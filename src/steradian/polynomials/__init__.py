@@ -3,37 +3,43 @@
 ``reference`` is plain PyTorch and the truth; ``cpu`` runs machine code made from it
 (:mod:`~steradian.polynomials.program`, :mod:`~steradian.polynomials.codegen`, :mod:`~steradian.polynomials.cpu`);
 ``triton`` runs kernels for GPUs made from the same programs, ``cuequivariance`` those of NVIDIA's library. Which of
-these a GPU uses is measured (:func:`prepare_backend`), and none is used before its numbers were compared with the
-reference's.
+these a GPU uses is measured (:mod:`steradian.execution.backend_benchmark`), and none is used before its numbers were
+compared with the reference's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steradian.execution.kernel_choice import prepare_backend
+from steradian.compiler.checked import FirstUse, allowed, difference, is_static
+from steradian.compiler.folding import Folded
+from steradian.graph.topology import Rows
 from steradian.polynomials.backend import backend_for, set_backend, use_backend
-from steradian.polynomials.gate import Evaluate, passes
+from steradian.polynomials.cuequivariance import evaluate_cuequivariance
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
-from steradian.polynomials.reference import evaluate_reference
+from steradian.polynomials.program import RowIndices
+from steradian.polynomials.reference import evaluate_reference, sample
 
-__all__ = ["Operand", "Polynomial", "Terms", "backend_for", "evaluate", "prepare_backend", "set_backend", "use_backend"]
+__all__ = ["Operand", "Polynomial", "Terms", "backend_for", "evaluate", "set_backend", "use_backend"]
+
+Evaluate = Callable[[Polynomial, list[Tensor], list[Tensor | None], Tensor | None, int | None], Tensor]
 
 
 def evaluate(
     polynomial: Polynomial,
     inputs: Sequence[Tensor],
     *,
-    gathers: Sequence[Tensor | None] | None = None,
-    scatter: Tensor | None = None,
+    gathers: Sequence[Rows | Tensor | None] | None = None,
+    scatter: Rows | Tensor | None = None,
     num_rows: int | None = None,
-    locality: Tensor | None = None,
+    locality: Rows | Tensor | None = None,
     dtype: torch.dtype | None = None,
-    in_order: bool = False,
+    folded: Folded | None = None,
 ) -> Tensor:
     """Evaluate a polynomial row by row, gathering rows of the inputs and summing rows of the output on the way.
 
@@ -41,12 +47,13 @@ def evaluate(
         polynomial: the table.
         inputs: one tensor per input, ``[rows, dim, C]`` or, without channels, ``[rows, dim]``. Inputs of 16 bits are
             read exactly; the arithmetic and the result are in the widest format given, at least float32.
-        gathers: for each input None or ``[B]`` the row to take for row b of the product.
-        scatter: ``[B]`` the row of the output to which row b is added, or None.
-        num_rows: number of rows of the output; needed with ``scatter``.
+        gathers: for each input None or ``[B]`` the row to take for row b of the product; best prepared
+            (:class:`~steradian.graph.topology.Rows`), else sorted anew in every call that needs it.
+        scatter: ``[B]`` the row of the output to which row b is added, or None; likewise.
+        num_rows: number of rows of the output; needed with a ``scatter`` that is not prepared.
         locality: one of ``gathers`` whose rows are large: work that shares a row is done together; results stay.
         dtype: format of the result, rounded to from complete sums; None for the widest format given.
-        in_order: the caller's promise that ``scatter`` ascends, which saves sorting it on a GPU.
+        folded: where the owner of the outer input keeps what is made of it.
 
     Returns:
         ``[B, dim, C]`` (``[num_rows, dim, C]`` with ``scatter``), without the last axis for an output without channels.
@@ -54,20 +61,17 @@ def evaluate(
     Raises:
         ValueError: the tensors do not fit the table.
     """
-    if len(inputs) != len(polynomial.inputs):
-        raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
-    for operand, value in zip(polynomial.inputs, inputs):
-        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
-            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
-            raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
-    if scatter is not None and num_rows is None:
+    _check_shapes(polynomial, inputs)
+    gathers = list(gathers) if gathers is not None else [None] * len(inputs)
+    if isinstance(scatter, Rows):
+        num_rows = scatter.num_rows
+    elif scatter is not None and num_rows is None:
         raise ValueError("scatter needs num_rows")
-    gathers = gathers if gathers is not None else [None] * len(inputs)
     wide = arithmetic_of(inputs)
     first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
     backend = backend_for(first)
     if backend in ("triton", "cuequivariance"):
-        found = _on_gpu(backend, polynomial, inputs, list(gathers), scatter, num_rows, in_order, wide, dtype or wide)
+        found = _on_gpu(backend, polynomial, inputs, gathers, scatter, num_rows, wide, dtype or wide)
         if found is not None:
             return found
         backend = "reference"
@@ -80,40 +84,110 @@ def evaluate(
         from steradian.polynomials.cpu import evaluate_cpu
 
         stored = dtype if dtype == torch.bfloat16 and readable else None
-        out = evaluate_cpu(polynomial, list(inputs), list(gathers), scatter, num_rows, locality, stored)
+        out = evaluate_cpu(polynomial, list(inputs), gathers, scatter, num_rows, locality, stored, folded)
     else:
-        out = evaluate_reference(polynomial, inputs, gathers, scatter, num_rows)
+        out = evaluate_reference(polynomial, inputs, [_plain(index) for index in gathers], _plain(scatter), num_rows)
     return out if dtype is None else out.to(dtype)
+
+
+def _check_shapes(polynomial: Polynomial, inputs: Sequence[Tensor]) -> None:
+    if len(inputs) != len(polynomial.inputs):
+        raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
+    for operand, value in zip(polynomial.inputs, inputs):
+        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
+            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
+            raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
+
+
+def _plain(index: Rows | Tensor | None) -> Tensor | None:
+    return index.index if isinstance(index, Rows) else index
 
 
 def _on_gpu(
     backend: str,
     polynomial: Polynomial,
     inputs: Sequence[Tensor],
-    gathers: list[Tensor | None],
-    scatter: Tensor | None,
+    gathers: list[Rows | Tensor | None],
+    scatter: Rows | Tensor | None,
     num_rows: int | None,
-    in_order: bool,
     wide: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor | None:
     """The value by a backend for GPUs in ``dtype``, or None where it was found to be wrong."""
     checked: Evaluate
-    final: Evaluate
+    final: Any
     if backend == "triton":
         from steradian.polynomials.triton import evaluate_triton
 
         given = [value if value.dtype.itemsize == 2 else value.to(wide) for value in inputs]
-        checked = partial(evaluate_triton, in_order=in_order, dtype=wide)
-        final = partial(evaluate_triton, in_order=in_order, dtype=dtype)
+        checked = partial(evaluate_triton, dtype=wide)
+        final = partial(evaluate_triton, dtype=dtype)
     else:
-        from steradian.polynomials.cuequivariance import evaluate_cuequivariance
-
         given = [value.to(wide) for value in inputs]
         checked = final = evaluate_cuequivariance
-    if not passes(backend, polynomial, given, gathers, scatter, checked):
+    plain, target = [_plain(index) for index in gathers], _plain(scatter)
+    if not passes(backend, polynomial, given, plain, target, checked):
         return None
+    if backend != "triton":
+        gathers, scatter = list(plain), target
     return final(polynomial, given, gathers, scatter, num_rows).to(dtype)
+
+
+def passes(
+    backend: str,
+    polynomial: Polynomial,
+    inputs: Sequence[Tensor],
+    gathers: Sequence[Tensor | None],
+    scatter: Tensor | None,
+    evaluate: Evaluate,
+) -> bool:
+    """Whether a backend may evaluate a polynomial; compared once for a device, format, wanted gradients and pattern of
+    gathering. Nothing is compared while a step is traced or recorded.
+
+    Args:
+        backend: for the message.
+        polynomial, inputs, gathers, scatter: as in :func:`evaluate`.
+        evaluate: the backend's function.
+    """
+    pattern = (*(index is not None for index in gathers), scatter is not None)
+    device, kinds = inputs[0].device, tuple((value.dtype, value.requires_grad) for value in inputs)
+    key = (backend, device, pattern, kinds)
+    verdicts: FirstUse = polynomial.made.once("verdicts", FirstUse)
+    if not verdicts.knows(key) and is_static(inputs[0]):
+        return True
+    line = f"backend {backend} is not used for '{polynomial.output.name}' on {device}: it {{}}; plain PyTorch runs"
+    return verdicts.trusts(key, lambda: _compare(polynomial, inputs, gathers, scatter, evaluate), line)
+
+
+def _compare(
+    polynomial: Polynomial,
+    inputs: Sequence[Tensor],
+    gathers: Sequence[Tensor | None],
+    scatter: Tensor | None,
+    evaluate: Evaluate,
+) -> tuple[float, float]:
+    """The largest relative difference of value and gradients on a sample, and what is allowed."""
+    numbered = RowIndices.of(inputs, gathers, scatter, None)
+    small = sample(inputs, numbered.gathers, [rows.index for rows in numbered.rows])
+    picked = [None if number is None else small.indices[number] for number in numbered.gathers]
+    into = (None, None) if scatter is None else (small.indices[numbered.scatter], small.counts[numbered.scatter])  # type: ignore[index]
+    ours = [value.requires_grad_(given.requires_grad) for value, given in zip(small.inputs, inputs)]
+    theirs = [value.detach().double().requires_grad_(value.requires_grad) for value in ours]
+    found = evaluate(polynomial, ours, picked, *into)
+    truth = evaluate_reference(polynomial, theirs, picked, *into)
+    pairs = [(found, truth)]
+    if found.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64).to(truth.device)
+        gradients = (
+            torch.autograd.grad(
+                out, [v for v in given if v.requires_grad], cotangent.to(out.dtype), materialize_grads=True
+            )
+            for out, given in ((found, ours), (truth, theirs))
+        )
+        # gradients of inputs of 16 bits are rounded to these, which is no error of the backend
+        pairs += [(one, exact) for one, exact in zip(*gradients) if one.dtype.itemsize >= 4]
+    return max(difference(one, exact) for one, exact in pairs), allowed("polynomial", arithmetic_of(inputs))
 
 
 def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -124,7 +198,7 @@ def arithmetic_of(inputs: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in formats else torch.float32
 
 
-def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Tensor | None]) -> bool:
+def _reads(polynomial: Polynomial, place: int, value: Tensor, gathers: Sequence[Rows | Tensor | None]) -> bool:
     """Whether the machine code reads this input of bfloat16 itself; weights that are folded first are widened."""
     folded = polynomial.folds and place == polynomial.outer and gathers[place] is not None
     return value.dtype == torch.bfloat16 and polynomial.inputs[place].has_channels and not folded

@@ -1,10 +1,10 @@
 """Which backend evaluates a tensor.
 
-``reference`` is plain PyTorch and runs anywhere; ``cpu`` is machine code made by LLVM (which numba brings) and takes
-float32 and float64 tensors on a CPU; ``triton`` and ``cuequivariance`` take such tensors on a GPU. The choice is
-automatic (``auto``): on a GPU what :func:`steradian.polynomials.prepare_backend` measured to be fastest for it, else
-Triton. :func:`set_backend` or the environment variable ``STERADIAN_BACKEND`` overrides it. Tensors on a device that
-the chosen backend does not serve are evaluated as by ``auto`` on a CPU and by ``reference`` on a GPU.
+``reference`` is plain PyTorch and runs anywhere; ``cpu`` is machine code made by LLVM and takes float32 and float64
+tensors on a CPU; ``triton`` and ``cuequivariance`` take such tensors on a GPU. By itself (``auto``) a GPU uses what
+:func:`steradian.execution.backend_benchmark.prepare_backend` measured to be fastest for it, else Triton.
+:func:`set_backend` or the environment variable ``STERADIAN_BACKEND`` overrides it. Tensors on a device that the backend
+asked for does not serve are evaluated as by ``auto`` on a CPU and by ``reference`` on a GPU.
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from steradian.compiler.checked import operator_passes
 
 __all__ = [
     "BACKENDS",
     "GPU_BACKENDS",
     "backend_for",
     "backend_on",
-    "chosen_backend",
+    "cuequivariance_works",
+    "may_serve",
     "measured_backend",
+    "on_every_device",
+    "on_its_device",
+    "requested_backend",
     "set_backend",
     "set_measured_backend",
     "triton_serves",
     "use_backend",
 ]
 
+Result = TypeVar("Result")
+
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "cuequivariance")
-#: Those that a choice by measurement is made among, in the order in which equals are preferred.
+#: Those that a benchmark compares, in the order in which equals are preferred.
 GPU_BACKENDS = ("triton", "cuequivariance", "reference")
 
-_chosen: str | None = None
+_everywhere = False
+_requested: str | None = None
 _measured: dict[str, str] = {}
 _LOCK = threading.Lock()
 
@@ -50,43 +60,43 @@ def set_backend(name: str | None) -> None:
         ValueError: an unknown name.
         RuntimeError: a backend whose packages are not installed.
     """
-    global _chosen
+    global _requested
     if name not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not '{name}'")
     if name == "cpu" and not compiler_works():
-        raise RuntimeError("the cpu backend needs numba: pip install numba")
+        raise RuntimeError("the cpu backend needs llvmlite: pip install llvmlite")
     if name == "triton" and not triton_works():
         raise RuntimeError("the triton backend needs triton (Linux): pip install triton")
-    if name == "cuequivariance" and not _cuequivariance_works():
+    if name == "cuequivariance" and not cuequivariance_works():
         raise RuntimeError(
             "the cuequivariance backend needs cuEquivariance's kernels: "
             "pip install cuequivariance-torch cuequivariance-ops-torch-cu12"
         )
-    _chosen = None if name == "auto" else name
+    _requested = None if name == "auto" else name
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """:func:`set_backend` for the length of a ``with`` block."""
-    global _chosen
-    before = _chosen
+    global _requested
+    before = _requested
     set_backend(name)
     try:
         yield
     finally:
-        _chosen = before
+        _requested = before
 
 
-def chosen_backend() -> str:
-    """What the user chose, ``auto`` where nothing.
+def requested_backend() -> str:
+    """What the user asked for, ``auto`` where nothing.
 
     Raises:
         ValueError: ``STERADIAN_BACKEND`` holds an unknown name.
     """
-    choice = _chosen or os.environ.get("STERADIAN_BACKEND", "auto")
-    if choice not in BACKENDS:
-        raise ValueError(f"STERADIAN_BACKEND must be one of {', '.join(BACKENDS)}, not '{choice}'")
-    return choice
+    name = _requested or os.environ.get("STERADIAN_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"STERADIAN_BACKEND must be one of {', '.join(BACKENDS)}, not '{name}'")
+    return name
 
 
 def set_measured_backend(device: torch.device, name: str | None) -> None:
@@ -117,40 +127,83 @@ def backend_for(*tensors: Tensor) -> str:
 
 def backend_on(device: torch.device, dtype: torch.dtype) -> str:
     """As :func:`backend_for`, for tensors of a format on a device."""
-    choice = chosen_backend()
-    if choice == "reference":
+    name = requested_backend()
+    if name == "reference":
         return "reference"
     if dtype not in (torch.float32, torch.float64) or torch._C._functorch.maybe_current_level() is not None:
         return "reference"
     if device.type == "cuda":
-        return _on_gpu(choice, device)
-    if choice == "triton" and interprets():
+        return _on_gpu(name, device)
+    if name == "triton" and interprets():
         return "triton"
     if device.type != "cpu" or torch.compiler.is_compiling():
         return "reference"
     return "cpu" if compiler_works() else "reference"
 
 
-def _on_gpu(choice: str, device: torch.device) -> str:
-    if choice == "cpu":
+def _on_gpu(name: str, device: torch.device) -> str:
+    if name == "cpu":
         return "reference"
-    if choice in ("auto", "cuda"):
-        choice = measured_backend(device) or "triton"
-    if choice == "cuequivariance" and torch.are_deterministic_algorithms_enabled():
+    if name in ("auto", "cuda"):
+        name = measured_backend(device) or "triton"
+    if name == "cuequivariance" and torch.are_deterministic_algorithms_enabled():
         _say_once("cuequivariance is not known to be deterministic: Triton's kernels run instead")
-        choice = "triton"
-    if choice == "triton" and not triton_works():
+        name = "triton"
+    if name == "triton" and not triton_works():
         _say_once("Triton cannot be imported: slower plain PyTorch runs on the GPU. pip install triton")
         return "reference"
-    return choice
+    return name
 
 
-def triton_serves(tensor: Tensor) -> bool:
-    """Whether Triton kernels of our own may work on this tensor, whichever backend polynomials have."""
-    choice = chosen_backend()
-    if choice in ("reference", "cpu") or not triton_works():
+# ---------------------------------------------------------------------------------------- Triton's kernels of operators
+
+
+@contextlib.contextmanager
+def on_every_device() -> Iterator[None]:
+    """Let operators' kernels run on a CPU too, by Triton's interpreter, whatever the backend; for tests."""
+    global _everywhere
+    before, _everywhere = _everywhere, True
+    try:
+        yield
+    finally:
+        _everywhere = before
+
+
+def may_serve(tensor: Tensor) -> bool:
+    """Whether an operator's Triton kernels run where a tensor lies and are wanted, whatever evaluates polynomials."""
+    if _everywhere:
+        return True
+    on_gpu = tensor.device.type == "cuda"
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return False  # whoever computes on a CPU need not import triton
+    name = requested_backend()
+    if name in ("reference", "cpu") or not triton_works():
         return False
-    return tensor.device.type == "cuda" or (choice == "triton" and interprets())
+    return on_gpu or (name == "triton" and interprets())
+
+
+def triton_serves(kernels: str, problem: str, *tensors: Tensor) -> bool:
+    """Whether an operator's kernels run for tensors of one device, and were right when they were compared.
+
+    Args:
+        kernels: name under which their comparison is registered, see :mod:`steradian.compiler.checked`.
+        problem: what decides how they are compiled: formats, sizes.
+        tensors: what they would read.
+    """
+    if not may_serve(tensors[0]) or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return operator_passes(kernels, problem, str(tensors[0].device))
+
+
+def on_its_device(operator: Callable[..., Result]) -> Callable[..., Result]:
+    """An operator that launches kernels on the device of its first tensor, whichever is the current one."""
+
+    @wraps(operator)
+    def run(*given: Any, **named: Any) -> Result:
+        with torch.cuda.device_of(given[0]):
+            return operator(*given, **named)
+
+    return run
 
 
 @cache
@@ -175,10 +228,10 @@ def interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _cuequivariance_works() -> bool:
-    from steradian.polynomials.cuequivariance import cuequivariance_works
-
-    return cuequivariance_works()
+@cache
+def cuequivariance_works() -> bool:
+    """Whether cuEquivariance and its kernels for GPUs are installed."""
+    return all(importlib.util.find_spec(name) for name in ("cuequivariance_torch", "cuequivariance_ops_torch"))
 
 
 @cache
@@ -187,7 +240,7 @@ def _say_once(message: str) -> None:
 
 
 def import_compiler() -> None:
-    """Import what makes machine code; part of numba."""
+    """Import what makes machine code."""
     import llvmlite.binding
     import llvmlite.ir  # noqa: F401
 
@@ -199,7 +252,7 @@ def compiler_works() -> bool:
         import_compiler()
     except Exception as error:
         warnings.warn(
-            f"numba cannot be used ({error}): the slower plain PyTorch kernels run instead. pip install numba",
+            f"llvmlite cannot be used ({error}): the slower plain PyTorch kernels run instead. pip install llvmlite",
             stacklevel=2,
         )
         return False

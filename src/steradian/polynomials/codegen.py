@@ -7,22 +7,29 @@ they lie, scalars are broadcast. Nothing is interpreted at run time, which is wh
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from llvmlite import ir
 
-from steradian.compiler.lanes import FLAGS, lanes_of
-from steradian.compiler.native import FUNCTION
+from steradian.compiler.lanes import FLAGS, I64, Lanes, Value
+from steradian.compiler.native import FUNCTION, Code, code_of
 from steradian.polynomials.program import Program, Slot, Term, needed_in_order
 
-__all__ = ["module_of"]
+__all__ = ["compiled", "module_of"]
 
-I64 = ir.IntType(64)
 #: An input vector with more uses than this in a program with few of them stays in a register.
 MANY_USES = 4
 REGISTERS_FOR_INPUTS = 12
+
+
+def compiled(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> Code:
+    """The machine code of a program; the arguments are those of :func:`module_of`."""
+
+    def make() -> Code:
+        name = ", ".join(slot.operand.name for slot in program.outputs)
+        description = f"{itemsize} {channels} {halves} {program.contents()}"
+        return code_of(name, module_of, (program, itemsize, channels, halves), 9, description)
+
+    code: Code = program.made.once(("code", itemsize, channels, halves), make)
+    return code
 
 
 def module_of(program: Program, itemsize: int, channels: int, halves: tuple[bool, ...] = ()) -> str:
@@ -39,69 +46,60 @@ def module_of(program: Program, itemsize: int, channels: int, halves: tuple[bool
     return str(_Generator(program, itemsize, channels, halves).module)
 
 
-@dataclass
-class _Loop:
-    index: ir.PhiInstr
-    close: Callable[[], None]
-
-
-class _Generator:
+class _Generator(Lanes):
     def __init__(self, program: Program, itemsize: int, channels: int, halves: tuple[bool, ...]) -> None:
+        super().__init__(FUNCTION, 9, itemsize)
         self.stride = channels * itemsize
         halves = halves or (False,) * (len(program.inputs) + len(program.outputs))
         self.half_inputs, self.half_outputs = halves[: len(program.inputs)], halves[len(program.inputs) :]
-        self.program, self.graph, self.itemsize = program, program.graph, itemsize
-        self.real = ir.FloatType() if itemsize == 4 else ir.DoubleType()
-        self.lanes = lanes_of(itemsize)
-        self.vector = ir.VectorType(self.real, self.lanes)
+        self.program, self.graph = program, program.graph
         self.order = needed_in_order(program)
-        self.module = ir.Module(name="program")
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
-        self.function = ir.Function(self.module, kind, name=FUNCTION)
-        self.function.attributes.add("nounwind")
-        self.entry = self.function.append_basic_block("entry")
-        self.b = ir.IRBuilder(self.entry)
+        self.zero = self.constant(0.0)
         self.values: dict[int, ir.Value] = {}
         self._generate()
 
     # ------------------------------------------------------------------------------------------------------- structure
 
     def _generate(self) -> None:
-        inputs, gathers, outputs, order, bounds, first, last, block_first, block_last = self.function.args
+        inputs, gathers, outputs, order, bounds, first, last, *blocks = self.function.args
         b = self.b
-        self.input_bases = [self._load_index(inputs, I64(k)) for k in range(len(self.program.inputs))]
-        self.index_bases = [self._load_index(gathers, I64(k)) for k in range(len(self.program.inputs))]
-        self.output_bases = [self._load_index(outputs, I64(k)) for k in range(len(self.program.outputs))]
+        self.block_range = blocks
+        self.input_bases = [self.integer_at(inputs, k) for k in range(len(self.program.inputs))]
+        self.index_bases = [self.integer_at(gathers, k) for k in range(len(self.program.inputs))]
+        self.output_bases = [self.integer_at(outputs, k) for k in range(len(self.program.outputs))]
         self.scratch = b.alloca(self.real, max(self._count_products(), 1))
         self.scratch_used = 0
         self.sums = self._room_for_sums(channels=self.stride // self.itemsize)
         in_order = b.icmp_signed("==", order, I64(0))
-        final = b.sub(self._load_index(bounds, last), I64(1))
-        segments = self._loop(first, last)
-        places = self._clear_sums(segments.index, block_first, block_last)
-        start = self._load_index(bounds, segments.index)
-        stop = self._load_index(bounds, b.add(segments.index, I64(1)))
-        rows = self._loop(start, stop)
-        listed = b.append_basic_block("listed")
-        known = b.append_basic_block("known")
+        final = b.sub(self.integer_at(bounds, last), I64(1))
+        with self.loop(first, last) as segments:
+            places = self._clear_sums(segments.index)
+            start = self.integer_at(bounds, segments.index)
+            stop = self.integer_at(bounds, b.add(segments.index, I64(1)))
+            with self.loop(start, stop) as rows:
+                row, next_row = self._listed(rows.index, final, order, in_order)
+                self.next_places = self._next_rows(next_row)
+                self._row(segments.index, row, places)
+            self._round_sums(segments.index, places)
+        b.ret_void()
+
+    def _listed(self, position: ir.Value, final: ir.Value, order: ir.Value, in_order: ir.Value) -> list[ir.Value]:
+        """The rows at a position of the work and at the next one, of a list or in order; at the end the last again."""
+        b = self.b
         before = b.block
-        following = b.add(rows.index, I64(1))
+        listed, known = b.append_basic_block("listed"), b.append_basic_block("known")
+        following = b.add(position, I64(1))
         following = b.select(b.icmp_signed("<", following, final), following, final)
         b.cbranch(in_order, known, listed)
         b.position_at_end(listed)
-        from_list = [self._load_index(order, index) for index in (rows.index, following)]
+        from_list = [self.integer_at(order, index) for index in (position, following)]
         b.branch(known)
         b.position_at_end(known)
-        row, next_row = b.phi(I64), b.phi(I64)
-        for phi, index, entry in zip((row, next_row), (rows.index, following), from_list):
+        found = [b.phi(I64), b.phi(I64)]
+        for phi, index, entry in zip(found, (position, following), from_list):
             phi.add_incoming(index, before)
             phi.add_incoming(entry, listed)
-        self.next_places = self._next_rows(next_row)
-        self._row(segments.index, row, places, block_first, block_last)
-        rows.close()
-        self._round_sums(segments.index, places, block_first, block_last)
-        segments.close()
-        b.ret_void()
+        return found
 
     # ------------------------------------------------------------------------------------------------- sums of segments
 
@@ -115,42 +113,32 @@ class _Generator:
                 room[number] = b.ptrtoint(place, I64)
         return room
 
-    def _clear_sums(self, segment: ir.Value, block_first: ir.Value, block_last: ir.Value) -> dict[int, ir.Value]:
+    def _clear_sums(self, segment: ir.Value) -> dict[int, ir.Value]:
         """Put the sums of a segment to zero just before they are needed, so that they are in the cache; addresses of
         their rows by number of the output."""
         b = self.b
-        zero = ir.Constant(self.vector, [0.0] * self.lanes)
         places = {}
         for number, slot in enumerate(self.program.outputs):
             if slot.index is None or not slot.operand.has_channels:
                 continue
-            size = self._row_size(slot, False)
             place = self.sums.get(number)
             if place is None:
-                place = b.add(self.output_bases[number], b.mul(segment, I64(size)))
+                place = b.add(self.output_bases[number], b.mul(segment, I64(self._row_size(slot, False))))
             places[number] = place
-            components, blocks = self._loop(I64(0), I64(slot.operand.dim)), self._loop(block_first, block_last)
-            at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
-            b.store(zero, self._pointer(b.add(place, at), self.vector)).align = self.itemsize
-            blocks.close()
-            components.close()
+            with self.loop(0, slot.operand.dim) as components, self.loop(*self.block_range) as blocks:
+                at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
+                self._put(self.zero, b.add(place, at))
         return places
 
-    def _round_sums(
-        self, segment: ir.Value, places: dict[int, ir.Value], block_first: ir.Value, block_last: ir.Value
-    ) -> None:
+    def _round_sums(self, segment: ir.Value, places: dict[int, ir.Value]) -> None:
         """Complete sums of outputs in bfloat16 from the stack to where they belong."""
         b = self.b
         for number in self.sums:
             slot = self.program.outputs[number]
             row = b.add(self.output_bases[number], b.mul(segment, I64(self._row_size(slot, True))))
-            components, blocks = self._loop(I64(0), I64(slot.operand.dim)), self._loop(block_first, block_last)
-            at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
-            value = b.load(self._pointer(b.add(places[number], at), self.vector))
-            value.align = self.itemsize
-            self._store_half(b.add(row, b.lshr(at, I64(1))), value)
-            blocks.close()
-            components.close()
+            with self.loop(0, slot.operand.dim) as components, self.loop(*self.block_range) as blocks:
+                at = b.add(b.mul(components.index, I64(self.stride)), b.mul(blocks.index, I64(64)))
+                self._store_half(b.add(row, b.lshr(at, I64(1))), self._get(b.add(places[number], at)))
 
     def _next_rows(self, row: ir.Value) -> dict[int, ir.Value]:
         """Where the next row of the work finds its own rows of inputs, by number of the input.
@@ -162,55 +150,30 @@ class _Generator:
         places = {}
         for number, (slot, base) in enumerate(zip(self.program.inputs, self.input_bases)):
             if slot.operand.has_channels and (slot.index is None or slot.operand.read_once):
-                at = row if slot.index is None else self._load_index(self.index_bases[number], row)
+                at = row if slot.index is None else self.integer_at(self.index_bases[number], row)
                 size = self._row_size(slot, self.half_inputs[number])
                 places[number] = b.add(base, b.mul(at, I64(size)))
         return places
 
-    def _loop(self, first: ir.Value, last: ir.Value) -> _Loop:
-        b = self.b
-        before = b.block
-        head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(I64)
-        index.add_incoming(first, before)
-        b.cbranch(b.icmp_signed("<", index, last), body, after)
-        b.position_at_end(body)
-
-        def close() -> None:
-            index.add_incoming(b.add(index, I64(1)), b.block)
-            b.branch(head)
-            b.position_at_end(after)
-
-        return _Loop(index, close)
-
-    def _row(
-        self,
-        segment: ir.Value,
-        row: ir.Value,
-        places: dict[int, ir.Value],
-        block_first: ir.Value,
-        block_last: ir.Value,
-    ) -> None:
+    def _row(self, segment: ir.Value, row: ir.Value, places: dict[int, ir.Value]) -> None:
         b, graph = self.b, self.graph
         self.input_rows = []
         inputs = zip(self.program.inputs, self.input_bases, self.index_bases, self.half_inputs)
         for slot, base, index, half in inputs:
-            at = row if slot.index is None else self._load_index(index, row)
+            at = row if slot.index is None else self.integer_at(index, row)
             self.input_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))))
         output_rows = []
         for number, (slot, base, half) in enumerate(zip(self.program.outputs, self.output_bases, self.half_outputs)):
             at = row if slot.index is None else segment
             known = places.get(number)
             output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))) if known is None else known)
-        summed = self._summed_nodes()
+        summed = graph.summed(self.order)
         for node in self.order:
             if not graph.vector[node] and node not in summed:
                 self.values[node] = self._scalar(node)
         self._hoist_products()
-        dots = [node for node in self.order if node in summed and self._is_dot(node)]
-        totals = self._blocks(block_first, block_last, output_rows, dots)
+        dots = [node for node in self.order if node in summed and graph.is_dot(node)]
+        totals = self._blocks(output_rows, dots)
         for node, total in zip(dots, totals):
             self.values[node] = self._reduce(total)
         for node in self.order:
@@ -221,77 +184,49 @@ class _Generator:
                 continue
             for component, target in enumerate(nodes):
                 if target is not None:
-                    pointer = self._pointer(b.add(address, I64(component * self.itemsize)), self.real)
+                    pointer = self.at(b.add(address, I64(component * self.itemsize)), self.real)
                     b.store(b.fadd(b.load(pointer), self.values[target], flags=FLAGS), pointer)
 
-    def _blocks(
-        self, block_first: ir.Value, block_last: ir.Value, output_rows: list[ir.Value], dots: list[int]
-    ) -> list[ir.Value]:
+    def _blocks(self, output_rows: list[ir.Value], dots: list[int]) -> list[ir.Value]:
         """The loop over blocks of channels; returns the sums of the dots, a vector each."""
         b = self.b
-        zero = ir.Constant(self.vector, [0.0] * self.lanes)
-        before = b.block
-        loop = self._loop(block_first, block_last)
-        body = b.block
-        b.position_at_end(loop.index.parent)
-        b.position_after(loop.index)
-        running = []
-        for _ in dots:
-            phi = b.phi(self.vector)
-            phi.add_incoming(zero, before)
-            running.append(phi)
-        b.position_at_end(body)
-        offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
-        self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
-        output_places = [
-            b.add(base, offsets[half and number not in self.sums])
-            for number, (base, half) in enumerate(zip(output_rows, self.half_outputs))
-        ]
-        self._prefetch(offsets)
-        self.registers: dict[int, ir.Value] = {}
-        self.kept = self._kept_inputs()
-        outputs_of: dict[int, list[tuple[int, int]]] = {}
-        for output, nodes in enumerate(self.program.nodes):
-            for component, node in enumerate(nodes):
-                if node is not None and self.graph.vector[node]:
-                    outputs_of.setdefault(node, []).append((output, component))
-        totals = dict(zip(dots, running))
-        for node in self.order:
-            if node in totals:
-                total = self._sum(node, totals[node])
-                totals[node].add_incoming(total, body)
-            elif self.graph.vector[node]:
-                if self.graph.source[node] is None:
-                    self.values[node] = self._sum(node, None)
-                for output, component in outputs_of.get(node, ()):
-                    self._store(output, component, output_places[output], self._vector(node))
-        for output, (slot, nodes) in enumerate(zip(self.program.outputs, self.program.nodes)):
-            for component, node in enumerate(nodes):
-                if node is None and slot.index is None and slot.operand.has_channels:
-                    self._store(output, component, output_places[output], zero)
-        loop.close()
-        return running
+        with self.loop(*self.block_range, *[Value(self, self.zero)] * len(dots)) as loop:
+            offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
+            self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
+            output_places = [
+                b.add(base, offsets[half and number not in self.sums])
+                for number, (base, half) in enumerate(zip(output_rows, self.half_outputs))
+            ]
+            self._prefetch(offsets)
+            self.registers: dict[int, ir.Value] = {}
+            self.kept = self._kept_inputs()
+            outputs_of: dict[int, list[tuple[int, int]]] = {}
+            for output, nodes in enumerate(self.program.nodes):
+                for component, node in enumerate(nodes):
+                    if node is not None and self.graph.vector[node]:
+                        outputs_of.setdefault(node, []).append((output, component))
+            totals = {node: total.ir for node, total in zip(dots, loop.totals)}
+            for node in self.order:
+                if node in totals:
+                    totals[node] = self._sum(node, totals[node])
+                elif self.graph.vector[node]:
+                    if self.graph.source[node] is None:
+                        self.values[node] = self._sum(node, None)
+                    # stored as soon as it is known: no register has to hold it any longer
+                    for output, component in outputs_of.get(node, ()):
+                        self._store(output, component, output_places[output], self._vector(node))
+            for output, (slot, nodes) in enumerate(zip(self.program.outputs, self.program.nodes)):
+                for component, node in enumerate(nodes):
+                    if node is None and slot.index is None and slot.operand.has_channels:
+                        self._store(output, component, output_places[output], self.zero)
+            loop.totals = [Value(self, totals[node]) for node in dots]
+        return [total.ir for total in loop.totals]
 
     # -------------------------------------------------------------------------------------------------------- analysis
 
     def _row_size(self, slot: Slot, half: bool) -> int:
         """Bytes of one row."""
         return slot.operand.dim * (self.stride if slot.operand.has_channels else self.itemsize) // (1 + half)
-
-    def _is_dot(self, node: int) -> bool:
-        return any(b >= 0 and self.graph.vector[a] and self.graph.vector[b] for _, a, b in self.graph.terms[node])
-
-    def _summed_nodes(self) -> set[int]:
-        """Scalars that come out of sums over channels, computed after the loop over blocks."""
-        summed: set[int] = set()
-        for node in self.order:
-            later = any(a in summed or b in summed for _, a, b in self.graph.terms[node])
-            if later and self.graph.vector[node]:
-                # cannot come of differentiating a polynomial: one channel does not depend on another
-                raise NotImplementedError("channels that depend on a sum over channels")
-            if later or (not self.graph.vector[node] and self._is_dot(node)):
-                summed.add(node)
-        return summed
 
     def _count_products(self) -> int:
         return sum(len(self.graph.terms[node]) for node in self.order)
@@ -308,11 +243,17 @@ class _Generator:
 
     # ------------------------------------------------------------------------------------------------------- arithmetic
 
-    def _pointer(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        return self.b.inttoptr(address, kind.as_pointer())
+    def constant(self, number: float) -> ir.Constant:
+        constant: ir.Constant = self.value(number).ir
+        return constant
 
-    def _load_index(self, base: ir.Value, position: ir.Value) -> ir.Value:
-        return self.b.load(self._pointer(self.b.add(base, self.b.mul(position, I64(8))), I64))
+    def _get(self, address: ir.Value) -> ir.Value:
+        value = self.b.load(self.at(address, self.vector))
+        value.align = self.itemsize
+        return value
+
+    def _put(self, value: ir.Value, address: ir.Value) -> None:
+        self.b.store(value, self.at(address, self.vector)).align = self.itemsize
 
     def _vector(self, node: int) -> ir.Value:
         """Value of a vector node; inputs are read at each use, which costs no more than a register would."""
@@ -326,9 +267,7 @@ class _Generator:
         if self.half_inputs[operand]:
             value = self._load_half(b.add(self.input_places[operand], I64(self.stride // 2 * component)))
         else:
-            address = b.add(self.input_places[operand], I64(self.stride * component))
-            value = b.load(self._pointer(address, self.vector))
-            value.align = self.itemsize
+            value = self._get(b.add(self.input_places[operand], I64(self.stride * component)))
         # a vector of bfloat16 costs two instructions to widen, one that has gone to the stack a read
         if node in self.kept or self.half_inputs[operand]:
             self.registers[node] = value
@@ -337,21 +276,21 @@ class _Generator:
     def _load_half(self, address: ir.Value) -> ir.Value:
         """A vector of bfloat16, widened: its bits are the upper half of a float32's."""
         b = self.b
-        bits = b.load(self._pointer(address, ir.VectorType(ir.IntType(16), self.lanes)))
+        bits = b.load(self.at(address, ir.VectorType(ir.IntType(16), self.width)))
         bits.align = 2
-        whole = ir.VectorType(ir.IntType(32), self.lanes)
-        return b.bitcast(b.shl(b.zext(bits, whole), ir.Constant(whole, [16] * self.lanes)), self.vector)
+        whole = ir.VectorType(ir.IntType(32), self.width)
+        return b.bitcast(b.shl(b.zext(bits, whole), ir.Constant(whole, [16] * self.width)), self.vector)
 
     def _store_half(self, address: ir.Value, value: ir.Value) -> None:
         """Rounded to nearest, ties to even; NaN as PyTorch makes it stays NaN."""
         b = self.b
-        whole = ir.VectorType(ir.IntType(32), self.lanes)
-        sixteen, one, below = (ir.Constant(whole, [number] * self.lanes) for number in (16, 1, 0x7FFF))
+        whole = ir.VectorType(ir.IntType(32), self.width)
+        sixteen, one, below = (ir.Constant(whole, [number] * self.width) for number in (16, 1, 0x7FFF))
         bits = b.bitcast(value, whole)
         odd = b.and_(b.lshr(bits, sixteen), one)
         rounded = b.lshr(b.add(bits, b.add(odd, below)), sixteen)
-        short = ir.VectorType(ir.IntType(16), self.lanes)
-        b.store(b.trunc(rounded, short), self._pointer(address, short)).align = 2
+        short = ir.VectorType(ir.IntType(16), self.width)
+        b.store(b.trunc(rounded, short), self.at(address, short)).align = 2
 
     def _store(self, output: int, component: int, place: ir.Value, value: ir.Value) -> None:
         b = self.b
@@ -359,39 +298,23 @@ class _Generator:
             self._store_half(b.add(place, I64(self.stride // 2 * component)), value)
             return
         address = b.add(place, I64(self.stride * component))
-        pointer = self._pointer(address, self.vector)
         if self.program.outputs[output].index is not None:
-            before = b.load(pointer)
-            before.align = self.itemsize
-            value = b.fadd(before, value, flags=FLAGS)
-        b.store(value, pointer).align = self.itemsize
+            value = b.fadd(self._get(address), value, flags=FLAGS)
+        self._put(value, address)
 
     def _prefetch(self, offsets: dict[bool, ir.Value]) -> None:
         """Ask for this block of channels of the next row; ``offsets`` of vectors of whole and of half width."""
         b, graph = self.b, self.graph
-        byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
-        name = "llvm.prefetch.p0"
-        kind = ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole])
-        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
-        hints = [whole(0), whole(3), whole(1)]  # to read, into all caches, data
         for node in self.order:
             source = graph.source[node]
             if source is not None and source[0] in self.next_places:
                 half = self.half_inputs[source[0]]
                 start = b.add(self.next_places[source[0]], offsets[half])
-                address = b.add(start, I64(self.stride // (1 + half) * source[1]))
-                b.call(function, [b.inttoptr(address, byte), *hints])
-
-    def _splat(self, value: ir.Value) -> ir.Value:
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        one = self.b.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        return self.b.shuffle_vector(one, undefined, mask)
+                self.prefetch(b.add(start, I64(self.stride // (1 + half) * source[1])))
 
     def _number(self, value: float) -> ir.Constant:
-        if self.itemsize == 4:
-            value = struct.unpack("f", struct.pack("f", value))[0]
-        return ir.Constant(self.real, value)
+        """A number of the type, not a vector."""
+        return self.constant(value).constant[0]
 
     def _hoist_products(self) -> None:
         """Coefficient times scalar of every term that has both, once per row, in memory to broadcast from."""
@@ -422,14 +345,16 @@ class _Generator:
             value = self._vector(a)
             if coefficient == 1.0:
                 return value, None
-            return value, ir.Constant(self.vector, [self._number(coefficient)] * self.lanes)
+            return value, self.constant(coefficient)
         if vector[a] and vector[other]:
             one, two = self._vector(a), self._vector(other)
             if coefficient != 1.0:
-                one = self.b.fmul(one, ir.Constant(self.vector, [self._number(coefficient)] * self.lanes), flags=FLAGS)
+                one = self.b.fmul(one, self.constant(coefficient), flags=FLAGS)
             return one, two
         scalar = other if vector[a] else a
-        return self._vector(a if vector[a] else other), self._splat(self.b.load(self.hoisted[coefficient, scalar]))
+        return self._vector(a if vector[a] else other), self.splat(
+            self.b.load(self.hoisted[coefficient, scalar]), self.vector
+        )
 
     def _sum(self, node: int, total: ir.Value | None) -> ir.Value:
         for term in self.graph.terms[node]:
@@ -439,9 +364,9 @@ class _Generator:
             elif two is None:
                 total = self.b.fadd(total, one, flags=FLAGS)
             else:
-                total = self.b.call(self._intrinsic("fma", self.vector, 3), [one, two, total])
+                total = self.fma(*(Value(self, value) for value in (one, two, total))).ir
         if total is None:
-            return ir.Constant(self.vector, [0.0] * self.lanes)
+            return self.zero
         return total
 
     def _scalar(self, node: int) -> ir.Value:
@@ -449,7 +374,7 @@ class _Generator:
         source = self.graph.source[node]
         if source is not None:
             operand, component = source
-            return b.load(self._pointer(b.add(self.input_rows[operand], I64(component * self.itemsize)), self.real))
+            return b.load(self.at(b.add(self.input_rows[operand], I64(component * self.itemsize)), self.real))
         total = self._number(0.0)
         for coefficient, a, other in self.graph.terms[node]:
             value = self.values[a]
@@ -461,12 +386,8 @@ class _Generator:
         return total
 
     def _reduce(self, total: ir.Value) -> ir.Value:
-        reducer = self._intrinsic("vector.reduce.fadd", self.real, 1)
-        return self.b.call(reducer, [self._number(0.0), total], fastmath=FLAGS)
-
-    def _intrinsic(self, name: str, first: ir.Type, count: int) -> ir.Function:
-        """LLVM's function ``name`` of ``count`` vectors, or of a number and ``count`` vectors."""
-        full = f"llvm.{name}.v{self.lanes}f{8 * self.itemsize}"
-        kinds = [self.vector] * count if first is self.vector else [first, *[self.vector] * count]
-        known = self.module.globals.get(full)
-        return known or ir.Function(self.module, ir.FunctionType(first, kinds), name=full)
+        """The sum over the lanes of a vector."""
+        name = f"llvm.vector.reduce.fadd.v{self.width}f{8 * self.itemsize}"
+        kind = ir.FunctionType(self.real, [self.real, self.vector])
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        return self.b.call(function, [self._number(0.0), total], fastmath=FLAGS)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.compiler.frozen import of_weight
+from steradian.compiler.checked import agrees, allowed, difference, is_static
+from steradian.compiler.folding import Folded
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import compiled
+from steradian.compiler.native import Code
 from steradian.compiler.threads import run_tasks
+from steradian.graph.topology import Rows
+from steradian.polynomials.codegen import compiled
 from steradian.polynomials.polynomial import Operand, Polynomial
-from steradian.polynomials.program import Program, folded, program_of
+from steradian.polynomials.program import Program, RowIndices, folded, program_of
+from steradian.polynomials.reference import ROWS, evaluate_program, sample
 
-__all__ = ["Rows", "evaluate_cpu", "rows_of", "run_program"]
+__all__ = ["evaluate_cpu", "run_program"]
 
 #: Multiply-adds below which a second thread costs more than it brings.
 WORTH_A_THREAD = 400_000
@@ -28,45 +31,6 @@ WORTH_A_THREAD = 400_000
 WORTH_SHARING = 0.7
 #: Bytes of the stack on which the machine code may sum, in float32, what it then stores in bfloat16.
 MOST_STACK = 128 * 1024
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A row index ``[B]`` and how it sorts the work.
-
-    Attributes:
-        index: the row index itself.
-        num_rows: of what it indexes.
-        order: rows of the work in order of their target, None where they are in order.
-        bounds: ``[num_rows + 1]`` where the rows of each target begin.
-    """
-
-    index: Tensor
-    num_rows: int
-    order: np.ndarray | None
-    bounds: np.ndarray
-
-
-_ROWS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def rows_of(index: Tensor, num_rows: int) -> Rows:
-    """The sorted form of an index, kept as long as the index lives."""
-    known = _ROWS.get(index)
-    if known is None or known.num_rows != num_rows:
-        contiguous = index.contiguous()
-        array = contiguous.numpy()
-        if array.size and not 0 <= array.min() <= array.max() < num_rows:
-            raise IndexError(f"row index out of range: {array.min()}..{array.max()} for {num_rows} rows")
-        in_order = bool((array[1:] >= array[:-1]).all())
-        order = None if in_order else np.argsort(array, kind="stable")
-        bounds = np.zeros(num_rows + 1, dtype=np.int64)
-        np.cumsum(np.bincount(array, minlength=num_rows), out=bounds[1:])
-        known = Rows(contiguous, num_rows, order, bounds)
-        # the entry must not keep its own key alive
-        _ROWS[index] = known if contiguous is not index else Rows(index.detach(), num_rows, order, bounds)
-        known = _ROWS[index]
-    return known
 
 
 @dataclass(frozen=True)
@@ -90,29 +54,29 @@ class Pass:
     weight: int
 
 
-_PASSES: WeakKeyDictionary[Program, list[Pass]] = WeakKeyDictionary()
-
-
 def passes_of(program: Program) -> list[Pass]:
     """Split the outputs of a program into runs over the rows; those scattered by different indices cannot share one.
 
     Outputs share a run where that saves a good part of the work: short code keeps its values in registers.
     """
-    if program not in _PASSES:
-        groups: list[tuple[int | None, tuple[int, ...]]] = []
-        for position, slot in enumerate(program.outputs):
-            new: tuple[int | None, tuple[int, ...]] = (slot.index, (position,))
-            for place, (index, others) in enumerate(groups):
-                together = program.part((*others, position)).num_terms
-                apart = program.part(others).num_terms + program.part((position,)).num_terms
-                possible = None in (index, slot.index) or index == slot.index
-                if possible and together <= WORTH_SHARING * apart:
-                    new = (slot.index if index is None else index, (*others, position))
-                    groups.pop(place)
-                    break
-            groups.append(new)
-        _PASSES[program] = [_make_pass(program, index, positions) for index, positions in groups]
-    return _PASSES[program]
+    passes: list[Pass] = program.made.once("passes", lambda: _divided(program))
+    return passes
+
+
+def _divided(program: Program) -> list[Pass]:
+    groups: list[tuple[int | None, tuple[int, ...]]] = []
+    for position, slot in enumerate(program.outputs):
+        new: tuple[int | None, tuple[int, ...]] = (slot.index, (position,))
+        for place, (index, others) in enumerate(groups):
+            together = program.part((*others, position)).num_terms
+            apart = program.part(others).num_terms + program.part((position,)).num_terms
+            possible = None in (index, slot.index) or index == slot.index
+            if possible and together <= WORTH_SHARING * apart:
+                new = (slot.index if index is None else index, (*others, position))
+                groups.pop(place)
+                break
+        groups.append(new)
+    return [_make_pass(program, index, positions) for index, positions in groups]
 
 
 def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) -> Pass:
@@ -120,6 +84,35 @@ def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) 
     written = tuple(slot.operand.has_channels for slot in part.outputs)
     sums = any(not slot.operand.has_channels for slot in part.outputs)
     return Pass(part, positions, index, written, sums, part.num_terms)
+
+
+@dataclass
+class Plan:
+    """How a program runs for inputs of some formats: its passes, their code, and the format of every output.
+
+    Attributes:
+        trusted: whether the code gave the numbers of plain PyTorch; None: not known yet.
+    """
+
+    passes: list[tuple[Pass, Code, tuple[torch.dtype, ...]]]
+    wide: torch.dtype
+    trusted: bool | None = None
+
+
+def _plan(program: Program, inputs: list[Tensor], channels: int, formats: tuple[torch.dtype, ...] | None) -> Plan:
+    wide = torch.float64 if any(value.dtype == torch.float64 for value in inputs) else torch.float32
+    passes = []
+    for one in passes_of(program):
+        written: list[torch.dtype] = []
+        for position, complete in zip(one.positions, one.written):
+            slot = program.outputs[position]
+            # sums are kept in the wide format, and rounded when they are complete
+            rounds = complete and (slot.index is None or 4 * slot.operand.dim * channels <= MOST_STACK)
+            written.append(formats[position] if formats and rounds else wide)
+        halves = tuple(dtype == torch.bfloat16 for dtype in (*(value.dtype for value in inputs), *written))
+        code = compiled(one.program, wide.itemsize, channels, halves if any(halves) else ())
+        passes.append((one, code, tuple(written)))
+    return Plan(passes, wide)
 
 
 def run_program(
@@ -133,33 +126,72 @@ def run_program(
     """Outputs of a program; inputs are contiguous, with whole vectors of channels.
 
     Inputs with channels may be bfloat16; ``formats`` says in which format each output is wanted (None: the widest).
+    Code that was made in this process is compared with plain PyTorch first, and not used where it is wrong.
     """
-    outputs: list[Tensor | None] = [None] * len(program.outputs)
-    like = next((value for value in inputs if value.dtype != torch.bfloat16), None)
-    if like is None:
-        like = inputs[0].new_empty(0, dtype=torch.float32)
-    for one in passes_of(program):
-        for position, written in zip(one.positions, one.written):
+    key = (channels, formats, tuple(value.dtype for value in inputs))
+    plan: Plan = program.made.once(key, lambda: _plan(program, inputs, channels, formats))
+    if plan.trusted is None and not is_static(inputs[0]):
+        plan.trusted = _is_right(program, plan, rows, inputs, channels)
+    if plan.trusted is False:
+        given = [value.to(plan.wide) for value in inputs]
+        indices, counts = [one.index for one in rows], [one.num_rows for one in rows]
+        outputs = [value.detach() for value in evaluate_program(program, given, indices, counts, num_rows)]
+    else:
+        outputs = _run(program, plan, rows, num_rows, inputs, channels)
+    return outputs if formats is None else [output.to(dtype) for output, dtype in zip(outputs, formats)]
+
+
+def _is_right(program: Program, plan: Plan, rows: tuple[Rows, ...], inputs: list[Tensor], channels: int) -> bool:
+    """Whether new code may be used, and kept for later processes, which then need not compare it again."""
+    new = [code for _, code, _ in plan.passes if code.new]
+    if not new:
+        return True
+
+    def compare() -> tuple[float, float]:
+        small = sample(inputs, [slot.index for slot in program.inputs], [one.index for one in rows])
+        sorted_rows = tuple(Rows(index, count).look() for index, count in zip(small.indices, small.counts))
+        given = [value.contiguous() for value in small.inputs]
+        found = _run(program, plan, sorted_rows, ROWS, given, channels)
+        wide = [value.double() for value in given]
+        truth = evaluate_program(program, wide, small.indices, small.counts, ROWS)
+        errors = [(difference(ours, exact), allowed("polynomial", ours.dtype)) for ours, exact in zip(found, truth)]
+        return max(errors, key=lambda pair: pair[0] / pair[1])
+
+    names = ", ".join(slot.operand.name for slot in program.outputs)
+    right = agrees(compare, f"machine code of '{names}' is not used on this processor: it {{}}; plain PyTorch runs")
+    if right:
+        for code in new:
+            code.keep()
+    return right
+
+
+def _run(
+    program: Program, plan: Plan, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], channels: int
+) -> list[Tensor]:
+    outputs: list[Any] = [None] * len(program.outputs)
+    for one, code, formats in plan.passes:
+        for position, written, dtype in zip(one.positions, one.written, formats):
             slot = program.outputs[position]
             count = num_rows if slot.index is None else rows[slot.index].num_rows
             shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
-            # sums are kept in the wide format, and rounded when they are complete
-            rounds = written and (slot.index is None or 4 * slot.operand.dim * channels <= MOST_STACK)
-            dtype = formats[position] if formats and rounds else like.dtype
-            outputs[position] = like.new_empty(shape, dtype=dtype) if written else like.new_zeros(shape)
-        _run_pass(one, rows, num_rows, inputs, [outputs[position] for position in one.positions], channels)
-    if formats is None:
-        return outputs  # type: ignore[return-value]
-    return [output.to(dtype) for output, dtype in zip(outputs, formats)]  # type: ignore[union-attr]
+            outputs[position] = (
+                inputs[0].new_empty(shape, dtype=dtype) if written else inputs[0].new_zeros(shape, dtype=dtype)
+            )
+        mine = [outputs[position] for position in one.positions]
+        _run_pass(one, code.call, plan.wide.itemsize, rows, num_rows, inputs, mine, channels)
+    return outputs
 
 
 def _run_pass(
-    one: Pass, rows: tuple[Rows, ...], num_rows: int, inputs: list[Tensor], outputs: list, channels: int
+    one: Pass,
+    function: Callable,
+    itemsize: int,
+    rows: tuple[Rows, ...],
+    num_rows: int,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    channels: int,
 ) -> None:
-    itemsize = max(value.element_size() for value in inputs)
-    halves = tuple(value.dtype == torch.bfloat16 for value in (*inputs, *outputs))
-    itemsize = max(itemsize, 4)
-    function = compiled(one.program, itemsize, channels, halves if any(halves) else ())
     slots = one.program.inputs
     tables = np.array(
         [
@@ -176,7 +208,7 @@ def _run_pass(
         order, bounds = None if locality is None else rows[locality].order, _plain_rows(num_rows)
     else:
         order, bounds = rows[one.index].order, rows[one.index].bounds
-    listing = (0 if order is None else order.ctypes.data, bounds.ctypes.data)
+    listing = (0 if order is None else order.data_ptr(), bounds.data_ptr())
     num_segments, num_blocks = len(bounds) - 1, channels * itemsize // 64
 
     threads = torch.get_num_threads()
@@ -188,15 +220,15 @@ def _run_pass(
         tasks = [(0, num_segments, a, b) for a, b in pairwise(cuts) if b > a]
     else:
         targets = [num_rows * part // threads for part in range(1, threads)]
-        cuts = [0, *np.searchsorted(bounds, targets).tolist(), num_segments]
+        cuts = [0, *np.searchsorted(bounds.numpy(), targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
     run_tasks(function, [(*addresses, *listing, *task) for task in tasks], threads)
 
 
 @cache
-def _plain_rows(count: int) -> np.ndarray:
+def _plain_rows(count: int) -> Tensor:
     """Bounds of rows that are each a segment of their own."""
-    return np.arange(count + 1)
+    return torch.arange(count + 1)
 
 
 class _Apply(torch.autograd.Function):
@@ -225,24 +257,15 @@ class _Apply(torch.autograd.Function):
         return (None, None, None, None, *(next(gradients) if asked else None for asked in wanted))
 
 
-_PROGRAMS: WeakKeyDictionary[Polynomial, dict] = WeakKeyDictionary()
-
-
-def _cached(polynomial: Polynomial, key: tuple, make: Any) -> Any:
-    known = _PROGRAMS.setdefault(polynomial, {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
 def evaluate_cpu(
     polynomial: Polynomial,
     inputs: list[Tensor],
-    gathers: list[Tensor | None],
-    scatter: Tensor | None,
+    gathers: list[Rows | Tensor | None],
+    scatter: Rows | Tensor | None,
     num_rows: int | None,
-    locality: Tensor | None = None,
+    locality: Rows | Tensor | None = None,
     dtype: torch.dtype | None = None,
+    keep: Folded | None = None,
 ) -> Tensor:
     """See :func:`steradian.polynomials.evaluate`."""
     if not any(operand.has_channels for operand in polynomial.inputs):
@@ -250,32 +273,16 @@ def evaluate_cpu(
     outer = polynomial.outer
     if outer is not None and gathers[outer] is not None and polynomial.folds:
         # weights shared by many rows: put everything linear in them together first
-        matrix, polynomial = _cached(polynomial, ("folded",), lambda: _folded_tensors(polynomial))
+        matrix, polynomial = polynomial.made.once("folded", lambda: _folded_tensors(polynomial))
         weights = inputs[outer]
         inputs = [*inputs]
         fold = matrix.setdefault(weights.dtype, matrix[torch.float64].to(weights.dtype))
-        inputs[outer] = of_weight(weights, polynomial, lambda value: torch.matmul(fold, value))
-    indices: list[Tensor] = []
-    counts: list[int] = []
-
-    def number(index: Tensor | None, count: int) -> int | None:
-        if index is None:
-            return None
-        for position, known in enumerate(indices):
-            if known is index:
-                return position
-        indices.append(index)
-        counts.append(count)
-        return len(indices) - 1
-
-    gathered = tuple(number(index, value.shape[0]) for index, value in zip(gathers, inputs))
-    scattered = number(scatter, num_rows or 0)
-    near = number(locality, 0)
-    program = _cached(
-        polynomial, (gathered, scattered, near), lambda: program_of(polynomial, gathered, scattered, near)
-    )
-    rows = tuple(rows_of(index, count) for index, count in zip(indices, counts))
-    work = next((len(index) for index in indices), inputs[0].shape[0])
+        inputs[outer] = (keep or Folded())(polynomial, lambda: torch.matmul(fold, weights), weights)
+    numbered = RowIndices.of(inputs, gathers, scatter, num_rows, locality)
+    key = (numbered.gathers, numbered.scatter, numbered.locality)
+    program: Program = polynomial.made.once(key, lambda: program_of(polynomial, *key))
+    rows = tuple(one.look() for one in numbered.rows)
+    work = numbered.num_work(inputs)
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
     missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
     if missing:
@@ -292,10 +299,10 @@ def _folded_tensors(polynomial: Polynomial) -> tuple[dict, Polynomial]:
 
 def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
     """A polynomial of one input without channels: the rows take the place of the channels."""
-    widened = _cached(polynomial, ("rows as channels",), lambda: _with_channels(polynomial))
+    widened: Polynomial = polynomial.made.once("rows as channels", lambda: _with_channels(polynomial))
     across = value.t().unsqueeze(0)
     missing = -across.shape[2] % lanes_of(value.element_size())
-    program = _cached(widened, (), lambda: program_of(widened, (None,), None))
+    program: Program = widened.made.once("program", lambda: program_of(widened, (None,), None))
     (out,) = _Apply.apply(program, (), 1, None, torch.nn.functional.pad(across, (0, missing)))
     return out[0, :, : value.shape[0]].t()
 

@@ -8,10 +8,6 @@ give derivatives of any order. How they add up what is scattered is not document
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-from weakref import WeakKeyDictionary
-
 import cuequivariance as cue
 import torch
 from torch import Tensor, nn
@@ -19,15 +15,7 @@ from torch import Tensor, nn
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
 from steradian.polynomials.reference import evaluate_reference
 
-__all__ = ["cuequivariance_works", "evaluate_cuequivariance", "segmented"]
-
-_MODULES: WeakKeyDictionary[Polynomial, dict[tuple, nn.Module]] = WeakKeyDictionary()
-
-
-@cache
-def cuequivariance_works() -> bool:
-    """Whether the package and its kernels for GPUs are installed."""
-    return all(importlib.util.find_spec(name) for name in ("cuequivariance_torch", "cuequivariance_ops_torch"))
+__all__ = ["evaluate_cuequivariance", "segmented"]
 
 
 def segmented(polynomial: Polynomial, channels: int) -> cue.SegmentedPolynomial:
@@ -95,13 +83,13 @@ def evaluate_cuequivariance(
 
 
 def _module(polynomial: Polynomial, channels: int, method: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    known = _MODULES.setdefault(polynomial, {})
-    key = (channels, method, dtype, device)
-    if key not in known:
+    def make() -> nn.Module:
         from cuequivariance_torch import SegmentedPolynomial
 
-        module = SegmentedPolynomial(
+        found: nn.Module = SegmentedPolynomial(
             segmented(polynomial, channels), method=method, math_dtype=dtype, name="steradian_polynomial"
         )
-        known[key] = module.to(device)
-    return known[key]
+        return found.to(device)
+
+    module: nn.Module = polynomial.made.once(("cuequivariance", channels, method, dtype, device), make)
+    return module

@@ -11,13 +11,27 @@ descriptors. The same table is evaluated by every backend (:mod:`steradian.polyn
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Operand", "Polynomial", "Terms"]
+__all__ = ["Made", "Operand", "Polynomial", "Terms"]
+
+
+class Made(dict):
+    """What is made of an object once, such as programs and machine code, and lives as long as it; not pickled."""
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+        return self[key]
+
+    def __reduce__(self) -> tuple:
+        return Made, ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Polynomial:
     terms: tuple[Terms, ...]
     outer: int | None = None
     folds: bool = True
+    made: Made = field(default_factory=Made, init=False, repr=False)
 
     @property
     def num_terms(self) -> int:
@@ -84,6 +99,9 @@ class Polynomial:
     def rounded(self, dtype: torch.dtype | None) -> Polynomial:
         """The polynomial with coefficients rounded to float32; None or float64: itself."""
         return self if dtype in (None, torch.float64) else _rounded(self)
+
+    def __deepcopy__(self, memo: dict) -> Polynomial:
+        return self  # a copy of a model uses what was made for the model
 
     def __post_init__(self) -> None:
         for group in self.terms:

@@ -15,13 +15,16 @@ derivatives of a polynomial are programs of the same form, run by the same loop 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
-from steradian.polynomials.polynomial import Operand, Polynomial
+from steradian.graph.topology import Rows, rows_of
+from steradian.polynomials.polynomial import Made, Operand, Polynomial, Terms
 
-__all__ = ["Graph", "Program", "Slot", "folded", "needed_in_order", "program_of"]
+__all__ = ["Graph", "Program", "RowIndices", "Slot", "folded", "needed_in_order", "program_of"]
 
 Term = tuple[float, int, int]
 """Coefficient, node, node or -1."""
@@ -72,7 +75,28 @@ class Graph:
         return self._add(("sum", vector, tuple(sorted(cleaned))), vector, None, cleaned)
 
     def _is_dot(self, term: Term) -> bool:
+        """Whether a term is a product of rows of channels, which in a scalar node is summed over the channels."""
         return term[2] >= 0 and self.vector[term[1]] and self.vector[term[2]]
+
+    def is_dot(self, node: int) -> bool:
+        """Whether a node is a scalar that is a sum over channels."""
+        return not self.vector[node] and any(self._is_dot(term) for term in self.terms[node])
+
+    def summed(self, order: Sequence[int]) -> set[int]:
+        """Of nodes in order those that come out of sums over channels: known when all channels have been seen.
+
+        Raises:
+            NotImplementedError: one of them has channels. Cannot come of differentiating a polynomial, where one
+                channel does not depend on another.
+        """
+        found: set[int] = set()
+        for node in order:
+            later = any(a in found or b in found for _, a, b in self.terms[node])
+            if later and self.vector[node]:
+                raise NotImplementedError("channels that depend on a sum over channels")
+            if later or self.is_dot(node):
+                found.add(node)
+        return found
 
     def _first(self, a: int, b: int) -> bool:
         """Whether a comes first in a product: vectors before scalars, then older nodes."""
@@ -104,6 +128,9 @@ class Program:
         outputs: the slots of the outputs.
         nodes: for each output the node of each component, None where the component is zero.
         locality: number of a row index; rows that share it are worked on one after the other where no output decides.
+        polynomial: whose program it is, or None.
+        derived: of which program it is the derivative, by which inputs, with which outputs' cotangents; or None.
+        made: derivatives, machine code and so on, by their makers.
     """
 
     graph: Graph
@@ -111,20 +138,22 @@ class Program:
     outputs: tuple[Slot, ...]
     nodes: tuple[tuple[int | None, ...], ...]
     locality: int | None = None
-    _gradients: dict[tuple, Program] = field(default_factory=dict)
+    polynomial: Polynomial | None = None
+    derived: tuple[Program, tuple[bool, ...], tuple[bool, ...]] | None = None
+    made: Made = field(default_factory=Made, init=False, repr=False)
 
     def gradient(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Program:
         """The program of the derivatives of ``sum(outputs * cotangents)`` by the wanted inputs.
 
         Its inputs are those of this program followed by the cotangents of the given outputs.
         """
-        key = (wanted, given)
-        if key not in self._gradients:
-            self._gradients[key] = self._make_gradient(wanted, given)
-        return self._gradients[key]
+        program: Program = self.made.once(("gradient", wanted, given), lambda: self._make_gradient(wanted, given))
+        return program
 
     def _make_gradient(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Program:
-        # Operands are numbered per program, so the derivative gets a graph of its own with this one's nodes first.
+        # Reverse mode: the adjoint of a node is the sum over its users of what their adjoints pass down, so nodes are
+        # visited from the last to the first, each when all of its users are done. Operands are numbered per program, so
+        # the derivative gets a graph of its own with this one's nodes first.
         graph = Graph(list(self.graph.vector), list(self.graph.source), list(self.graph.terms), dict(self.graph._known))
         inputs = list(self.inputs)
         adjoint: dict[int, list[Term]] = defaultdict(list)
@@ -148,7 +177,7 @@ class Program:
                 if b < 0:
                     adjoint[a].append((coefficient, bar, -1))
                     continue
-                for one, other in ((a, b), (b, a)):
+                for one, other in ((a, b), (b, a)):  # the product rule; a square passes down both
                     if needed[one]:
                         adjoint[one].append((coefficient, bar, other))
         outputs, nodes_out = [], []
@@ -158,7 +187,8 @@ class Program:
             outputs.append(slot)
             known = [graph._known.get((position, component)) for component in range(slot.operand.dim)]
             nodes_out.append(tuple(None if node is None else results.get(node) for node in known))
-        return Program(graph, tuple(inputs), tuple(outputs), tuple(nodes_out), self.locality)
+        origin = (self, wanted, given)
+        return Program(graph, tuple(inputs), tuple(outputs), tuple(nodes_out), self.locality, derived=origin)
 
     def _depends_on(self, wanted: tuple[bool, ...]) -> list[bool]:
         """For each node whether it depends on a wanted input."""
@@ -183,6 +213,16 @@ class Program:
                 count += len(self.graph.terms[node])
                 stack += [factor for _, a, b in self.graph.terms[node] for factor in (a, b) if factor >= 0]
         return count
+
+    def contents(self) -> str:
+        """Everything that code made of it depends on; equal in every process."""
+        graph = self.graph
+        slots = [
+            [(one.operand.dim, one.operand.has_channels, one.operand.read_once, one.index) for one in side]
+            for side in (self.inputs, self.outputs)
+        ]
+        nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in needed_in_order(self)]
+        return repr((slots, self.nodes, nodes))
 
     def part(self, positions: tuple[int, ...]) -> Program:
         """The same program with some of the outputs only."""
@@ -233,7 +273,52 @@ def program_of(
     vector = polynomial.output.has_channels
     nodes = tuple(graph.sum(terms, vector) if terms else None for terms in sums)
     inputs = tuple(Slot(operand, index) for operand, index in zip(polynomial.inputs, gathers))
-    return Program(graph, inputs, (Slot(polynomial.output, scatter),), (nodes,), locality)
+    return Program(graph, inputs, (Slot(polynomial.output, scatter),), (nodes,), locality, polynomial)
+
+
+@dataclass(frozen=True)
+class RowIndices:
+    """The row indices of one evaluation, each once.
+
+    Attributes:
+        rows: the indices, prepared or not.
+        gathers, scatter, locality: their numbers, as the slots of a program have them.
+    """
+
+    rows: list[Rows]
+    gathers: tuple[int | None, ...]
+    scatter: int | None
+    locality: int | None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Sequence[Tensor],
+        gathers: Sequence[Rows | Tensor | None],
+        scatter: Rows | Tensor | None,
+        num_rows: int | None,
+        locality: Rows | Tensor | None = None,
+    ) -> RowIndices:
+        """Number the indices of :func:`steradian.polynomials.evaluate`; ``locality`` is one of ``gathers``."""
+        given: list[Rows | Tensor] = []
+        rows: list[Rows] = []
+
+        def number(index: Rows | Tensor | None, count: int | None) -> int | None:
+            if index is None:
+                return None
+            for position, known in enumerate(given):
+                if known is index and count in (None, rows[position].num_rows):
+                    return position
+            given.append(index)
+            rows.append(rows_of(index, count or 0))
+            return len(rows) - 1
+
+        gathered = tuple(number(index, value.shape[0]) for index, value in zip(gathers, inputs))
+        return cls(rows, gathered, number(scatter, num_rows or 0), number(locality, None))
+
+    def num_work(self, inputs: Sequence[Tensor]) -> int:
+        """Rows of the work."""
+        return len(self.rows[0]) if self.rows else inputs[0].shape[0]
 
 
 def _insert(trie: dict, factors: list[tuple[int, int]], coefficient: float) -> None:
@@ -394,8 +479,6 @@ def folded(polynomial: Polynomial) -> tuple[np.ndarray, Polynomial]:
         if len(places) == start:
             continue
         table = np.array(rows, dtype=np.int64)
-        from steradian.polynomials.polynomial import Terms
-
         terms.append(Terms((*factors, outer), table[:, :-1], table[:, -1], np.ones(len(table))))
     matrix = np.zeros((len(places), polynomial.inputs[outer].dim))
     for row, column, coefficient in entries:

@@ -1,4 +1,4 @@
-"""Polynomials in plain PyTorch: the truth that every other backend is held to.
+"""Polynomials and their derivatives in plain PyTorch: the truth that every other backend is held to.
 
 Derivatives of any order come from autograd. The work is arranged as products of components followed by matrix products,
 so that it is also as fast as plain PyTorch allows:
@@ -6,21 +6,28 @@ so that it is also as fast as plain PyTorch allows:
 * factors without channels (spherical harmonics) are contracted with the coefficients first, to a small matrix per row;
 * factors with channels are multiplied once per distinct monomial;
 * the outer input (the weights) multiplies last, after the sum over monomials.
+
+:func:`sample` makes the small problem on which another backend is compared with this one when it is first used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steradian.polynomials.polynomial import Polynomial, Terms
+from steradian.polynomials.program import Program
 
-__all__ = ["evaluate_reference"]
+__all__ = ["Sample", "evaluate_program", "evaluate_reference", "sample"]
+
+#: Rows of a sample, how many of them are the user's own, and what the random ones are gathered from and added to.
+ROWS, OWN, TARGETS = 40, 20, 4
+#: Own numbers beyond these bounds, and what is not finite, show nothing about a kernel: random ones stand in for them.
+SMALLEST, LARGEST = 1e-6, 1e6
 
 
 def evaluate_reference(
@@ -43,13 +50,94 @@ def evaluate_reference(
     return out.new_zeros((num_rows or 0, *out.shape[1:])).index_add(0, scatter, out)
 
 
-_CACHE: WeakKeyDictionary[Polynomial, list[_GroupPlan]] = WeakKeyDictionary()
+def evaluate_program(
+    program: Program, inputs: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[int], num_work: int
+) -> list[Tensor]:
+    """Outputs of a program whose polynomial is known, or of a derivative of one, of any order, by autograd.
+
+    Args:
+        program: see :class:`~steradian.polynomials.program.Program`.
+        inputs: of one format.
+        indices, counts: the row indices and how many rows each refers to.
+        num_work: rows of the work.
+    """
+    if program.polynomial is not None:
+        gathers = [None if slot.index is None else indices[slot.index] for slot in program.inputs]
+        scatter = program.outputs[0].index
+        into = (None, None) if scatter is None else (indices[scatter], counts[scatter])
+        return [evaluate_reference(program.polynomial, inputs, gathers, *into)]
+    if program.derived is None:
+        raise ValueError("a program made by hand has no reference")
+    parent, wanted, given = program.derived
+    with torch.enable_grad():
+        number = len(parent.inputs)
+        leaves = [
+            value.view_as(value) if value.requires_grad else value.detach().requires_grad_(asked)
+            for value, asked in zip(inputs[:number], wanted)
+        ]
+        outputs = evaluate_program(parent, leaves, indices, counts, num_work)
+        used = [output for output, is_given in zip(outputs, given) if is_given]
+        known = [(output, cotangent) for output, cotangent in zip(used, inputs[number:]) if output.requires_grad]
+        asked_for = [leaf for leaf, asked in zip(leaves, wanted) if asked]
+        if not known:
+            return [torch.zeros_like(leaf) for leaf in asked_for]
+        found = torch.autograd.grad(
+            [output for output, _ in known], asked_for, [cotangent for _, cotangent in known],
+            create_graph=True, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+    return list(found)
+
+
+class Sample(NamedTuple):
+    """A small problem: inputs as for the work it stands for, row indices, and what each index refers to."""
+
+    inputs: list[Tensor]
+    indices: list[Tensor]
+    counts: list[int]
+
+
+def sample(inputs: Sequence[Tensor], numbers: Sequence[int | None], indices: Sequence[Tensor]) -> Sample:
+    """Forty rows of work like the given ones.
+
+    Up to half are the user's own: they show what a kernel does with such numbers. The others are random, of the size of
+    the user's largest: own features are zero where training starts, and sums of them may cancel, and neither would show
+    a wrong coefficient.
+
+    Args:
+        inputs: of the work.
+        numbers: for each input the number of the index that gathers it, or None.
+        indices: ``[B]`` each; where the own rows ascend, so do the sample's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_own = min(OWN, len(indices[0]) if indices else len(inputs[0]))
+    taken, new, counts = [], [], []
+    for index in indices:
+        rows, own = torch.unique(index[:num_own].cpu(), return_inverse=True)
+        random = len(rows) + torch.randint(0, TARGETS, (ROWS - num_own,), generator=generator)
+        taken.append(rows.to(index.device))
+        new.append(torch.cat([own, random.sort().values]).to(index.device))
+        counts.append(len(rows) + TARGETS)
+    values = []
+    for value, number in zip(inputs, numbers):
+        own = value[:num_own] if number is None else value.index_select(0, taken[number])
+        extra = ROWS - num_own if number is None else TARGETS
+        values.append(_with_random(own.detach(), extra, generator))
+    return Sample(values, new, counts)
+
+
+def _with_random(own: Tensor, extra: int, generator: torch.Generator) -> Tensor:
+    random = torch.randn((len(own) + extra, *own.shape[1:]), dtype=torch.float64, generator=generator)
+    largest = float(own.abs().max()) if own.numel() else 0.0
+    random *= largest if SMALLEST < largest < LARGEST else 1.0
+    random = random.to(device=own.device, dtype=own.dtype)
+    return torch.cat([own, random[len(own) :]]) if largest < LARGEST else random  # a NaN is not less than anything
 
 
 def _plans(polynomial: Polynomial) -> list[_GroupPlan]:
-    if polynomial not in _CACHE:
-        _CACHE[polynomial] = [_GroupPlan(polynomial, group) for group in polynomial.terms if len(group.outputs)]
-    return _CACHE[polynomial]
+    plans: list[_GroupPlan] = polynomial.made.once(
+        "reference", lambda: [_GroupPlan(polynomial, group) for group in polynomial.terms if len(group.outputs)]
+    )
+    return plans
 
 
 class _GroupPlan:

@@ -1,4 +1,6 @@
-"""A program as the text of a Triton kernel: straight-line code on tiles of rows times channels.
+"""A program as Triton kernels: how its outputs are divided among them, and the text of each.
+
+A kernel is straight-line code on tiles of rows times channels.
 
 One program instance handles ``ROWS`` rows of the work at a time and ``BLOCK`` channels. What has channels is a tile
 ``[ROWS, BLOCK]``, what has none is ``[ROWS, 1]``, which Triton keeps once per thread. Two forms of the loops:
@@ -22,9 +24,15 @@ from dataclasses import dataclass
 
 from steradian.polynomials.program import Program, Slot, Term, needed_in_order
 
-__all__ = ["FUNCTION", "Layout", "layout_of", "source_of"]
+__all__ = ["FUNCTION", "Layout", "Part", "layout_of", "parts_of", "source_of"]
 
 FUNCTION = "kernel"
+#: Terms of a kernel. Compiled for sm_90 with a channel per thread, the kernels of MACE (correlation 3, l_max 3) up to
+#: this size keep within 255 registers without spilling; one and a half times as many terms take ten times as long to
+#: compile, three times as many spill (benchmarks/gpu_compile.py).
+MOST_TERMS = 1000
+#: Sums that one kernel keeps in registers from row to row.
+MOST_SUMS = 96
 #: Inputs up to which all are read at the head of the body, so that their loads are under way together.
 READ_AHEAD = 64
 #: Terms of one statement.
@@ -32,13 +40,105 @@ TERMS_PER_LINE = 8
 #: Sums over the rows, or channels, of an instance that are taken in one reduction.
 SUMS_TOGETHER = 16
 
-HEAD = '''"""Made by steradian from a polynomial; safe to delete."""
+HEAD = '''"""Made by steradian from a polynomial."""
 
 import triton
 import triton.language as tl
 
 
 '''
+
+
+# --------------------------------------------------------------------------------------------------- parts of a program
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One kernel.
+
+    Attributes:
+        program: of the whole program's outputs those at ``positions``; components of other kernels are None.
+        positions: of its outputs in the whole program.
+        index: number of the row index that scatters them; None: in the order of the work.
+        num_terms: multiply-adds per row and channel.
+    """
+
+    program: Program
+    positions: tuple[int, ...]
+    index: int | None
+    num_terms: int
+
+
+def parts_of(program: Program) -> list[Part]:
+    """The kernels of a program; kept with it.
+
+    Outputs in the order of the work share a kernel, as do those scattered by one index; what is too large is divided
+    by components. An output without channels that is scattered is given in the order of the work: its rows are summed
+    afterwards.
+    """
+
+    def make() -> list[Part]:
+        groups: dict[int | None, list[int]] = {}
+        for position, slot in enumerate(program.outputs):
+            groups.setdefault(slot.index if slot.operand.has_channels else None, []).append(position)
+        return [part for index, positions in groups.items() for part in _divided(program, index, tuple(positions))]
+
+    parts: list[Part] = program.made.once("parts", make)
+    return parts
+
+
+def _divided(program: Program, index: int | None, positions: tuple[int, ...]) -> list[Part]:
+    targets = [
+        (position, component, node)
+        for position in positions
+        for component, node in enumerate(program.nodes[position])
+        if node is not None
+    ]
+    reach: dict[int, frozenset[int]] = {}
+    bunches: list[list[tuple[int, int, int]]] = []
+    nodes: frozenset[int] = frozenset()
+    for target in targets:
+        needed = _reach(program, target[2], reach)
+        together = nodes | needed
+        full = bunches and (_terms(program, together) > MOST_TERMS or len(bunches[-1]) >= MOST_SUMS)
+        if full or not bunches:
+            bunches.append([])
+            together = needed
+        nodes = together
+        bunches[-1].append(target)
+    return [_part(program, index, bunch) for bunch in bunches]
+
+
+def _part(program: Program, index: int | None, targets: list[tuple[int, int, int]]) -> Part:
+    positions = tuple(sorted({position for position, _, _ in targets}))
+    chosen: dict[int, list[int | None]] = {p: [None] * program.outputs[p].operand.dim for p in positions}
+    for position, component, node in targets:
+        chosen[position][component] = node
+    outputs = tuple(program.outputs[position] for position in positions)
+    part = Program(program.graph, program.inputs, outputs, tuple(tuple(chosen[p]) for p in positions))
+    return Part(part, positions, index, part.num_terms)
+
+
+def _reach(program: Program, node: int, known: dict[int, frozenset[int]]) -> frozenset[int]:
+    """Everything that a node is computed from, itself included."""
+    stack = [node]
+    while stack:
+        top = stack[-1]
+        below = [factor for _, a, b in program.graph.terms[top] for factor in (a, b) if factor >= 0]
+        missing = [factor for factor in below if factor not in known]
+        if missing:
+            stack += missing
+            continue
+        stack.pop()
+        known[top] = frozenset([top]).union(*(known[factor] for factor in below))
+    return known[node]
+
+
+def _terms(program: Program, nodes: frozenset[int]) -> int:
+    return sum(len(program.graph.terms[node]) for node in nodes)
+
+
+# ------------------------------------------------------------------------------------------------------------- its text
 
 
 def source_of(program: Program, index: int | None) -> str:
@@ -97,7 +197,7 @@ class _Writer:
     def __init__(self, program: Program, index: int | None) -> None:
         self.program, self.graph, self.index = program, program.graph, index
         self.layout = layout_of(program)
-        self.summed = self._summed_nodes()
+        self.summed = self.graph.summed(self.layout.nodes)
         self.lines: list[str] = []
         self.indent = 1
         self.scaled: dict[tuple[float, int], str] = {}
@@ -139,7 +239,7 @@ class _Writer:
         self._rows()
         for place in self.layout.written:
             self._line(f"q{place} = o{place} + row * ({self._size(self.program.outputs[place])})")
-        dots = [node for node in self.layout.nodes if node in self.summed and self._is_dot(node)]
+        dots = [node for node in self.layout.nodes if node in self.summed and self.graph.is_dot(node)]
         self._scalars(node for node in self.layout.nodes if node not in self.summed)
         if any(self.graph.vector[node] for node in self.layout.nodes):
             for node in dots:
@@ -296,7 +396,7 @@ class _Writer:
     def _hoist(self) -> None:
         """Coefficient times a number without channels, once for all terms that have both."""
         for node in self.layout.nodes:
-            if not self.graph.vector[node] and not self._is_dot(node):
+            if not self.graph.vector[node] and not self.graph.is_dot(node):
                 continue
             for coefficient, a, b in self.graph.terms[node]:
                 if b < 0 or coefficient in (1.0, -1.0) or self.graph.vector[a] == self.graph.vector[b]:
@@ -328,22 +428,3 @@ class _Writer:
             known = [before] if before else []
             self._line(f"{name} = {' + '.join([*known, *terms[start : start + TERMS_PER_LINE]])}")
             before = name
-
-    # -------------------------------------------------------------------------------------------------------- analysis
-
-    def _is_dot(self, node: int) -> bool:
-        return not self.graph.vector[node] and any(
-            b >= 0 and self.graph.vector[a] and self.graph.vector[b] for _, a, b in self.graph.terms[node]
-        )
-
-    def _summed_nodes(self) -> set[int]:
-        """Numbers that come out of sums over channels, known after the loop over blocks."""
-        summed: set[int] = set()
-        for node in self.layout.nodes:
-            if any(a in summed or b in summed for _, a, b in self.graph.terms[node]):
-                if self.graph.vector[node]:
-                    raise NotImplementedError("channels that depend on a sum over channels")
-                summed.add(node)
-            elif self._is_dot(node):
-                summed.add(node)
-        return summed

@@ -24,13 +24,11 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from steradian.compiler.capture import static_step
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.graphs import record
-from steradian.execution.runner import Runner
 from steradian.graph import Graph, Prediction
-from steradian.graph.skin import Capacity, DeviceList, HostList, Needs, fresh_on_cpu
-from steradian.operators.base import asks_for_the_lattice
-from steradian.polynomials import prepare_backend
+from steradian.graph.skin import Capacity, DeviceList, HostList, Needs
+from steradian.operators.base import declares
 from steradian.potential import Potential
 from steradian.simulate.integrators import Integrator, State
 from steradian.simulate.settings import MDSettings, SimulationError, check_start
@@ -95,7 +93,6 @@ class DeviceMD:
         record: record the step (CUDA graph); default: on a GPU.
         search: of neighbours, see :func:`~steradian.graph.neighbors_device.make_search`.
         capacity: of lists of fixed shape, as a run that is resumed had it.
-        mode: ``eager``, or ``compile``: the model's part of a step is compiled first (lists of fixed shape only).
         list_every: steps between lists of fixed shape; None: as seldom as the motion allows.
 
     Raises:
@@ -115,7 +112,6 @@ class DeviceMD:
         record: bool | None = None,
         search: str = "auto",
         capacity: Capacity | None = None,
-        mode: str = "eager",
         list_every: int | None = None,
     ) -> None:
         if not systems:
@@ -123,7 +119,7 @@ class DeviceMD:
         for atoms in systems:
             check_start(atoms)
         self.field, self.systems, self.settings = field, [atoms.copy() for atoms in systems], settings
-        self.device, self.dtype, self.mode = torch.device(device), dtype, mode
+        self.device, self.dtype = torch.device(device), dtype
         on_gpu = self.device.type == "cuda"
         self.fixed_shapes = on_gpu if fixed_shapes is None else fixed_shapes
         self.record = on_gpu if record is None else record
@@ -309,17 +305,9 @@ class DeviceMD:
         if isinstance(field, Potential):
             field.check_elements(torch.as_tensor(np.concatenate([atoms.numbers for atoms in self.systems])))
             prepare_backend(field, graph)
-            if asks_for_the_lattice(field) and graph.is_periodic:
+            if declares(field, "asks_for_the_lattice") and graph.is_periodic:
                 self.record = False
-                return lambda: field(fresh_on_cpu(graph), forces=True)
-            if self.mode == "compile":
-                return Runner(field, "compile").function(graph)
-
-        def predict() -> Prediction:
-            with static_step():
-                return field(fresh_on_cpu(graph), forces=True)
-
-        return predict
+        return lambda: field(graph, forces=True)
 
     def _renew(self) -> None:
         if isinstance(self.list, DeviceList):

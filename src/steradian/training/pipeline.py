@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from steradian.config import TrainingConfig
+from steradian.execution.backend_benchmark import prepare_backend
 from steradian.execution.dataset import DeviceData, room_for
 from steradian.execution.graphs import CudaRecorder, Recorder, say
-from steradian.execution.kernel_choice import prepare_backend
 from steradian.execution.padding import Buckets, Sizes
-from steradian.execution.runner import Mode, prepared, resolve_mode, tell_of_compiling
-from steradian.execution.steps import BatchSteps, GradientStep, PredictionStep, with_gradients
+from steradian.execution.steps import GradientStep, PredictionStep, Steps, resolve_mode, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.potential import Potential
 from steradian.training.losses import Loss, labels_in_use
 
 if TYPE_CHECKING:
     from steradian.graph.batches import BatchSampler, GraphDataset
-    from steradian.training.loaders import Batch, TrainingData
+    from steradian.training.feeding import Batch, TrainingData
 
 __all__ = ["Pipeline", "make_pipeline", "uses_pipeline"]
 
@@ -43,7 +42,7 @@ class Pipeline:
     Args:
         potential: on its device.
         config: the training section.
-        train, validation: what the steps run over; see :class:`~steradian.execution.steps.BatchSteps`.
+        train, validation: what the steps run over; see :class:`~steradian.execution.steps.Steps`.
 
     Attributes:
         on_device: whether the data are on the device, so that batches are named by their frames.
@@ -55,7 +54,7 @@ class Pipeline:
         config: TrainingConfig,
         train: tuple[DeviceData | None, Buckets],
         validation: tuple[DeviceData | None, Buckets],
-        mode: Mode,
+        mode: str,
         recorder: Recorder | None = None,
     ) -> None:
         labels, loss = labels_in_use(config.loss), Loss(config.loss)
@@ -66,11 +65,11 @@ class Pipeline:
 
         self.potential = potential
         self.on_device = train[0] is not None
-        self._train = BatchSteps(
-            GradientStep(potential, total, **wanted), train[0], mode, buckets=train[1], recorder=recorder
+        self._train = Steps(
+            GradientStep(potential, total, **wanted), mode, data=train[0], buckets=train[1], recorder=recorder
         )
-        self._validation = BatchSteps(
-            PredictionStep(potential, **wanted), validation[0], mode, buckets=validation[1], recorder=recorder
+        self._validation = Steps(
+            PredictionStep(potential, **wanted), mode, data=validation[0], buckets=validation[1], recorder=recorder
         )
 
     def loss(self, batch: Batch, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,10 +104,9 @@ def make_pipeline(
         recorder: for tests.
     """
     device = potential.device
-    mode = resolve_mode(config.execution, device) if recorder is None else "cuda_graph"
-    tell_of_compiling(mode, device)
+    mode = "cuda_graph" if recorder is not None else resolve_mode(config.execution, device)
     first = data.train_sampler.batches(0)[0]
-    example = prepared(batch_graphs([data.train[index] for index in first]), potential)
+    example = batch_graphs([data.train[index] for index in first])
     prepare_backend(potential.train(), example, training=True)
     if recorder is None and device.type == "cuda":
         recorder = CudaRecorder(device)  # one memory for all steps: they never run at the same time

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
+from steradian.data.labels import is_isolated_atom
 from steradian.data.load import load_dataset
 from steradian.data.plausibility import plausibility
 from steradian.data.statistics import DatasetStatistics, compute_statistics
+from steradian.evaluation.metrics import METRICS
 from steradian.graph.batches import BatchSampler, GraphDataset
-from steradian.graph.structures import Structure
+from steradian.graph.structures import DataError, Structure
 from steradian.potential import Potential
-from steradian.training.loaders import TrainingData
+from steradian.training.feeding import TrainingData
 from steradian.training.losses import LABELS, check_labels, labels_in_use
-from steradian.training.plan import plan_rows
-from steradian.training.progressive import start_progressive
+from steradian.training.machine import Process, device_line
+from steradian.training.optimisation import start_progressive
 from steradian.training.record import RunDirectory
-from steradian.training.state import Position, ResumeError
-from steradian.training.trainer import Process, device_line
+from steradian.training.report import plan_rows
+from steradian.training.state import WITHOUT_HASH, Position, ResumeError
 
-__all__ = ["CHANGEABLE", "Prepared", "check_resumable", "prepare"]
+__all__ = ["CHANGEABLE", "Prepared", "check_monitor", "check_resumable", "prepare"]
 
 CHANGEABLE = (
     "max_epochs",
@@ -65,68 +69,101 @@ def prepare(
     """Read the data and build the potential; with a saved state, put its statistics, weights and position back.
 
     Raises:
-        ValueError: a subclass with one clear line; see :func:`steradian.training.fit.fit`.
+        ValueError: a subclass with one clear line; see :func:`steradian.training.run.fit`.
     """
     labels = labels_in_use(config.training.loss)
     dataset = load_dataset(config.data, require=labels)
-    statistics, frames = compute_statistics(
-        dataset.train,
-        config.model.host.cutoff_A,
-        config.data.reference_energies,
-        keys=config.data.keys,
-        units=config.data.units,
-    )
+    provenance = json.loads(json.dumps(dataset.provenance, default=str))
     if not dataset.validation:
-        raise ConfigError("data.validation: there are no validation frames; set data.split.validation or give a file")
+        raise ConfigError(
+            "there are no validation frames: give data.validation (a file), data.split.validation or more frames"
+        )
+    names = {role: frame_names(role, provenance) for role in ("train", "validation")}
+    train = checked_graphs(only(dataset.train, labels), config, names["train"])
+    validation = checked_graphs(only(dataset.validation, labels), config, names["validation"])
+    statistics, chosen = training_statistics(dataset.train, train, config)
+    frames = [dataset.train[index] for index in chosen]
     check_labels(frames, labels, "training")
     check_labels(dataset.validation, labels, "validation")
-    provenance = json.loads(json.dumps(dataset.provenance, default=str))
     if saved is not None:
         check_same_data(provenance, directory)
         statistics = DatasetStatistics.from_dict(saved["statistics"])
     potential = build_potential(config.model, statistics, seed=config.training.seed)
     if config.training.progressive_correlation is not None:
         start_progressive(potential.host)
-    data = make_data(config, process, only(frames, labels), only(dataset.validation, labels))
-    data.frame_names = frame_names(dataset.train, frames, provenance)
-    if saved is not None:
-        restore(potential, data, saved, directory, process)
+    if len(chosen) < len(train):
+        train = GraphDataset([train.structures[index] for index in chosen], train.cutoff)
+    data = make_data(config, process, train, validation)
+    data.frame_names = [names["train"][index] for index in chosen]
+    position = Position() if saved is None else restored_position(data, saved, directory, process)
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
     rows = plan_rows(config, sets, statistics, potential, counts, device_line(process, config.training))
     usual = plausibility(frames, statistics.atom_references, declared=config.data.units.energy is not None)
     rows += [*usual.rows, *(("warning", warning) for warning in usual.warnings)]
     rows += [("note", warning) for warning in provenance.get("warnings", [])]
-    return Prepared(config, potential, data, data.position, provenance, rows)
+    if saved is not None and saved["format"] == WITHOUT_HASH:
+        rows.append(("note", f"{directory.state} is of an earlier version and has no check sum: taken as it is"))
+    return Prepared(config, potential, data, position, provenance, rows)
 
 
-def make_data(config: RunConfig, process: Process, train: list[Structure], validation: list[Structure]) -> TrainingData:
-    """Graphs and batches of this process."""
-    cutoff = config.model.host.cutoff_A
-    train_set, validation_set = GraphDataset(train, cutoff), GraphDataset(validation, cutoff)
+def checked_graphs(frames: list[Structure], config: RunConfig, names: list[str]) -> GraphDataset:
+    """Frames with all their neighbour lists.
+
+    Raises:
+        DataError: a frame has none, such as two atoms at one place; names file and frame.
+    """
+    graphs = GraphDataset(frames, config.model.host.cutoff_A)
+    for index, name in enumerate(names):
+        try:
+            graphs[index]
+        except DataError as error:
+            raise DataError(f"{name}: {str(error).removeprefix(f'frame {index}: ')}") from None
+    return graphs
+
+
+def training_statistics(
+    frames: list[Structure], graphs: GraphDataset, config: RunConfig
+) -> tuple[DatasetStatistics, list[int]]:
+    """Statistics, and the indices of the frames to train on (isolated atoms may only give reference energies).
+
+    Args:
+        frames: of the training set. graphs: of the same frames.
+
+    Raises:
+        DataError: no atom has a neighbour.
+    """
+    references = config.data.reference_energies
+    leaves_atoms_out = references.kind in ("auto", "isolated_atoms")
+    counts = [
+        count
+        for frame, count in zip(frames, graphs.num_edges.tolist())
+        if not (leaves_atoms_out and is_isolated_atom(frame))
+    ]
+    statistics, chosen = compute_statistics(
+        frames, graphs.cutoff, references, keys=config.data.keys, units=config.data.units, num_edges=counts
+    )
+    taken = {id(frame) for frame in chosen}
+    return statistics, [index for index, frame in enumerate(frames) if id(frame) in taken]
+
+
+def make_data(config: RunConfig, process: Process, train: GraphDataset, validation: GraphDataset) -> TrainingData:
+    """The batches of this process."""
     ranks = {"rank": process.rank, "num_replicas": process.count}
     return TrainingData(
-        train_set,
-        validation_set,
-        BatchSampler(train_set, config.data.batch, shuffle=True, seed=config.training.seed, **ranks),
-        BatchSampler(validation_set, config.data.validation_batch, shuffle=False, **ranks),
-        Position(),
+        train,
+        validation,
+        BatchSampler(train, config.data.batch, shuffle=True, seed=config.training.seed, **ranks),
+        BatchSampler(validation, config.data.validation_batch, shuffle=False, **ranks),
     )
 
 
-def frame_names(before: list[Structure], frames: list[Structure], provenance: dict[str, Any]) -> list[str]:
-    """``FILE:INDEX`` of every training frame, for messages."""
-    places = [
-        f"{file['path']}:{index}"
-        for file in provenance.get("files", [])
-        if file["role"] == "train"
-        for index in range(file["frames"])
-    ]
-    indices = provenance.get("indices", {}).get("train", range(len(before)))
-    names = {
-        id(frame): places[index] if index < len(places) else f"frame {index}" for frame, index in zip(before, indices)
-    }
-    return [names.get(id(frame), f"frame {place}") for place, frame in enumerate(frames)]
+def frame_names(role: str, provenance: dict[str, Any]) -> list[str]:
+    """``FILE:INDEX`` of every frame of a set, for messages; validation frames may be split off the training files."""
+    own = [file for file in provenance["files"] if file["role"] == role]
+    files = own or [file for file in provenance["files"] if file["role"] == "train"]
+    places = [f"{file['path']}:{index}" for file in files for index in range(file["frames"])]
+    return places if own and role != "train" else [places[index] for index in provenance["indices"][role]]
 
 
 def only(frames: list[Structure], labels: tuple[str, ...]) -> list[Structure]:
@@ -137,10 +174,8 @@ def only(frames: list[Structure], labels: tuple[str, ...]) -> list[Structure]:
     return [replace(frame, **unused) for frame in frames]
 
 
-def restore(
-    potential: Potential, data: TrainingData, saved: dict[str, Any], directory: RunDirectory, process: Process
-) -> None:
-    """Put back weights and position.
+def restored_position(data: TrainingData, saved: dict[str, Any], directory: RunDirectory, process: Process) -> Position:
+    """Where a saved run stands, in its data too.
 
     Raises:
         ResumeError: another number of processes, or other batches.
@@ -150,12 +185,11 @@ def restore(
             f"{directory.path}: the run used {len(saved['ranks'])} processes, this one has {process.count};"
             " resume with the same number"
         )
-    potential.load_state_dict(saved["weights"])
-    data.position.load_state_dict(saved["position"])
     try:
         data.train_sampler.load_state_dict(saved["sampler"])
     except ValueError as error:
         raise ResumeError(f"{directory.path}: {error}") from None
+    return Position(**saved["position"])
 
 
 def check_same_data(provenance: dict[str, Any], directory: RunDirectory) -> None:
@@ -175,6 +209,27 @@ def check_same_data(provenance: dict[str, Any], directory: RunDirectory) -> None
             )
     if stored.get("indices") != provenance.get("indices"):
         raise ResumeError(f"{directory.path}: the split of the data has changed; start a new run with --set name=NEW")
+
+
+def check_monitor(monitor: str, labels: Sequence[str]) -> None:
+    """Refuse a metric that no validation will have.
+
+    Args:
+        monitor: ``validation/NAME``. labels: labels in use.
+
+    Raises:
+        ConfigError: unknown, or of a label that is not trained on; with the known names.
+    """
+    known = [f"validation/{name}" for name in METRICS if name.split("_")[0] in labels]
+    if monitor in known:
+        return
+    if monitor.removeprefix("validation/") in METRICS:
+        label = monitor.removeprefix("validation/").split("_")[0]
+        reason = f"needs {label}, which the loss does not use"
+    else:
+        near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.5)
+        reason = f"unknown metric; did you mean '{near[0]}'?" if near else "unknown metric"
+    raise ConfigError(f"training.monitor: {monitor}: {reason} (known: {', '.join(known)})")
 
 
 def check_resumable(directory: RunDirectory, config: RunConfig) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import FolderInUseError, held, write_atomically
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
+from steradian.training.state import ResumeError
 
-__all__ = ["RunDirectory", "RunExistsError"]
+__all__ = ["Loggers", "RunDirectory", "RunExistsError", "WriteError"]
 
 FIRST_COLUMNS = ("epoch", "step", "time_s", "learning_rate", "train/loss")
 
@@ -24,40 +26,44 @@ class RunExistsError(ValueError):
     """The folder of a run holds another run already."""
 
 
+class WriteError(ValueError):
+    """A file of the run cannot be written; the message names it and the way out."""
+
+
 class RunDirectory:
     """Paths and files of a run.
 
     ``config.yaml`` (resolved), ``statistics.json``, ``provenance.json``, ``metrics.csv`` (one row per validation),
     ``log.txt``, ``last.ckpt`` (to resume), ``model.safetensors`` (the best model).
+
+    A new run writes into the folder ``.new`` inside and moves out of it with its first state (:meth:`settle`): until
+    then the run that it replaces is whole, and a start that fails leaves nothing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.statistics = path / "statistics.json"
-        self.provenance = path / "provenance.json"
-        self.metrics = path / "metrics.csv"
-        self.log_file = path / "log.txt"
-        self.state = path / "last.ckpt"
-        self.model = path / "model.safetensors"
-        self.lock = path / ".lock"
+        self.staging = path / ".new"
+        self._place(path)
+
+    def _place(self, folder: Path) -> None:
+        """Where the files are at present."""
+        self.config = folder / "config.yaml"
+        self.statistics = folder / "statistics.json"
+        self.provenance = folder / "provenance.json"
+        self.metrics = folder / "metrics.csv"
+        self.log_file = folder / "log.txt"
+        self.state = folder / "last.ckpt"
+        self.model = folder / "model.safetensors"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The state is the last: without it there is nothing to go on with."""
+        return (self.config, self.statistics, self.provenance, self.metrics, self.log_file, self.model, self.state)
 
     @property
     def in_use(self) -> bool:
         """Whether a run has written here."""
         return any(file.exists() for file in self.files)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (
-            self.config,
-            self.statistics,
-            self.provenance,
-            self.metrics,
-            self.log_file,
-            self.state,
-            self.model,
-        )
 
     def check_free(self) -> None:
         """Refuse a folder that holds a run.
@@ -79,96 +85,169 @@ class RunDirectory:
 
         Raises:
             RunExistsError: another process trains there.
-            ConfigError: the folder cannot be made.
+            OSError: the folder cannot be made; names it and the way out.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.lock, "w")  # noqa: SIM115 (open as long as the folder is held)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
-        with file:
-            if not _locked(file):
-                raise RunExistsError(
-                    f"{self.path}: another process is training there; wait for it, or choose another name with"
-                    " --set name=NEW"
-                )
-            try:
-                yield
-            finally:
-                self.lock.unlink(missing_ok=True)
+            with held(self.path, "training"):
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(self.staging, ignore_errors=True)
+        except FolderInUseError as error:
+            raise RunExistsError(f"{error}, or choose another name with --set name=NEW") from None
 
     def start(self, config: RunConfig, overwrite: bool) -> None:
-        """Make the folder for a new run and write its configuration.
+        """Begin a new run beside the one that the folder may hold, and write its configuration.
 
         Raises:
             RunExistsError: the folder holds a run and ``overwrite`` is off.
         """
         if not overwrite:
             self.check_free()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for file in self.files:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self._place(self.staging)
+        with self.writing(self.config):
+            write_atomically(self.config, dump_config(config).encode())
+
+    def settle(self) -> None:
+        """Put a new run that has its first state into the place of the old one.
+
+        The old state goes first and the new one comes last, so that no interruption leaves the state of one run with
+        the files of the other.
+        """
+        new = self.files
+        self._place(self.path)
+        old = self.files
+        with self.writing(self.state):
+            for file in reversed(old):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-            write_atomically(self.config, dump_config(config).encode())
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
+            for source, target in zip(new, old):
+                if source.exists():
+                    source.replace(target)
+            shutil.rmtree(self.staging, ignore_errors=True)
 
     def go_on(self, config: RunConfig, rows: int) -> None:
-        """Make the folder ready to go on: the settings of now, the table cut back, leftovers of a kill removed."""
-        if self.config.read_text(encoding="utf-8") != dump_config(config):
-            write_atomically(self.config, dump_config(config).encode())
+        """Make the folder ready to go on: the table cut back, the settings of now, leftovers of a kill removed.
+
+        Raises:
+            ResumeError: the table lacks rows.
+        """
+        self.keep_rows(rows)
+        with self.writing(self.config):
+            if self.config.read_text(encoding="utf-8") != dump_config(config):
+                write_atomically(self.config, dump_config(config).encode())
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        self.keep_rows(rows)
+
+    @contextlib.contextmanager
+    def writing(self, file: Path) -> Iterator[None]:
+        """Inside the block the machine's refusals to write become one line with the way out.
+
+        Raises:
+            WriteError: the disk is full, the folder was removed, ...
+        """
+        try:
+            yield
+        except OSError as error:
+            way_out = "start again"
+            if (self.path / "last.ckpt").exists() and not self.staging.exists():
+                way_out = f"go on with --resume {self.path}"
+            reason = error.strerror or str(error)
+            raise WriteError(f"{file}: cannot be written ({reason}); make room there and {way_out}") from None
 
     def read_config(self) -> RunConfig:
         return load_config(self.config)
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
-        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+        with self.writing(path):
+            write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
 
     def log(self, text: str) -> None:
         """Add lines to the log, each with the time of day."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.log_file, "a", encoding="utf-8") as file:
+        with self.writing(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
             file.writelines(f"{stamp}  {line}\n" for line in text.splitlines())
 
     def add_row(self, row: dict[str, float | int]) -> None:
         """Append a validation to the metrics table; the first row fixes the columns."""
-        if not self.metrics.exists():
-            rest = [name for name in row if name not in FIRST_COLUMNS]
-            write_atomically(self.metrics, _line([*FIRST_COLUMNS, *rest]).encode())
-        with open(self.metrics, encoding="utf-8", newline="") as file:
-            columns = next(csv.reader(file))
-        with open(self.metrics, "a", encoding="utf-8", newline="") as file:
-            file.write(_line([_written(row.get(name, "")) for name in columns]))
+        with self.writing(self.metrics):
+            if not self.metrics.exists():
+                rest = [name for name in row if name not in FIRST_COLUMNS]
+                write_atomically(self.metrics, _line([*FIRST_COLUMNS, *rest]).encode())
+            with open(self.metrics, encoding="utf-8", newline="") as file:
+                columns = next(csv.reader(file))
+            with open(self.metrics, "a", encoding="utf-8", newline="") as file:
+                file.write(_line([_written(row.get(name, "")) for name in columns]))
 
     def keep_rows(self, count: int) -> None:
-        """Cut the metrics table back to its first rows, so that a resumed run doubles none."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        """Cut the metrics table back to its first rows, so that a resumed run doubles none.
+
+        Raises:
+            ResumeError: it has fewer.
+        """
+        text = self.metrics.read_bytes() if self.metrics.exists() else b""
+        lines = text.splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n") and b"\0" not in line]
         if count == 0:
-            self.metrics.unlink()
+            self.metrics.unlink(missing_ok=True)
+        elif len(whole) < count + 1:
+            raise ResumeError(
+                f"{self.metrics}: {max(len(whole) - 1, 0)} of {count} rows are left (model and state are whole): put"
+                " the table back, or start again with --overwrite"
+            )
         elif len(whole) > count + 1 or len(whole) != len(lines):
-            write_atomically(self.metrics, "".join(whole[: count + 1]).encode())
+            with self.writing(self.metrics):
+                write_atomically(self.metrics, b"".join(whole[: count + 1]))
 
 
-def _locked(file: TextIO) -> bool:
-    """Lock a file until it is closed; True also where there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+class Loggers:
+    """Sends rows of the metrics table to TensorBoard and Weights & Biases as well.
+
+    Args:
+        config: the run. directory: of the run; it exists.
+        step: optimiser step from which the run goes on; later points of an earlier session are dropped.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, step: int = 0) -> None:
+        self._board = self._wandb = None
+        if "tensorboard" in config.training.loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1)
+        if "wandb" in config.training.loggers:
+            import wandb
+
+            self._wandb = wandb.init(project="steradian", name=config.name, dir=str(directory.path))
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Refuse a logger whose package is missing.
+
+        Raises:
+            ConfigError: with the command that installs it.
+        """
+        for name in config.training.loggers:
+            if name != "csv" and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"training.loggers: {name} is not installed; pip install 'steradian[{name}]' or leave it out"
+                )
+
+    def add_row(self, row: dict[str, float | int]) -> None:
+        step = int(row["step"])
+        figures = {name: value for name, value in row.items() if name != "step"}
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(figures, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _line(values: list[Any]) -> str:

@@ -5,9 +5,10 @@ The file holds tensors and plain numbers, lists and dictionaries only; it is rea
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,19 @@ import torch
 
 from steradian.checkpoint import write_atomically
 
-__all__ = ["Position", "ResumeError", "random_state", "read_state", "restore_random_state", "seed_all", "write_state"]
+__all__ = [
+    "Position",
+    "ResumeError",
+    "on_cpu",
+    "random_state",
+    "read_state",
+    "restore_random_state",
+    "seed_all",
+    "write_state",
+]
 
-FORMAT = "steradian-run-1"
+FORMAT, WITHOUT_HASH = "steradian-run-2", "steradian-run-1"
+MARK = b"\nsha256:"  # stands behind the content, with the 64 digits of its hash
 
 
 class ResumeError(ValueError):
@@ -51,13 +62,6 @@ class Position:
     validated_epoch: int = 0
     rows: int = 0
     loss_sum: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
 
 
 def seed_all(seed: int) -> None:
@@ -94,27 +98,51 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def on_cpu(value: Any) -> Any:
+    """Copy of a nested state with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_cpu(item) for item in value)
+    return value
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state so that the file is always whole: the old one stays until the new one is on the disk."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    content = buffer.getvalue()
+    write_atomically(path, content + MARK + hashlib.sha256(content).hexdigest().encode())
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Read a state on the CPU.
+
+    PyTorch does not look at the check sums inside its files, so a hash over all of it is looked at here. States of
+    format ``steradian-run-1`` have none, and are taken as they are.
 
     Raises:
         ResumeError: the file is missing, damaged or of another format.
     """
     if not path.is_file():
         raise ResumeError(f"{path}: there is no saved state to resume from; start again with --overwrite")
+    content = path.read_bytes()
+    end = len(content) - len(MARK) - 64
+    has_hash = content[max(end, 0) :].startswith(MARK)
+    if has_hash:
+        content, digest = content[:end], content[end + len(MARK) :]
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            raise ResumeError(f"{path}: damaged (its check sum is wrong); start again with --overwrite")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ResumeError(f"{path}: cannot be read ({reason}); start again with --overwrite") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
+    if found not in (FORMAT, WITHOUT_HASH):
         raise ResumeError(f"{path}: format {found!r} is not {FORMAT!r}; resume with the version that wrote it")
+    if found == FORMAT and not has_hash:
+        raise ResumeError(f"{path}: damaged (its check sum is missing); start again with --overwrite")
     return state

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import capturing
 from steradian.radial import polynomial_envelope
 
 __all__ = ["AgnesiTransform", "NuclearRepulsion", "SoftTransform", "make_repulsion", "make_transform"]
@@ -110,10 +109,16 @@ class NuclearRepulsion(_PairModule):
         self.register_buffer("exponent", torch.tensor(0.300, dtype=torch.float64))
         self.register_buffer("prefactor", torch.tensor(0.4543, dtype=torch.float64))
 
-    def forward(self, lengths: Tensor, species: Tensor, senders: Tensor, receivers: Tensor) -> Tensor:
-        """``[N]`` [eV]: half of every pair's energy goes to each of its atoms. Arguments as for the transforms."""
+    def forward(
+        self, lengths: Tensor, species: Tensor, senders: Tensor, receivers: Tensor, *, pick: bool = True
+    ) -> Tensor:
+        """``[N]`` [eV]: half of every pair's energy goes to each of its atoms. Arguments as for the transforms.
+
+        Args:
+            pick: on a CPU, work on the few pairs that overlap alone; off where shapes must not depend on distances.
+        """
         end = self.sum_of_radii(species, senders, receivers)
-        if lengths.device.type == "cpu" and not capturing():
+        if lengths.device.type == "cpu" and pick:
             (near,) = (lengths < end).nonzero(as_tuple=True)  # few: the others are beyond the end
             lengths, end = lengths.index_select(0, near), end.index_select(0, near)
             senders, receivers = senders.index_select(0, near), receivers.index_select(0, near)
@@ -129,26 +134,12 @@ class NuclearRepulsion(_PairModule):
 
 
 def make_transform(kind: str | None, elements: Sequence[int]) -> AgnesiTransform | SoftTransform | None:
-    """The transform of a configuration; None leaves distances as they are.
-
-    Raises:
-        ValueError: the elements are not given.
-    """
+    """The transform of a configuration; None leaves distances as they are."""
     if kind is None:
         return None
-    if not elements:
-        raise ValueError(f"distance_transform '{kind}' needs the elements of the model")
     return AgnesiTransform(elements) if kind == "agnesi" else SoftTransform(elements)
 
 
 def make_repulsion(kind: str | None, elements: Sequence[int], envelope_p: int) -> NuclearRepulsion | None:
-    """The repulsion of a configuration.
-
-    Raises:
-        ValueError: the elements are not given.
-    """
-    if kind is None:
-        return None
-    if not elements:
-        raise ValueError(f"pair_repulsion '{kind}' needs the elements of the model")
-    return NuclearRepulsion(elements, envelope_p)
+    """The repulsion of a configuration."""
+    return None if kind is None else NuclearRepulsion(elements, envelope_p)

@@ -8,7 +8,6 @@ features ``[N, D, C]``. Edge vectors run from receiver to sender here, so the od
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +20,8 @@ from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
-from steradian.hosts.base import ConvolutionHost, HostOutput
+from steradian.graph.topology import Rows
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
 from steradian.hosts.mace.element_pairs import make_repulsion, make_transform
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.precision import WithRole
@@ -86,9 +86,7 @@ class MACELayer(nn.Module):
         self.gate = gate
         self.mixer = mixer
 
-    def forward(
-        self, features: Tensor, species: Tensor, positions: Tensor, edges: Edges
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, features: Tensor, species: Rows, positions: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
         """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
         weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
@@ -142,8 +140,9 @@ class Readout(WithRole):
     def forward(self, scalars: Tensor) -> Tensor:
         first, *others = self.weights  # a slice of a ParameterList would make new parameters of traced weights
         x = self.multiply(scalars, first) * first.shape[0] ** -0.5
-        for weight in others:
-            x = self.multiply(nn.functional.silu(x) * SILU_SECOND_MOMENT, weight) * weight.shape[0] ** -0.5
+        for place, weight in enumerate(others, 1):
+            active = nn.functional.silu(x) * SILU_SECOND_MOMENT
+            x = self.multiply(active, weight, place=place) * weight.shape[0] ** -0.5
         return x.squeeze(-1).to(scalars.dtype)
 
 
@@ -152,38 +151,28 @@ class MACE(ConvolutionHost):
 
     Args:
         config: hyper-parameters.
-        num_elements: Z, size of the table of elements.
-        avg_num_neighbors: divides the messages; ``config.avg_num_neighbors`` wins where it is set.
-        scale: [eV] factor on the interaction energies (root mean square force of the training set).
-        shift: [eV] added to every atom's interaction energy.
+        facts: of the training set. The number of neighbours divides the messages; ``config.avg_num_neighbors`` wins
+            where it is set.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
-        elements: atomic numbers in the order of the species, for transforms of distances and repulsion.
 
     Reference: Batatia et al. 2022; scale and shift as in ``ScaleShiftMACE``.
-
-    Raises:
-        ValueError: transform or repulsion without elements.
     """
 
     def __init__(
         self,
         config: MACEConfig,
-        num_elements: int,
-        avg_num_neighbors: float,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        facts: TrainingFacts,
         make_gate: GateFactory = empty_slot,
         make_mixer: MixerFactory = empty_slot,
-        elements: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.cutoff = config.cutoff_A
         self.l_max = config.l_max
         self.envelope_p = config.radial.envelope_p
-        self.embedding = nn.Parameter(torch.randn(num_elements, config.num_channels))
+        self.embedding = nn.Parameter(torch.randn(facts.num_elements, config.num_channels))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
-        self.distance_transform = make_transform(config.distance_transform, elements)
-        self.repulsion = make_repulsion(config.pair_repulsion, elements, config.radial.envelope_p)
+        self.distance_transform = make_transform(config.distance_transform, facts.elements)
+        self.repulsion = make_repulsion(config.pair_repulsion, facts.elements, config.radial.envelope_p)
         hidden = natural_degrees(config.hidden_l)
         scalars = natural_degrees(0)
         layers, readouts = [], []
@@ -195,7 +184,7 @@ class MACE(ConvolutionHost):
                 degrees_message=natural_degrees(config.l_max),
                 degrees_out=scalars if last else hidden,
                 num_channels=config.num_channels,
-                num_elements=num_elements,
+                num_elements=facts.num_elements,
                 correlation=config.correlations[index],
                 block=block,
             )
@@ -211,29 +200,26 @@ class MACE(ConvolutionHost):
             )
             layers.append(
                 MACELayer(
-                    dims, config, config.avg_num_neighbors or avg_num_neighbors, make_gate(spec), make_mixer(spec)
+                    dims, config, config.avg_num_neighbors or facts.avg_num_neighbors, make_gate(spec), make_mixer(spec)
                 )
             )
             readouts.append(Readout(config.num_channels, config.readout.mlp if last else None))
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
+        self.place_scale(facts)
 
     def tabulate_radial(self, num_intervals: int) -> float | None:
         # with a transform the weights depend on the elements, too
         return None if self.distance_transform is not None else super().tabulate_radial(num_intervals)
 
-    def forward(self, graph: Graph, species: Tensor, positions: Tensor, vectors: Tensor) -> HostOutput:
-        pairs = {"species": species, "senders": graph.senders, "receivers": graph.receivers}
+    def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:
+        pairs = {"species": species.index, "senders": graph.senders, "receivers": graph.receivers}
         transform = None if self.distance_transform is None else partial(self.distance_transform, **pairs)
         edges = self.edges(graph, vectors, transform)
-        features = (self.embedding * self.embedding.shape[0] ** -0.5).index_select(0, species).unsqueeze(1)
+        features = (self.embedding * self.embedding.shape[0] ** -0.5).index_select(0, species.index).unsqueeze(1)
         energies = torch.zeros_like(features[:, 0, 0])
         if self.repulsion is not None:
-            energies = energies + self.repulsion(edges.lengths, **pairs)
+            energies = energies + self.repulsion(edges.lengths, **pairs, pick=not edges.topology.is_static)
         gates = []
         for layer, readout in zip(self.layers, self.readouts):
             features, alpha = layer(features, species, positions, edges)

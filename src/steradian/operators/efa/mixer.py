@@ -9,7 +9,7 @@ from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees
 from steradian.equivariant.irreps import all_degrees, max_degree, natural_degrees
 from steradian.graph import Edges
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
-from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
 
 __all__ = ["EFAMixer", "efa_factory"]
 
@@ -70,7 +70,8 @@ class EFAMixer(GlobalMixer):
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc, edges.share)
+            systems = Systems(edges.topology.sizes, edges.topology.is_static)
+            h = self.attention(entering, positions, systems, edges.cell, edges.pbc, edges.share)
         else:
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)

@@ -1,0 +1,50 @@
+"""MARA, attention on the sphere around every atom (Leonardi, Bonev, Riesen 2026).
+
+In the order in which to read: :mod:`.paper` (the equations), :mod:`.factorised` (the same at a fraction of the work),
+:mod:`.gate` (the module in the published frame), :mod:`.intrinsic` (the one that turns with the atom); then
+:mod:`.cpu` and :mod:`.cpu_code` (machine code), :mod:`.triton`, :mod:`.triton_kernels`, :mod:`.triton_sums` (GPUs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steradian.config import MARAConfig
+from steradian.operators.base import GateFactory, SlotSpec, in_layer
+from steradian.operators.mara.gate import MARA, SEAttention, SphereGate
+from steradian.operators.mara.intrinsic import IntrinsicMARA
+from steradian.sphere.grids import make_grid
+
+__all__ = ["MARA", "IntrinsicMARA", "SEAttention", "SphereGate", "gate_of", "mara_factory"]
+
+
+def gate_of(config: MARAConfig, spec: SlotSpec) -> SphereGate:
+    """The gate that a configuration section asks for, in a slot of a host layer.
+
+    Raises:
+        ValueError: options that do not fit each other, or a grid that the form cannot use.
+    """
+    shared: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("hidden_dim", "num_heads", "where", "gate", "positional", "frozen_projections")
+    }
+    shared["grid"] = make_grid(config.grid)
+    if config.frame == "intrinsic":
+        if config.dropout:
+            raise ValueError("dropout belongs to the published form; set model.edge_gate.dropout to 0")
+        own: dict[str, Any] = {"kernel": config.kernel, "signal_l_max": config.signal_l_max}
+        return IntrinsicMARA(spec.num_channels, spec.degrees, spec.num_radial, **own, **shared)
+    own = {name: getattr(config, name) for name in ("dropout", "normalize", "residual")}
+    return MARA(spec.num_channels, field=config.field or "distance", **own, **shared)
+
+
+def mara_factory(config: MARAConfig) -> GateFactory:
+    """The factory that fills the edge gates of a model's layers as a configuration section says.
+
+    It raises ValueError where ``config.layers`` lists a layer that the model does not have.
+    """
+
+    def make(spec: SlotSpec) -> SphereGate | None:
+        return gate_of(config, spec) if in_layer(config.layers, spec, "model.edge_gate") else None
+
+    return make

@@ -1,32 +1,36 @@
 """MARA's gate through machine code: geometry, attention, pooling and two derivatives in one run over the edges.
 
-The formulas are those of :mod:`steradian.operators.mara.factorised`, which remains the truth and takes over beyond the
-second derivative.
+The formulas are those of :mod:`steradian.operators.mara.factorised`, which takes over beyond the second derivative.
+
+A force needs the derivatives by vectors and nodes, so these are formed with the value (``slopes``); gradients of the
+weights pass through the tables, so those are formed only when asked for (``tables``). Training on forces needs the
+derivative of ``D . c`` with D the first derivatives and c what the loss sends back to them: one derivative along the
+direction c (``tangent``) gives it for everything at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import compiled_text
+from steradian.compiler.native import function_of
 from steradian.compiler.threads import run_tasks
+from steradian.graph.topology import Rows
+from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import (
     ARGUMENTS,
-    VERSION,
     num_scratch,
     num_table,
     sphere_attention_module,
 )
-from steradian.polynomials.cpu import Rows, rows_of, run_program
+from steradian.polynomials.cpu import run_program
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
 from steradian.polynomials.program import Program, program_of
 
@@ -40,42 +44,32 @@ WORTH_A_THREAD = 30_000
 
 
 class _Constants(NamedTuple):
-    """What a call needs and never differentiates.
+    """What a call needs and never differentiates; see :func:`pool_on_sphere`."""
 
-    Attributes:
-        receivers: ``[E]``.
-        grid: ``[K, 3]`` points.
-        field: ``distance`` or ``squared``.
-        reference: ``(vectors, nodes, tables) -> pooled`` in plain PyTorch.
-    """
-
-    receivers: Tensor
+    by_receiver: Rows
     grid: Tensor
-    field: str
-    reference: Callable[[Tensor, Tensor, Tensor], Tensor]
+    field: Literal["distance", "squared"]
+
+    def plain(self, vectors: Tensor, nodes: Tensor, tables: Tensor) -> Tensor:
+        """Pooled attention by plain PyTorch."""
+        return factorised.pool_on_sphere(vectors, nodes, tables, self.by_receiver.index, self.grid, self.field)
 
 
 def pool_on_sphere(
     vectors: Tensor,
     nodes: Tensor,
     tables: Tensor,
-    receivers: Tensor,
+    by_receiver: Rows,
     grid: Tensor,
-    field: str,
-    reference: Callable[[Tensor, Tensor, Tensor], Tensor],
+    field: Literal["distance", "squared"],
 ) -> Tensor:
-    """Pooled attention of every edge and head, ``[E, H]``, with derivatives of any order.
+    """Pooled attention of every edge and head, ``[E, H]``: :func:`steradian.operators.mara.factorised.pool_on_sphere`,
+    with the receivers as rows and ``nodes`` in the format of ``vectors``.
 
-    Args:
-        vectors: ``[E, 3]`` from receiver to sender [Å].
-        nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights).
-        tables: ``[H, 2 + 4 K + K^2]``, see :func:`flat_tables`.
-        receivers: ``[E]`` centre of each edge.
-        grid: ``[K, 3]`` points of the sphere.
-        field: ``distance`` or ``squared``.
-        reference: the same function of the first three, in plain PyTorch; for third derivatives.
+    Raises:
+        IndexError: a receiver that is not an atom.
     """
-    constants = _Constants(receivers.contiguous(), grid.contiguous(), field, reference)
+    constants = _Constants(by_receiver.look(), grid.contiguous(), field)
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))):
         return _run("value", constants, vectors, nodes, tables).pooled
     pooled = _Pooled.apply(vectors, nodes, (tables,), constants)
@@ -105,9 +99,7 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        vectors, nodes, tables, by_vectors, rows = ctx.saved_tensors
-        first = _Slopes.apply(gradient, vectors, nodes, tables, by_vectors, rows, ctx.constants)
-        return *first, None, None
+        return *_Slopes.apply(gradient, *ctx.saved_tensors, ctx.constants), None, None
 
 
 class _Slopes(torch.autograd.Function):
@@ -134,10 +126,13 @@ class _Slopes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_vectors: Tensor, by_nodes: Tensor) -> Any:
+        constants, nothing = ctx.constants, (None, None, None)
+        if torch.is_grad_enabled():  # somebody will differentiate a third time
+            gradient, vectors, nodes, tables = inputs = _aliases(*ctx.saved_tensors)
+            pooled = constants.plain(vectors, nodes, tables)
+            first = torch.autograd.grad(pooled, [vectors, nodes], gradient, create_graph=True)
+            return *torch.autograd.grad(first, inputs, (by_vectors, by_nodes), create_graph=True), *nothing
         gradient, vectors, nodes, tables = ctx.saved_tensors
-        constants = ctx.constants
-        if torch.is_grad_enabled():
-            return *_second_by_reference(ctx.saved_tensors, (by_vectors, by_nodes), constants), None, None, None
         results = _run("tangent", constants, vectors, nodes, tables, gradient, (by_vectors, by_nodes))
         wanted = ctx.needs_input_grad
         return (
@@ -145,7 +140,7 @@ class _Slopes(torch.autograd.Function):
             results.by_vectors.sum(0) if wanted[1] else None,
             _to_nodes(results.rows, None, nodes, constants) if wanted[2] else None,
             results.by_tables if wanted[3] else None,
-            *(None, None, None),
+            *nothing,
         )
 
 
@@ -166,16 +161,9 @@ class _ByTables(torch.autograd.Function):
         tables, vectors, nodes = ctx.saved_tensors
         if torch.is_grad_enabled():
             tables, vectors, nodes = _aliases(tables, vectors, nodes)
-            pooled = ctx.constants.reference(vectors, nodes, tables)
+            pooled = ctx.constants.plain(vectors, nodes, tables)
             return torch.autograd.grad(pooled, tables, gradient, create_graph=True)[0], None, None
         return _run("tables", ctx.constants, vectors, nodes, tables, gradient).by_tables, None, None
-
-
-def _second_by_reference(saved: Any, cotangents: tuple[Tensor, Tensor], constants: _Constants) -> tuple[Tensor, ...]:
-    gradient, vectors, nodes, tables = inputs = _aliases(*saved)
-    pooled = constants.reference(vectors, nodes, tables)
-    first = torch.autograd.grad(pooled, [vectors, nodes], gradient, create_graph=True)
-    return torch.autograd.grad(first, inputs, cotangents, create_graph=True)
 
 
 def _aliases(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -188,49 +176,7 @@ def _aliases(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @cache
 def _function(kind: str, field: str, itemsize: int) -> Callable:
-    description = f"sphere attention {VERSION} {kind} {field} {itemsize}"
-    return compiled_text(
-        f"sphere attention, {kind}", description, lambda: sphere_attention_module(kind, field, itemsize), 5
-    )
-
-
-@dataclass
-class _Call:
-    """One run of a kernel for one head: where everything lies."""
-
-    function: Callable
-    numbers: dict[str, int]
-    num_points: int
-    tables: Tensor
-
-    def run(self, num_edges: int, by_tables: Tensor | None) -> None:
-        """Over all edges; ``by_tables`` receives the sums."""
-        lanes = lanes_of(self.tables.element_size())
-        arguments = np.array([self.numbers.get(name, 0) for name in ARGUMENTS], dtype=np.int64)
-        blocks = -(-num_edges // lanes)
-        threads = min(torch.get_num_threads(), max(1, num_edges * self.num_points**2 // WORTH_A_THREAD))
-        sums = None
-        if by_tables is None:
-            parts = threads
-        else:
-            parts = max(1, min(MOST_SUMS, blocks // BLOCKS_PER_SUM))
-            sums = self.tables.new_zeros(parts, num_table(self.num_points), lanes)
-        cuts = [blocks * part // parts for part in range(parts + 1)]
-        # 64 bytes more than needed, so that vectors can start at a multiple of that
-        size = 64 * num_scratch(self.num_points)
-        scratch = np.empty(parts * size + 64, dtype=np.uint8)
-        start = -(-scratch.ctypes.data // 64) * 64
-        tasks = [
-            (arguments.ctypes.data, start + part * size, 0 if sums is None else sums[part].data_ptr(), first, last)
-            for part, (first, last) in enumerate(pairwise(cuts))
-        ]
-        if threads == 1:
-            for task in tasks:
-                self.function(*task)
-        else:
-            run_tasks(self.function, tasks, threads)
-        if by_tables is not None and sums is not None:
-            torch.sum(sums, (0, 2), out=by_tables)
+    return function_of(f"sphere attention, {kind}", sphere_attention_module, (kind, field, itemsize), 5)
 
 
 def _run(
@@ -242,71 +188,84 @@ def _run(
     gradient: Tensor | None = None,
     direction: tuple[Tensor, Tensor] | None = None,
 ) -> _Results:
+    """One kind of kernel (:data:`steradian.operators.mara.cpu_code.KINDS`) over all edges, head by head."""
     num_edges, num_heads, num_points = vectors.shape[0], nodes.shape[1], nodes.shape[2] - 1
-    size = _row_size(num_points, vectors.element_size())
+    lanes = lanes_of(vectors.element_size())
+    row_size = -(-(num_points + 1) // lanes) * lanes
+    with_rows, with_sums = kind in ("slopes", "tangent"), kind in ("tables", "tangent")
     with torch.no_grad():
-        vectors, tables = vectors.contiguous(), tables.contiguous()
-        per_head = nodes.transpose(0, 1).contiguous()
-        gradients = None if gradient is None else gradient.t().contiguous()
-        moves = None if direction is None else (direction[0].contiguous(), direction[1].transpose(0, 1).contiguous())
-        sums_wanted = kind in ("tables", "tangent")
-        rows_wanted = kind in ("slopes", "tangent")
         results = _Results(
             pooled=vectors.new_empty(num_heads, num_edges),
-            by_vectors=vectors.new_empty(num_heads if rows_wanted else 0, num_edges, 3),
-            rows=vectors.new_zeros(num_heads if rows_wanted else 0, num_edges, size),
-            by_tables=vectors.new_empty(num_heads if sums_wanted else 0, tables.shape[1]),
+            by_vectors=vectors.new_empty(num_heads if with_rows else 0, num_edges, 3),
+            rows=vectors.new_zeros(num_heads if with_rows else 0, num_edges, row_size),
+            by_tables=vectors.new_empty(num_heads if with_sums else 0, tables.shape[1]),
         )
-        shared = {
-            "num_edges": num_edges,
-            "num_points": num_points,
-            "row_size": size,
-            "vectors": vectors.data_ptr(),
-            "receivers": constants.receivers.data_ptr(),
-            "grid": constants.grid.data_ptr(),
-        }
+        shared = {"vectors": vectors, "receivers": constants.by_receiver.index, "grid": constants.grid}
+        of_head = {"nodes": nodes.transpose(0, 1), "tables": tables, "pooled": results.pooled}
+        if with_rows:
+            of_head |= {"by_vectors": results.by_vectors, "rows": results.rows}
+        if gradient is not None:
+            of_head["gradient"] = gradient.t()
+        if direction is not None:
+            shared["vectors_direction"], of_head["nodes_direction"] = direction[0], direction[1].transpose(0, 1)
+        shared, of_head = ({key: value.contiguous() for key, value in part.items()} for part in (shared, of_head))
+        sizes = {"num_edges": num_edges, "num_points": num_points, "row_size": row_size}
+        numbers = sizes | {name: value.data_ptr() for name, value in shared.items()}
         function = _function(kind, constants.field, vectors.element_size())
         for head in range(num_heads):
-            numbers = shared | {"nodes": per_head[head].data_ptr(), "tables": tables[head].data_ptr()}
-            numbers["pooled"] = results.pooled[head].data_ptr()
-            if gradients is not None:
-                numbers["gradient"] = gradients[head].data_ptr()
-            if moves is not None:
-                numbers |= {"vectors_direction": moves[0].data_ptr(), "nodes_direction": moves[1][head].data_ptr()}
-            if rows_wanted:
-                numbers |= {"by_vectors": results.by_vectors[head].data_ptr(), "rows": results.rows[head].data_ptr()}
-            _Call(function, numbers, num_points, tables).run(
-                num_edges, results.by_tables[head] if sums_wanted else None
-            )
+            numbers |= {name: value[head].data_ptr() for name, value in of_head.items()}
+            arguments = np.array([numbers.get(name, 0) for name in ARGUMENTS], dtype=np.int64)
+            _over_edges(function, arguments, numbers, lanes, results.by_tables[head] if with_sums else None)
     return results._replace(pooled=results.pooled.t())
 
 
-def _row_size(num_points: int, itemsize: int) -> int:
-    return -(-(num_points + 1) // lanes_of(itemsize)) * lanes_of(itemsize)
+def _over_edges(
+    function: Callable, arguments: np.ndarray, sizes: dict[str, int], lanes: int, by_tables: Tensor | None
+) -> None:
+    """All edges of one head, cut into parts for the threads; ``by_tables`` receives the sums of the parts."""
+    num_edges, num_points = sizes["num_edges"], sizes["num_points"]
+    blocks = -(-num_edges // lanes)
+    threads = min(torch.get_num_threads(), max(1, num_edges * num_points**2 // WORTH_A_THREAD))
+    parts, sums = threads, None
+    if by_tables is not None:
+        parts = max(1, min(MOST_SUMS, blocks // BLOCKS_PER_SUM))
+        sums = by_tables.new_zeros(parts, num_table(num_points), lanes)
+    cuts = [blocks * part // parts for part in range(parts + 1)]
+    # 64 bytes more than needed, so that vectors can start at a multiple of that
+    size = 64 * num_scratch(num_points)
+    scratch = np.empty(parts * size + 64, dtype=np.uint8)
+    start = -(-scratch.ctypes.data // 64) * 64
+    tasks = [
+        (arguments.ctypes.data, start + part * size, 0 if sums is None else sums[part].data_ptr(), first, last)
+        for part, (first, last) in enumerate(pairwise(cuts))
+    ]
+    if threads == 1:
+        for task in tasks:
+            function(*task)
+    else:
+        run_tasks(function, tasks, threads)
+    if by_tables is not None and sums is not None:
+        torch.sum(sums, (0, 2), out=by_tables)
+
+
+# ------------------------------------------------------------------------------------- sums over the edges of an atom
 
 
 def _to_nodes(rows: Tensor, scales: Tensor | None, nodes: Tensor, constants: _Constants) -> Tensor:
-    """``[N, H, 1 + K]`` sums of (scaled) rows over the edges of each centre."""
-    by_receiver = rows_of(constants.receivers, nodes.shape[0])
-    heads = [
-        _sum_rows(rows[head], None if scales is None else scales[head], by_receiver)[:, : nodes.shape[2]]
-        for head in range(nodes.shape[1])
-    ]
+    """``[N, H, 1 + K]`` sums of rows ``[H, E, S]`` (times scales ``[H, E]``) over the edges of each centre."""
+    program = _summing_program(scales is not None)
+    heads = []
+    for head in range(nodes.shape[1]):
+        inputs = [rows[head].unsqueeze(1), *([] if scales is None else [scales[head].unsqueeze(1)])]
+        (sums,) = run_program(program, (constants.by_receiver,), rows.shape[1], inputs, rows.shape[2])
+        heads.append(sums.squeeze(1)[:, : nodes.shape[2]])
     return torch.stack(heads, dim=1)
 
 
 @cache
 def _summing_program(scaled: bool) -> Program:
+    """``sums[receiver] += rows (scale)`` as a polynomial, whose threads own whole rows of the output."""
     inputs = (Operand("rows", 1), Operand("scale", 1, has_channels=False))[: 2 if scaled else 1]
-    factors = tuple(range(len(inputs)))
     zeros = np.zeros((1, len(inputs)), dtype=np.int64)
-    polynomial = Polynomial(
-        inputs, Operand("sums", 1), (Terms(factors, zeros, np.zeros(1, dtype=np.int64), np.ones(1)),)
-    )
-    return program_of(polynomial, (None,) * len(inputs), 0)
-
-
-def _sum_rows(rows: Tensor, scale: Tensor | None, by_receiver: Rows) -> Tensor:
-    inputs = [rows.unsqueeze(1)] if scale is None else [rows.unsqueeze(1), scale.unsqueeze(1).contiguous()]
-    (sums,) = run_program(_summing_program(scale is not None), (by_receiver,), rows.shape[0], inputs, rows.shape[1])
-    return sums.squeeze(1)
+    terms = Terms(tuple(range(len(inputs))), zeros, np.zeros(1, dtype=np.int64), np.ones(1))
+    return program_of(Polynomial(inputs, Operand("sums", 1), (terms,)), (None,) * len(inputs), 0)

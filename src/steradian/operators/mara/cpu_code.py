@@ -18,10 +18,8 @@ from typing import Any
 
 from steradian.compiler.lanes import I64, Array, Lanes, Value
 
-__all__ = ["ARGUMENTS", "KINDS", "VERSION", "num_scratch", "num_table", "sphere_attention_module"]
+__all__ = ["ARGUMENTS", "KINDS", "num_scratch", "num_table", "sphere_attention_module"]
 
-#: Part of what identifies the code in the cache: to be raised with every change here or in ``lanes``.
-VERSION = 1
 #: Names of the numbers and addresses that a call finds in its first argument.
 ARGUMENTS = (
     "num_edges",

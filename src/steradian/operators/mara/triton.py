@@ -8,13 +8,15 @@ the device, no shape depends on data, and sums have a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from steradian.compiler.triton_gate import largest_error, may_serve, on_its_device, register_check, triton_serves
-from steradian.graph.device_rows import SortedRows, sorted_rows
+from steradian.compiler.checked import allowed, register_operator
+from steradian.graph.topology import Rows
+from steradian.operators.mara import factorised
+from steradian.polynomials.backend import may_serve, on_its_device, triton_serves
 
 __all__ = ["is_served", "plain_pool", "pool_on_sphere"]
 
@@ -45,11 +47,11 @@ def pool_on_sphere(
         vectors: ``[E, 3]`` from receiver to sender [Å]; float32 or float64, and so is the arithmetic.
         nodes: ``[N, H, 1 + K]`` per centre: factor s of f_l, then the terms q_l (without the rule's log weights); in
             this or a shorter format.
-        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.flat_tables`.
+        tables: ``[H, 2 + 4 K + K^2]``, see :func:`steradian.operators.mara.factorised.logit_tables`.
         receivers: ``[E]`` centre of each edge.
         grid: ``[K, 3]`` points of the sphere.
         squared: the field is the squared distance.
-        ascending: the caller's promise that receivers are in order; see :mod:`steradian.graph.device_rows`.
+        ascending: the caller's promise that receivers are in order; see :class:`~steradian.graph.topology.Rows`.
     """
     tables = tables.to(vectors.dtype)
     differentiated = torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))
@@ -65,18 +67,8 @@ def plain_pool(
     vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool
 ) -> Tensor:
     """The same in plain PyTorch."""
-    from steradian.operators.mara.factorised import LogitTables, gate_logits_to_pooled
-    from steradian.operators.mara.mara import sphere_field
-
-    num_points = len(grid)
-    pair, by_point, by_square = tables.split([2, 4 * num_points, num_points**2], dim=1)
-    point_field, field_point, value_point, weights = by_point.unflatten(1, (4, num_points)).unbind(1)
-    weights = weights[0].detach()
-    point_point = by_square.unflatten(1, (num_points, num_points)) - weights.log()
-    unpacked = LogitTables(pair[:, 0], point_field, field_point, point_point, pair[:, 1], value_point)
-    centres = nodes.to(vectors.dtype).index_select(0, receivers)
-    field = sphere_field(vectors, grid, "squared" if squared else "distance")
-    return gate_logits_to_pooled(field, centres[..., 0], centres[..., 1:] + weights.log(), unpacked, weights)
+    field: Literal["distance", "squared"] = "squared" if squared else "distance"
+    return factorised.pool_on_sphere(vectors, nodes, tables, receivers, grid, field)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -90,9 +82,7 @@ def _value(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, gr
     return pooled.t().contiguous()
 
 
-@_value.register_fake
-def _(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
-    return vectors.new_empty((vectors.shape[0], nodes.shape[1]))
+_value.register_fake(lambda vectors, nodes, *rest: vectors.new_empty((vectors.shape[0], nodes.shape[1])))
 
 
 @torch.library.custom_op("steradian::mara_pooled", mutates_args=())
@@ -109,10 +99,7 @@ def _pooled(
 
 
 @_pooled.register_fake
-def _(
-    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
-    squared: bool, ascending: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(vectors: Tensor, nodes: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_edges, num_heads = vectors.shape[0], nodes.shape[1]
     return (
         vectors.new_empty((num_edges, num_heads)),
@@ -150,16 +137,11 @@ def _spread(
         total = gradient * by_vectors[0]
     else:
         total = (gradient.t().unsqueeze(2) * by_vectors).sum(0)
-    rows = sorted_rows(receivers, nodes.shape[0], ascending)
+    rows = Rows(receivers, nodes.shape[0], ascending=ascending)
     return total, _to_nodes(by_slope, by_point, gradient, rows, nodes)
 
 
-@_spread.register_fake
-def _(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
-    by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool, ascending: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(vectors), nodes.new_empty(nodes.shape)
+_spread.register_fake(lambda gradient, vectors, nodes, *rest: (torch.empty_like(vectors), nodes.new_empty(nodes.shape)))
 
 
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -208,7 +190,7 @@ def _tangent(
     by_vectors, by_point = run.columns(TANGENT, kept)
     # rows of ``by_point`` carry the gradient already
     by_slope = by_slope * gradient.t()
-    by_nodes = _to_nodes(by_slope, by_point, None, sorted_rows(receivers, nodes.shape[0], ascending), nodes)
+    by_nodes = _to_nodes(by_slope, by_point, None, Rows(receivers, nodes.shape[0], ascending=ascending), nodes)
     by_tables = run.by_tables(TANGENT, kept) if with_tables else tables.new_empty(0)
     return pooled.t().contiguous(), by_vectors.sum(0), by_nodes, by_tables
 
@@ -231,9 +213,7 @@ def _by_tables(
     return vectors.new_zeros((vectors.shape[0], nodes.shape[1]))
 
 
-@_by_tables.register_fake
-def _(tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
-    return vectors.new_empty((vectors.shape[0], nodes.shape[1]))
+_by_tables.register_fake(lambda tables, vectors, nodes, *rest: vectors.new_empty((vectors.shape[0], nodes.shape[1])))
 
 
 def _save_by_tables(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,17 +244,13 @@ def _sums_by_tables(
     return run.by_tables(VALUE, kept)
 
 
-@_sums_by_tables.register_fake
-def _(
-    gradient: Tensor, tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool
-) -> Tensor:
-    return torch.empty_like(tables)
+_sums_by_tables.register_fake(lambda gradient, tables, *rest: torch.empty_like(tables))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: SortedRows, nodes: Tensor) -> Tensor:
+def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows: Rows, nodes: Tensor) -> Tensor:
     """``[N, H, 1 + K]`` sums over the edges of each centre, in the format of ``nodes``."""
     from steradian.operators.mara.triton_sums import node_kernel
 
@@ -374,12 +350,9 @@ def _power_of_two(number: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- comparison
 
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.005}
-"""By format of the nodes: their derivatives are rounded to it."""
-
 
 def is_served(vectors: Tensor, nodes: Tensor, num_points: int, squared: bool) -> bool:
-    """Whether the kernels run for these edges: see :func:`steradian.compiler.triton_gate.triton_serves`."""
+    """Whether the kernels run for these edges: see :func:`steradian.polynomials.backend.triton_serves`."""
     if not may_serve(vectors):
         return False
     formats = [str(tensor.dtype).removeprefix("torch.") for tensor in (vectors, nodes)]
@@ -391,8 +364,8 @@ def is_served(vectors: Tensor, nodes: Tensor, num_points: int, squared: bool) ->
     return triton_serves("MARA", problem, vectors, nodes)
 
 
-def _check(device: torch.device, problem: str) -> float:
-    """Error over tolerance of values and two derivatives, for 21 edges of 6 centres."""
+def _check(device: torch.device, problem: str) -> tuple[list[Tensor], list[Tensor], float]:
+    """Values and two derivatives by kernels and in plain PyTorch, for 21 edges of 6 centres, and what is allowed."""
     formats, heads, points, field = problem.split(", ")
     wide, short = (getattr(torch, name) for name in formats.split())
     num_heads, num_points = int(heads.split()[0]), int(points.split()[0])
@@ -416,7 +389,7 @@ def _check(device: torch.device, problem: str) -> float:
         mixture = sum((value * way.to(value.dtype)).sum() for value, way in zip((pooled, *first), (to[0], *to[1:3])))
         assert isinstance(mixture, Tensor)
         found.append([pooled, *first, *torch.autograd.grad(mixture, leaves)])
-    return largest_error(found[0], found[1], TOLERANCES[formats.split()[1]])
+    return found[0], found[1], allowed("MARA", formats.split()[1])
 
 
-register_check("MARA", _check)
+register_operator("MARA", _check)

@@ -237,24 +237,22 @@ def _own_rows(nodes, receivers, edge, known, head, num_heads, num_points):
 
 @triton.jit
 def _first_tables(tables, k, real, num_points):
-    """B_k and w_k."""
+    """B_k, and w_k with an axis of edges."""
     asking = tl.load(tables + 2 + k, mask=real, other=0.0)
-    return asking, tl.load(tables + 2 + 3 * num_points + k, mask=real, other=0.0)
+    return asking, tl.load(tables + 2 + 3 * num_points + k, mask=real, other=0.0)[:, None]
 
 
 @triton.jit
 def row_kernel(
-    vectors, receivers, nodes, tables, grid, vectors_dot, nodes_dot, pooled, by_slope, kept,
-    num_edges, num_points, num_heads, table_size,
-    KIND: tl.constexpr, ARRAYS: tl.constexpr, SQUARED: tl.constexpr, KINK: tl.constexpr,
+    vectors, receivers, nodes, tables, grid, vectors_dot, nodes_dot, pooled, by_slope, kept, num_edges, num_points,
+    num_heads, table_size, KIND: tl.constexpr, ARRAYS: tl.constexpr, SQUARED: tl.constexpr, KINK: tl.constexpr,
     EDGES: tl.constexpr, POINTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Softmax of every row k. KIND 0: pooled ``[H, E]``. 1: also its derivative by s, ``by_slope [H, E]``. 2: pooled's
     derivative along the direction, and that of the derivative by s.
 
     ``kept [H, ARRAYS, K, E]`` receives log sum exp and o; for KIND 1 then the derivative by f_k as far as k asks; for
-    KIND 2 then the mean of s', o', and the derivatives by f_k (k asking) of the value and of the tangent.
-    """
+    KIND 2 then the mean of s', o', and the derivatives by f_k (k asking) of the value and of the tangent."""
     head = tl.program_id(1).to(tl.int64)
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     known = edge < num_edges
@@ -271,12 +269,9 @@ def row_kernel(
         g = load_xyz(grid, k, real)
         f, inverse = field_of(across(x, 0), across_points(g, 1), SQUARED, KINK)
         table, w = _first_tables(tables, k, real, num_points)
-        w = w[:, None]
         asking = (f, tl.load(node, mask=known, other=0.0).to(f.dtype)[None, :] + tl.load(tables) * f + table[:, None])
         row = tables + 2 + 4 * num_points + k * num_points
-        top, means = _row_top(
-            x, asking, grid, node, tables, row, num_points, known, real, SQUARED, KINK, UNROLL
-        )  # fmt: skip
+        top, means = _row_top(x, asking, grid, node, tables, row, num_points, known, real, SQUARED, KINK, UNROLL)
         level, output, with_f, with_column = _row_sums(
             x, asking, top, means, grid, node, tables, row, num_points, known, real, KIND == 1, SQUARED, KINK, UNROLL
         )
@@ -406,10 +401,8 @@ def column_kernel(
         slope_dot = tl.load(node_dot, mask=known, other=0.0).to(per_r.dtype)
         scale = tl.load(gradient + edge * num_heads + head, mask=known, other=0.0).to(per_r.dtype)
     nothing = per_r * 0.0
-    first_sums, second_sums = (
-        (nothing, nothing, nothing, nothing, nothing),
-        (nothing, nothing, nothing, nothing, nothing),
-    )
+    first_sums = (nothing, nothing, nothing, nothing, nothing)
+    second_sums = (nothing, nothing, nothing, nothing, nothing)
     for first in range(0, num_points, POINTS):
         k = (first + tl.arange(0, POINTS)).to(tl.int64)
         real = k < num_points

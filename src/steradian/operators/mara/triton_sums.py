@@ -103,8 +103,7 @@ def table_kernel(
     """Derivatives by the tables, of ``sum gradient pooled`` or of its tangent, summed over a chunk of edges.
 
     A program has a block of k and a block of l. ``sums [H, chunks, size]``: P ``[K, K]``, then for each block of l B
-    ``[K]``, for each block of k F and v ``[K]`` each, for each pair of blocks c and V.
-    """
+    ``[K]``, for each block of k F and v ``[K]`` each, for each pair of blocks c and V."""
     blocks = tl.cdiv(num_points, POINTS)
     block_k, block_l = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     number, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -147,12 +146,12 @@ def table_kernel(
             mean = _kept_number(kept, 2, k, edge, num_points, num_edges, real_k)
             output_dot = _kept_number(kept, 3, k, edge, num_points, num_edges, real_k)
             asking, moving = (fk[:, None], b[:, None]), (dk[:, None], db[:, None])
-            turned = logits_along(asking, moving, fl[None, :], dl[None, :], column, q_dot[None, :]) - mean[:, None]
+            t, dt = fl[None, :], dl[None, :]
+            turned = logits_along(asking, moving, t, dt, column, q_dot[None, :]) - mean[:, None]
             by_logit_dot = by_logit * turned + weight * ((value_slope * dl)[None, :] - output_dot[:, None])
             matrices = _added_along(
-                matrices, by_logit, by_logit_dot, weight, weight * turned, fk[:, None], dk[:, None], fl[None, :],
-                dl[None, :],
-            )  # fmt: skip
+                matrices, by_logit, by_logit_dot, weight, weight * turned, asking[0], moving[0], t, dt
+            )
         else:
             matrices = _added(matrices, by_logit, weight, fk[:, None], fl[None, :])
     sums += (head * tl.num_programs(1) + number) * sums_size
