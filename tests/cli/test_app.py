@@ -144,6 +144,21 @@ def test_dynamics_on_the_device(folder):
     assert "another engine" in answer.stderr
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_output_in_any_encoding(tmp_path, encoding):
+    command = [sys.executable, "-m", "steradian", "dataset", "info", "bundled:malonaldehyde"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode(encoding)
+    assert ("eV/A" if encoding == "ascii" else "eV/Å") in text
+    command[-1] = "Å→\x1b[31m.xyz"
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"\x1b" not in done.stderr
+    assert b"no file matches" in done.stderr
+
+
 @pytest.mark.parametrize(("name", "engine"), [("SIGTERM", "ase"), ("SIGHUP", "device"), ("SIGINT", "ase")])
 def test_a_signal_ends_dynamics_with_a_restart_point_and_a_line(folder, tmp_path, name, engine):
     command = ["md", "plain.safetensors", "formaldehyde.xyz", "--out", tmp_path / "run", "--engine", engine]

@@ -33,7 +33,14 @@ EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file.", show_default="usual names")]
 StressKey = Annotated[str | None, typer.Option(help="Name of the stress in the file.", show_default="usual names")]
 TypeKey = Annotated[str, typer.Option(help="Name of the configuration types in the file.")]
-Units = Annotated[str, typer.Option(metavar="ENERGY,LENGTH", help="Units of the file, such as kcal/mol,Angstrom.")]
+Units = Annotated[
+    str,
+    typer.Option(
+        metavar="ENERGY,LENGTH",
+        help="Units of the file, such as kcal/mol,Angstrom.",
+        show_default="what the file says, else eV,Angstrom",
+    ),
+]
 EnergyOnly = Annotated[bool, typer.Option("--energy-only", help="The structures carry no forces.")]
 Batch = Annotated[int, typer.Option(min=1, help="Structures predicted at once.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
@@ -113,7 +120,7 @@ def read_atoms(source: str | Path) -> Atoms:
 def parsed_units(text: str) -> UnitsConfig:
     """Units from "ENERGY,LENGTH" or "ENERGY"."""
     energy, comma, length = (part.strip() for part in text.partition(","))
-    return UnitsConfig(energy=energy or "eV", length=length if comma and length else "Angstrom")
+    return UnitsConfig(energy=energy or None, length=length if comma and length else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- output
