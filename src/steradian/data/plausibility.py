@@ -122,7 +122,8 @@ def _forces(frames: Sequence[Structure], found: Plausibility) -> None:
     ]
     largest = float(np.linalg.norm(forces, axis=1).max())
     found.rows.append(("RMS force [eV/Å]", f"{', '.join(parts)}; largest {largest:.4g}"))
-    typical = float(np.median([np.sqrt(np.mean(np.square(frame.forces))) for frame in labelled]))
+    sizes = [np.linalg.norm(frame.forces) / frame.forces.size**0.5 for frame in labelled if frame.forces is not None]
+    typical = float(np.median(sizes))
     _warn(found, f"the RMS force of {typical:.3g}", typical, FORCE, UNITS_OF_FORCE, "forces")
 
 
