@@ -45,8 +45,8 @@ from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.operators.efa import cpu as efa_cpu
-from steradian.operators.efa.basis import RuleWaves
-from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
+from steradian.operators.efa.rules import RuleWaves
 
 #: milliseconds of the JAX reference: (atoms, systems, points) -> forward, forward + gradient; better of two stacks
 JAX_BLOCK = {
@@ -84,22 +84,22 @@ def block_runs(
     num_atoms: int, num_systems: int, num_points: int, far_apart: bool = False
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The block without and with the gradient by positions."""
-    block, features, positions, system, cotangent = block_problem(num_atoms, num_systems, num_points, far_apart)
+    block, features, positions, systems, cotangent = block_problem(num_atoms, num_systems, num_points, far_apart)
 
     def forward() -> object:
         with torch.no_grad():
-            return block(features, positions, system, num_systems)
+            return block(features, positions, systems)
 
     def gradient() -> object:
         x = positions.clone().requires_grad_(True)
-        y = block(features, x, system, num_systems)
+        y = block(features, x, systems)
         return torch.autograd.grad(y, x, cotangent)
 
     return forward, gradient
 
 
 def block_problem(num_atoms: int, num_systems: int, num_points: int, far_apart: bool = False) -> tuple:
-    """The block, features, positions, system of every atom, and a cotangent."""
+    """The block, features, positions, systems, and a cotangent."""
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="a system is about")  # large ones are beyond what the rule resolves
     frequency = math.pi if num_points == 50 else 2 * math.pi
@@ -109,8 +109,8 @@ def block_problem(num_atoms: int, num_systems: int, num_points: int, far_apart: 
     radius = (3 * num_atoms / num_systems / (4 * math.pi * DENSITIES[far_apart])) ** (1 / 3)
     directions = torch.nn.functional.normalize(torch.randn(num_atoms, 3), dim=1)
     positions = radius * torch.rand(num_atoms, 1) ** (1 / 3) * directions
-    system = torch.arange(num_systems).repeat_interleave(num_atoms // num_systems)
-    return block, features, positions, system, cotangent
+    systems = Systems((num_atoms // num_systems,) * num_systems)
+    return block, features, positions, systems, cotangent
 
 
 def measure_block(sizes: list[int]) -> list[dict]:
@@ -194,7 +194,7 @@ def measure_basis(sizes: list[int]) -> list[dict]:
     for size in sizes:
         for points in (50, 86):
             row: dict = {"atoms": size, "points": points, "waves": 16 * points}
-            block, features, positions, system, cotangent = block_problem(size, 1, points)
+            block, features, positions, systems, cotangent = block_problem(size, 1, points)
             found = {}
             for name, dtype, tolerance in (
                 ("exact", torch.float64, None), ("basis", torch.float64, 2.0**-21), ("float32", torch.float32, None)
@@ -202,8 +202,8 @@ def measure_basis(sizes: list[int]) -> list[dict]:
                 block.to(dtype)
                 rule, x = block.bands[0].rule, positions.to(dtype).requires_grad_(True)
                 made = RuleWaves(rule.directions, rule.weights, tolerance)
-                efa_cpu._RULES[rule.directions] = rule.weights, made
-                y = block(features.to(dtype), x, system, 1)
+                vars(rule)["waves"] = made
+                y = block(features.to(dtype), x, systems)
                 found[name] = y.detach(), torch.autograd.grad(y, x, cotangent.to(dtype))[0]
             centred = positions - positions.mean(0)
             row["functions"] = made.rows(efa_cpu._steps(centred, block.frequencies)).starts[-1]

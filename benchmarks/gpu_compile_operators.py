@@ -27,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from steradian.operators.efa import triton as efa_gpu
-from steradian.operators.efa import triton_kernels as efa_triton
 from steradian.operators.mara import triton as mara_gpu
 from steradian.operators.mara import triton_kernels as mara_triton
 from steradian.operators.mara import triton_sums as mara_triton_sums
@@ -37,7 +36,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 KERNELS = {
     mara_triton: ("row_kernel", "column_kernel"),
     mara_triton_sums: ("node_kernel", "table_kernel"),
-    efa_triton: ("moments_kernel", "apply_kernel", "contract_kernel"),
+    efa_gpu: ("moments_kernel", "apply_kernel", "contract_kernel"),
 }
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
          torch.int64: "i64", torch.bool: "i1"}  # fmt: skip

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from steradian.config import EFAConfig
 from steradian.equivariant.irreps import natural_degrees
 from steradian.operators.efa import attention as efa_attention
-from steradian.operators.efa.efa import EuclideanFastAttention
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
 
 BAR_PERCENT = 50.0
 COUNTED = 256  # atoms of the system whose operations are counted
@@ -64,7 +64,7 @@ def ceiling(device: str, smoke: bool) -> dict[str, float]:
 
 
 def problem(size: int, points: int, device: str) -> tuple[Any, ...]:
-    """The block, features, positions, system of every atom and a cotangent; atoms far apart, so all waves count."""
+    """The block, features, positions and a cotangent, in one system; atoms far apart, so all waves count."""
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="a system is about")  # large ones are beyond what the rule resolves
     frequency = math.pi if points == 50 else 2 * math.pi
@@ -74,20 +74,19 @@ def problem(size: int, points: int, device: str) -> tuple[Any, ...]:
     radius = (3 * size / (4 * math.pi * 0.1)) ** (1 / 3)
     directions = torch.nn.functional.normalize(torch.randn(size, 3), dim=1)
     positions = radius * torch.rand(size, 1) ** (1 / 3) * directions
-    system = torch.zeros(size, dtype=torch.int64)
-    return block, *(value.to(device) for value in (features, positions, system, cotangent))
+    return block, Systems((size,)), *(value.to(device) for value in (features, positions, cotangent))
 
 
 def calls(size: int, points: int, device: str) -> dict[str, Any]:
-    block, features, positions, system, cotangent = problem(size, points, device)
+    block, systems, features, positions, cotangent = problem(size, points, device)
 
     def forward() -> object:
         with torch.no_grad():
-            return block(features, positions, system, 1)
+            return block(features, positions, systems)
 
     def gradient() -> object:
         x = positions.clone().requires_grad_(True)
-        return torch.autograd.grad(block(features, x, system, 1), x, cotangent)
+        return torch.autograd.grad(block(features, x, systems), x, cotangent)
 
     return {"forward": forward, "gradient": gradient}
 

@@ -23,7 +23,7 @@ BAR_PERCENT = 2.0
 def steps(kind: str, size: int, gate: bool, training: bool, arguments: Any) -> Callable[[], object]:
     """Energy + forces, or a training step, as it is run in use."""
     from steradian.execution.backend_benchmark import prepare_backend
-    from steradian.execution.runner import Runner
+    from steradian.execution.steps import Runner
 
     graph = graph_of(system(size, periodic=True))
     model = build(model_config(kind, arguments.smoke, gate), arguments.device, graph.num_edges / size)

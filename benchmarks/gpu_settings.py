@@ -227,8 +227,7 @@ def training_steps(model: Any, graphs: list[Any], mode: str) -> tuple[Callable[[
     Returns:
         The call, and the steps, whose ``reason`` says why they are called where they were to be recorded.
     """
-    from steradian.execution.dataset import DeviceData
-    from steradian.execution.padding import Buckets, Sizes
+    from steradian.execution.batches import Buckets, DeviceData, Sizes
     from steradian.execution.steps import GradientStep, Steps
     from steradian.graph import batch_graphs
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steradian.equivariant.sphere import lebedev
 from steradian.operators.base import BareEdges
 from steradian.operators.mara.gate import MARA
 from steradian.operators.mara.intrinsic import IntrinsicMARA
-from steradian.sphere.grids import lebedev
 
 NUM_ATOMS, NUM_EDGES, NUM_FEATURES, HIDDEN_DIM = 135, 2242, 128, 32
 DEGREES = ((0, 1), (1, -1))

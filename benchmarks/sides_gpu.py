@@ -75,7 +75,7 @@ class SteradianOnDevice(OnDevice, Steradian):
         from gpu_settings import training_steps
 
         from steradian.execution.backend_benchmark import prepare_backend
-        from steradian.execution.runner import Runner
+        from steradian.execution.steps import Runner
         from steradian.graph.neighbors import make_graph
         from steradian.interfaces.ase import _structure
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from steradian.config import RunConfig, load_config, parse_config
     from steradian.data.read import read_structures
     from steradian.evaluation.errors import evaluate
-    from steradian.execution.runner import Runner
+    from steradian.execution.steps import Runner
     from steradian.graph import Edges, Graph, Prediction, batch_graphs
     from steradian.graph.neighbors import make_graph
     from steradian.graph.structures import Structure
@@ -32,7 +32,7 @@ _HOME = {
     "read_structures": "steradian.data.read",
     "Structure": "steradian.graph.structures",
     "evaluate": "steradian.evaluation.errors",
-    "Runner": "steradian.execution.runner",
+    "Runner": "steradian.execution.steps",
     "Edges": "steradian.graph",
     "Graph": "steradian.graph",
     "Prediction": "steradian.graph",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from steradian.checkpoint import ModelFileError, read_model_file, write_model_file
+from steradian.checkpoint import ModelFileError, one_line, read_model_file, write_model_file
 from steradian.config import (
     EFAConfig,
     MACEConfig,
@@ -24,7 +26,7 @@ from steradian.config import (
 from steradian.data.statistics import DatasetStatistics
 from steradian.execution.self_test import SelfTest, SelfTestError
 from steradian.hosts.base import Host, TrainingFacts
-from steradian.hosts.mace.element_tables import compress_element_tables
+from steradian.hosts.mace.elements import compress_element_tables
 from steradian.hosts.mace.mace import MACE
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
@@ -144,22 +146,14 @@ def load_potential(
         if precision is None:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
     weights, header = read_model_file(path)
-    try:
-        config = ModelConfig.model_validate(header["model"])
-        statistics = DatasetStatistics.from_dict(header["statistics"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path}: its configuration cannot be read ({error})") from None
-    potential = build_potential(config, statistics, seed=0)
-    try:
-        potential.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ModelFileError(
-            f"{path}: weights do not fit the configuration ({str(error).splitlines()[-1].strip()})"
-        ) from None
+    potential, config = _rebuilt(path, weights, header)
     potential = potential.to(device).eval()
     wanted = config.precision if precision is None else precision
     if "self_test" in header["extra"]:
-        potential.self_test = SelfTest.from_dict(header["extra"]["self_test"])
+        try:
+            potential.self_test = SelfTest.from_dict(header["extra"]["self_test"], potential.dtype == torch.float32)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(f"{path}: its self-test cannot be read ({one_line(error)})") from None
         # its bounds are those of rounding in one format; weights do not change by going to another policy and back
         plain = wanted if wanted in PLAIN.values() else PLAIN[potential.dtype]
         try:
@@ -167,3 +161,53 @@ def load_potential(
         except SelfTestError as error:
             raise ModelFileError(f"{path}: {error}") from None
     return potential.set_precision(wanted)
+
+
+def _rebuilt(
+    path: Path | str, weights: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> tuple[Potential, ModelConfig]:
+    """The potential of a model file, and its configuration.
+
+    Raises:
+        ModelFileError: configuration, statistics or weights that cannot be, or do not fit each other.
+    """
+    try:
+        config = ModelConfig.model_validate(header["model"])
+        statistics = DatasetStatistics.from_dict(header["statistics"])
+        _check_statistics(statistics)
+        potential = build_potential(config, statistics, seed=0)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise ModelFileError(f"{path}: its configuration cannot be read ({one_line(error)})") from None
+    try:
+        potential.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"{path}: weights do not fit the configuration ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    for name, own in potential.state_dict().items():
+        if weights[name].is_floating_point() != own.is_floating_point():
+            raise ModelFileError(f"{path}: '{name}' holds {weights[name].dtype}, the model computes in {own.dtype}")
+        if not bool(torch.isfinite(own).all()):
+            raise ModelFileError(f"{path}: '{name}' holds NaN or infinity")
+    return potential, config
+
+
+def _check_statistics(statistics: DatasetStatistics) -> None:
+    """Refuse averages that no training set has.
+
+    Raises:
+        ValueError: names the first.
+    """
+    if not statistics.elements or not all(0 < number <= 118 for number in statistics.elements):
+        raise ValueError(f"elements are {list(statistics.elements)}")
+    missing = [number for number in statistics.elements if number not in statistics.atom_references]
+    if missing:
+        raise ValueError(f"there is no reference energy of atomic number {missing[0]}")
+    numbers = {f"the reference energy of {number}": value for number, value in statistics.atom_references.items()}
+    numbers |= {name: getattr(statistics, name) for name in ("energy_shift", "force_rms", "energy_std")}
+    numbers["avg_num_neighbors"] = statistics.avg_num_neighbors
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    if statistics.avg_num_neighbors <= 0:
+        raise ValueError(f"avg_num_neighbors is {statistics.avg_num_neighbors}")

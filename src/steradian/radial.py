@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.activations import silu
+from steradian.compiler.folding import constant
 from steradian.config import RadialConfig
-from steradian.equivariant.activations import silu
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
 

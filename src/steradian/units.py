@@ -28,7 +28,7 @@ STRESS = {
 }
 ALIASES = {
     "ev": "eV", "mev": "meV", "hartree": "Hartree", "ha": "Hartree", "rydberg": "Rydberg", "ry": "Rydberg",
-    "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol", "angstrom": "Angstrom", "a": "Angstrom",
+    "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol", "angstrom": "Angstrom", "angstroms": "Angstrom", "a": "Angstrom",
     "å": "Angstrom", "ang": "Angstrom",
     "bohr": "Bohr", "a0": "Bohr", "nm": "nm", "gpa": "GPa", "kbar": "kbar", "bar": "bar",
     "ev/angstrom^3": "eV/Angstrom^3", "ev/a^3": "eV/Angstrom^3", "ev/å^3": "eV/Angstrom^3", "ev/ang^3": "eV/Angstrom^3",
@@ -55,6 +55,11 @@ def length_factor(unit: str) -> float:
     return _lookup(LENGTH, unit, "length")
 
 
+def stress_factor(unit: str) -> float:
+    """eV/Å^3 per unit of stress. Raises ValueError, naming the nearest known unit."""
+    return _lookup(STRESS, unit, "stress")
+
+
 def force_factor(unit: str) -> float:
     """eV/Å per unit of force, which is written ``ENERGY/LENGTH``, as in ``kcal/mol/Angstrom`` or ``Hartree/Bohr``."""
     energy, slash, length = unit.rpartition("/")
@@ -65,6 +70,5 @@ def force_factor(unit: str) -> float:
     return energy_factor(energy) / length_factor(length)
 
 
-def stress_factor(unit: str) -> float:
-    """eV/Å^3 per unit of stress. Raises ValueError, naming the nearest known unit."""
-    return _lookup(STRESS, unit, "stress")
+# Per kind: factors by name, and the function that looks one up.
+UNITS = {"energy": (ENERGY, energy_factor), "length": (LENGTH, length_factor), "stress": (STRESS, stress_factor)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ase import Atoms
 from ase.io import write
 
 from steradian.build import build_potential, save_potential
+from steradian.cli.common import speak_any_encoding
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from tests.systems import made_up
 
@@ -88,6 +91,9 @@ def test_version():
         (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "-1"), "timestep must be positive"),
         (("md", "plain.safetensors", "formaldehyde.xyz", "--device", "abacus"), "choose auto, cpu or cuda"),
         (("md", "plain.safetensors", "gold.xyz", "--engine", "device", "--device", "cpu"), "does not know Au"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--timestep", "50"), "say why with --timestep-reason"),
+        (("md", "plain.safetensors", "formaldehyde.xyz", "--out", "gold.xyz/run"), "gold.xyz/run: Not a directory"),
+        (("inspect", "[/x] \x1b[31m.safetensors"), r"[/x] \x1b[31m.safetensors: no such model file"),
         (("evaluate", "plain.safetensors", "none.xyz"), "none.xyz"),
         (("train",), "give a configuration file, or --data FILE"),
         (("train", "--data", "empty.xyz"), "empty"),
@@ -136,3 +142,59 @@ def test_dynamics_on_the_device(folder):
     answer = run(*command[:-4], "--engine", "ase", "--steps", 50, "--ensemble", "bussi", "--resume", cwd=folder)
     assert answer.returncode == 2
     assert "another engine" in answer.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_output_in_any_encoding(tmp_path, encoding):
+    command = [sys.executable, "-m", "steradian", "dataset", "info", "bundled:malonaldehyde"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode(encoding)
+    assert ("eV/A" if encoding == "ascii" else "eV/Å") in text
+    command[-1] = "Å→\x1b[31m.xyz"
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"\x1b" not in done.stderr
+    assert b"no file matches" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "engine"), [("SIGTERM", "ase"), ("SIGHUP", "device"), ("SIGINT", "ase")])
+def test_a_signal_ends_dynamics_with_a_restart_point_and_a_line(folder, tmp_path, name, engine):
+    command = ["md", "plain.safetensors", "formaldehyde.xyz", "--out", tmp_path / "run", "--engine", engine]
+    arguments = [sys.executable, "-m", "steradian", *map(str, [*command, "--steps", 100_000])]
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not (tmp_path / "run" / "restart.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + getattr(signal, name)
+    lines = errors.strip().splitlines()
+    assert "has a restart point at step" in lines[0]
+    assert lines[1:] == [f"stopped by {name}"]
+    assert not [entry for entry in (tmp_path / "run").iterdir() if entry.name.startswith(".")]
+    answer = run(*command, "--steps", 5, "--resume", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_the_drift_is_said_where_energy_is_conserved(folder):
+    for ensemble, said in (("nve", True), ("langevin", False)):
+        command = ("md", "plain.safetensors", "formaldehyde.xyz", "--out", "drift", "--steps", 2, "--overwrite")
+        answer = run(*command, "--ensemble", ensemble, cwd=folder)
+        assert answer.returncode == 0, answer.stderr
+        assert ("drift of the total energy" in answer.stdout) is said
+
+
+def test_output_for_terminals_without_unicode_and_readers_that_leave(folder):
+    command = [sys.executable, "-m", "steradian", "inspect", "plain.safetensors"]
+    for encoding, shown in (("cp1252", "eV/Å"), ("latin-1", "eV/Å")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        answer = subprocess.run(command, cwd=folder, capture_output=True, env=environment, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert shown in answer.stdout.decode(encoding)
+    speak_any_encoding()
+    assert "a −1.5 → b".encode("cp1252", errors="spelled") == b"a -1.5 -> b"
+    assert "∞ … α 中".encode("ascii", errors="spelled") == b"inf ... a ?"

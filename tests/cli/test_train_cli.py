@@ -22,7 +22,7 @@ from steradian.config import load_config, parse_config
 from steradian.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "src/steradian/configs").glob("*.yaml"))]
+CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "src/steradian/data/bundled").glob("*.yaml"))]
 SMALL = [
     "--set=model.host={num_channels: 4, hidden_l: 0, l_max: 1, correlation: 1, radial_mlp: [8]}",
     "--set=training.max_epochs=1",
@@ -179,7 +179,7 @@ def test_configurations_of_the_package(path: Path) -> None:
     assert config.training.monitor.removeprefix("validation/") in METRICS
 
 
-@pytest.mark.parametrize("pair", ["src/steradian/configs/demo", "configs/rmd17_ethanol", "configs/rmd17_aspirin"])
+@pytest.mark.parametrize("pair", ["src/steradian/data/bundled/demo", "configs/rmd17_ethanol", "configs/rmd17_aspirin"])
 def test_compared_models_differ_in_the_gate_only(pair: str) -> None:
     plain, gated = (load_config(ROOT / f"{pair}_{kind}.yaml").model_dump() for kind in ("mace", "mace_mara"))
     assert plain["model"].pop("edge_gate")["kind"] == "none"

@@ -246,6 +246,33 @@ def test_a_left_handed_cell_is_the_same_crystal(host, operator):
     assert_stress(potential, swapped, left.stress[0].numpy())
 
 
+@pytest.mark.parametrize("operator", ["none", "efa"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_images_of_an_atom_and_of_a_cell_are_the_same_crystal(host, operator):
+    """An atom moved by lattice vectors changes nothing; two cells side by side have twice the energy."""
+    potential = cases.potential(host, operator)
+    made = cases.crystal()
+    alone = potential(cases.graph(made), stress=True)
+    positions = made.positions.copy()
+    positions[2] += made.cell[0] - 2 * made.cell[2]
+    shifted = potential(cases.graph(dataclasses.replace(made, positions=positions)), stress=True)
+    doubled = dataclasses.replace(
+        made,
+        numbers=np.tile(made.numbers, 2),
+        positions=np.concatenate([made.positions, made.positions + made.cell[1]]),
+        cell=made.cell * np.array([[1.0], [2.0], [1.0]]),
+    )
+    twice = potential(cases.graph(doubled), stress=True)
+    energy, forces = tolerances.ENERGY[torch.float64], tolerances.FORCES[torch.float64]
+    assert alone.forces.abs().max() > tolerances.SIGNAL * forces
+    assert torch.allclose(shifted.energy, alone.energy, rtol=0, atol=energy)
+    assert torch.allclose(shifted.forces, alone.forces, rtol=0, atol=forces)
+    assert torch.allclose(twice.energy, 2 * alone.energy, rtol=0, atol=10 * energy)
+    assert torch.allclose(twice.forces, alone.forces.repeat(2, 1), rtol=0, atol=10 * forces)
+    for other in (shifted, twice):
+        assert torch.allclose(other.stress, alone.stress, rtol=0, atol=tolerances.STRESS)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("host", HOSTS)
 def test_second_derivatives(host, operator):

@@ -11,9 +11,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU: what runs without one is in the other folders", allow_module_level=True)
 
 from steradian.config import LossConfig
-from steradian.execution.dataset import DeviceData
-from steradian.execution.runner import Runner
-from steradian.execution.steps import GradientStep, Steps
+from steradian.execution.batches import DeviceData
+from steradian.execution.steps import GradientStep, Runner, Steps
 from steradian.graph import batch_graphs
 from steradian.training.losses import Loss
 from steradian.training.run import fit

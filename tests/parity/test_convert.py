@@ -19,15 +19,16 @@ from steradian.interfaces.convert import convert_file, exporter_source
 from steradian.interfaces.foreign import ForeignModelError
 from steradian.polynomials import use_backend
 from tests.parity.frozen_models import DATA, graph_of, read, relative
+from tests.parity.test_mace_torch import read as read_mace
 
 PACKAGES = {"nequip": "degree_two", "torch_geometric": "vertex"}
 PREFIX = {"nequip": "nequip", "torch_geometric": "pyg_visnet"}
 ELEMENTS = {"nequip": None, "torch_geometric": (1, 6, 7, 8)}
 
 
-def exported(folder, package, change=None):
+def exported(folder, package, change=None, name=None):
     """A file as the exporter writes it, of a frozen model with its molecule as the test."""
-    hyper, state, structures, results = read(PREFIX[package], PACKAGES[package])
+    hyper, state, structures, results = read(PREFIX[package], name or PACKAGES[package])
     if package == "nequip":
         with np.load(DATA / "nequip_wigner_3j.npz") as file:
             state |= {f"model.func.shared._w3j_{key}": file[key] for key in file.files}
@@ -59,6 +60,68 @@ def test_a_converted_model_gives_the_same_numbers_and_keeps_its_test(package, tm
     assert single.self_test.check(single) < 2e-4
     save_potential(tmp_path / "again.safetensors", loaded)
     assert load_potential(tmp_path / "again.safetensors").self_test is not None
+
+
+def test_a_float32_model_is_as_good_in_float64(package, tmp_path):
+    """Constants are rounded in its package; conversion and loading allow for that alike."""
+
+    def rounded(content):
+        weights = {name: value for name, value in content.items() if name.startswith("weights/")}
+        return {
+            name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in weights.items()
+        }
+
+    path, _, _ = exported(tmp_path, package, rounded)
+    potential = convert_file(path, elements=ELEMENTS[package])
+    assert potential.dtype == torch.float32
+    save_potential(tmp_path / "model.safetensors", potential)
+    double = load_potential(tmp_path / "model.safetensors", dtype=torch.float64)
+    assert 1e-8 < double.self_test.check(double) < 5e-6, "nothing was rounded"
+    save_potential(tmp_path / "again.safetensors", double)
+    assert load_potential(tmp_path / "again.safetensors").self_test.single
+    with torch.no_grad():
+        double.host.embedding[0] *= 1.0001
+    with pytest.raises(SelfTestError):
+        double.self_test.check(double)
+
+
+def test_elements_of_a_visnet_need_not_be_those_of_the_test(tmp_path):
+    path, frame, _ = exported(tmp_path, "torch_geometric")
+    assert 7 in frame["numbers"]
+    potential = convert_file(path, elements=(1, 6, 8))
+    save_potential(tmp_path / "model.safetensors", potential)
+    loaded = load_potential(tmp_path / "model.safetensors")
+    assert loaded.elements == (1, 6, 8)
+    whole = convert_file(path, elements=(1, 6, 7, 8))
+    other = dict(frame, numbers=np.where(frame["numbers"] == 7, 6, frame["numbers"]))
+    graph = graph_of(other, loaded.cutoff)
+    assert relative(loaded(graph).forces, whole(graph).forces.numpy()) < 1e-12
+    with torch.no_grad():
+        potential.host.embedding[0] *= 1.001
+    save_potential(tmp_path / "model.safetensors", potential)
+    with pytest.raises(ModelFileError, match="self-test failed"):
+        load_potential(tmp_path / "model.safetensors")
+
+
+def test_forces_of_chebyshev_models_are_wrong_in_mace_torch(tmp_path, capsys):
+    hyper, state, structures, results = read_mace("chebyshev")
+    ((place, _), expected), frame = next(iter(results.items())), next(iter(structures.values()))
+    assert frame is structures[place]
+    content = {f"weights/{key}": value for key, value in state.items()}
+    content |= {"test/0/numbers": frame["numbers"], "test/0/positions": frame["positions"]}
+    content |= {"test/0/energy": expected["energy"].reshape(1), "test/0/forces": np.ones((1, len(frame["numbers"]), 3))}
+    content["about"] = np.array(json.dumps({"package": "mace-torch", "hyperparameters": hyper}))
+    np.savez(tmp_path / "foreign.npz", **content)
+    potential = convert_file(tmp_path / "foreign.npz")
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "Chebyshev" in said[0]
+    save_potential(tmp_path / "model.safetensors", potential)
+    assert load_potential(tmp_path / "model.safetensors").self_test is not None
+    content["test/0/energy"] = content["test/0/energy"] + 0.1
+    np.savez(tmp_path / "foreign.npz", **content)
+    with pytest.raises(SelfTestError):
+        convert_file(tmp_path / "foreign.npz")
 
 
 def test_a_model_that_changed_is_refused_at_load(package, tmp_path):

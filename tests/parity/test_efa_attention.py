@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.equivariant.couplings import to_cartesian_order
-from steradian.equivariant.dense import change_degrees
+from steradian.equivariant.harmonics import to_cartesian_order
 from steradian.equivariant.irreps import dim, has_pseudotensors, slices
+from steradian.equivariant.linear import change_degrees
+from steradian.equivariant.paths import CoupledProduct, coupled_degrees
+from steradian.equivariant.sphere import SphereGrid
 from steradian.interfaces.efa_jax import (
     attention_config,
     attention_state,
@@ -18,8 +20,10 @@ from steradian.interfaces.efa_jax import (
     features_to_reference,
     path_kernel,
 )
-from steradian.operators.efa.attention import DirectionRule, attention_per_direction, rotary_attention
-from steradian.operators.efa.efa import EuclideanFastAttention, TensorIntegration, _nominal
+from steradian.operators.efa.attention import Waves, rotary_attention
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems, TensorIntegration, nominal_degrees
+from steradian.operators.efa.paper import QKV, attention_per_direction, invariant_attention, tensor_integration
+from steradian.operators.efa.rules import DirectionRule
 
 RELATIVE = 1e-10  # the tolerance the reference numbers are good for in float64
 
@@ -35,11 +39,10 @@ def assert_same(ours, theirs):
     assert np.abs(ours - theirs).max() <= RELATIVE * max(1.0, np.abs(theirs).max())
 
 
-def systems(arrays):
-    """Index of each atom's system, as the reference sees it: one mask entry means one system."""
-    segments = torch.from_numpy(arrays["in/batch_segments"].astype(np.int64))
-    count = len(arrays["in/graph_mask"])
-    return (torch.zeros_like(segments), 1) if count == 1 else (segments, count)
+def sizes_of(arrays):
+    """Atoms of every system, as the reference sees it: one mask entry means one system."""
+    segments, count = arrays["in/batch_segments"].astype(np.int64), len(arrays["in/graph_mask"])
+    return (len(segments),) if count == 1 else tuple(np.bincount(segments, minlength=count).tolist())
 
 
 def like_reference(array, degrees, theirs):
@@ -50,33 +53,34 @@ def like_reference(array, degrees, theirs):
 def test_rotary_attention(efa_fixtures, number):
     hyper, arrays = read(efa_fixtures, f"rope_{number:02d}")
     (q, degrees_qk), (k, _), (v, degrees_v) = (features_from_reference(arrays[f"in/{name}"]) for name in "qkv")
-    nominal_qk = _nominal(degrees_qk, hyper.get("max_degree_qk"), hyper.get("include_pseudotensors_qk"), "qk")
-    nominal_v = _nominal(degrees_v, hyper.get("max_degree_v"), hyper.get("include_pseudotensors_v"), "v")
+    nominal_qk = nominal_degrees(degrees_qk, hyper.get("max_degree_qk"), hyper.get("include_pseudotensors_qk"), "qk")
+    nominal_v = nominal_degrees(degrees_v, hyper.get("max_degree_v"), hyper.get("include_pseudotensors_v"), "v")
     positions, theta = (torch.from_numpy(arrays[f"in/{name}"]) for name in ("pos", "theta"))
     inputs = [tensor.requires_grad_(True) for tensor in (q, k, v, positions, theta)]
     q_used, k_used = (change_degrees(x, degrees_qk, nominal_qk) for x in (q, k))
-    v_used = change_degrees(v, degrees_v, nominal_v)
+    scale = (q_used.shape[1] * q_used.shape[2]) ** -0.5
+    atoms = QKV(q_used * scale, k_used, change_degrees(v, degrees_v, nominal_v), positions)
     points, weights = (torch.from_numpy(arrays[f"in/grid_{name}"]) for name in "uw")
-    system, count = systems(arrays)
+    sizes = sizes_of(arrays)
     if hyper.get("do_integration", True):
-        rule = DirectionRule.from_grid(points, weights)
-        assert rule.symmetric
+        rule = DirectionRule.from_grid(SphereGrid(points, weights, 0, "lebedev", "fixture"))
         assert 2 * len(rule.weights) == len(points)
-        y = rotary_attention(q_used, k_used, v_used, positions, theta, rule, system, count)
-        # a rule is only better treated, not another one, when its inversion symmetry is used
-        whole = DirectionRule(points, weights, symmetric=False)
-        again = rotary_attention(q_used, k_used, v_used, positions, theta, whole, system, count)
-        assert torch.allclose(again, y, rtol=0, atol=1e-13)
+        ours = [
+            invariant_attention(atoms, theta, points, weights, sizes),
+            rotary_attention(atoms, Waves.of_rule(rule, theta), sizes).squeeze(1),
+        ]
     else:
-        y = attention_per_direction(q_used, k_used, v_used, positions, theta, points, system, count)
-    assert_same(like_reference(y, nominal_v, arrays["out/y"]), arrays["out/y"])
+        ours = [attention_per_direction(atoms, theta, points, sizes)]
     cotangent, _ = features_from_reference(arrays["vjp/cotangent"])
-    gradients = torch.autograd.grad((change_degrees_last(cotangent, arrays["out/y"]) * y).sum(), inputs)
-    for name, gradient, degrees in zip("qkv", gradients, (degrees_qk, degrees_qk, degrees_v)):
-        theirs = arrays[f"vjp/{name}"]
-        assert_same(like_reference(gradient, degrees, theirs), theirs)
-    assert_same(gradients[3].numpy(), arrays["vjp/pos"])
-    assert_same(gradients[4].numpy(), arrays["vjp/theta"])
+    for y in ours:
+        assert_same(like_reference(y, nominal_v, arrays["out/y"]), arrays["out/y"])
+        total = (change_degrees_last(cotangent, arrays["out/y"]) * y).sum()
+        gradients = torch.autograd.grad(total, inputs, retain_graph=True)
+        for name, gradient, degrees in zip("qkv", gradients, (degrees_qk, degrees_qk, degrees_v)):
+            theirs = arrays[f"vjp/{name}"]
+            assert_same(like_reference(gradient, degrees, theirs), theirs)
+        assert_same(gradients[3].numpy(), arrays["vjp/pos"])
+        assert_same(gradients[4].numpy(), arrays["vjp/theta"])
 
 
 def change_degrees_last(cotangent, theirs):
@@ -89,20 +93,18 @@ def change_degrees_last(cotangent, theirs):
 def test_tensor_integration(efa_fixtures, number):
     hyper, arrays = read(efa_fixtures, f"ti_{number:02d}")
     (first, degrees_1), (second, degrees_2) = (features_from_reference(arrays[f"in/inputs{k}"]) for k in (1, 2))
-    layer = TensorIntegration(
-        degrees_1,
-        degrees_2,
-        first.shape[-1],
-        hyper.get("max_degree"),
-        hyper["include_pseudotensors"],
-        hyper["parametrize_coupling_paths"],
-    ).double()
+    out = coupled_degrees(degrees_1, degrees_2, hyper.get("max_degree"), hyper["include_pseudotensors"])
+    learned = hyper["parametrize_coupling_paths"]
+    layer = TensorIntegration(CoupledProduct(degrees_1, degrees_2, out, first.shape[-1], learned=learned)).double()
     inputs = [first.requires_grad_(True), second.requires_grad_(True)]
     kernel = layer.product.weights.kernel
     if kernel is not None:
         kernel.data = path_kernel(arrays["params/kernel"], layer.product.paths)
         inputs.append(kernel)
-    y = layer(first, second, torch.from_numpy(arrays["in/integration_weights"]))
+    weights = torch.from_numpy(arrays["in/integration_weights"])
+    y = tensor_integration(first, second, weights, layer.product)
+    pairs = torch.einsum("...mxc,nmyc,m->nxyc" if first.ndim == 3 else "nmxc,nmyc,m->nxyc", first, second, weights)
+    assert torch.allclose(layer(pairs), y, rtol=0, atol=1e-13)
     theirs = arrays["out/y"]
     assert_same(like_reference(y, layer.degrees_out, theirs), theirs)
     cotangent, degrees = features_from_reference(arrays["vjp/cotangent"])
@@ -122,7 +124,7 @@ def test_module(efa_fixtures, number):
     attention.load_state_dict(attention_state(parameters, "", attention))
     positions = torch.from_numpy(arrays["in/positions"]).requires_grad_(True)
     features.requires_grad_(True)
-    y = attention(features, positions, *systems(arrays))
+    y = attention(features, positions, Systems(sizes_of(arrays)))
     theirs = arrays["out/y"]
     assert_same(like_reference(y, attention.degrees_out, theirs), theirs)
 

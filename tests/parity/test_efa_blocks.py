@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.equivariant.couplings import coupling, to_cartesian_order
-from steradian.equivariant.dense import Dense, add_features, change_degrees, gated
-from steradian.equivariant.harmonics import spherical_harmonics
+from steradian.equivariant.harmonics import coupling, spherical_harmonics, to_cartesian_order
 from steradian.equivariant.irreps import all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
+from steradian.equivariant.linear import Dense, add_features, change_degrees, gated
 from steradian.equivariant.paths import CoupledProduct, MessagePassing, SelfCoupling, coupled_degrees
 from steradian.graph import Edges
 from steradian.graph.topology import Topology

@@ -23,7 +23,7 @@ from steradian.config import (
     O3MPNNConfig,
     ViSNetConfig,
 )
-from steradian.execution.graphs import Repeater
+from steradian.execution.recording import Repeater
 from steradian.graph import Prediction
 from steradian.graph.skin import Capacity, DeviceList, HostList
 from steradian.interfaces.ase import SteradianCalculator

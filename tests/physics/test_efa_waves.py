@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from steradian.config.efa import EFAConfig, TensorIntegrationConfig
+from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import natural_degrees
-from steradian.operators.efa.attention import DirectionRule, rotary_attention
-from steradian.operators.efa.efa import EuclideanFastAttention, frequencies_up_to
+from steradian.equivariant.sphere import lebedev
+from steradian.operators.efa.attention import Waves, rotary_attention
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
+from steradian.operators.efa.paper import QKV, attention_along, frequencies_up_to, sinc_kernel, sum_over_pairs
 from steradian.operators.efa.periodic import lattice_vectors, reciprocal_attention, shell_weights
-from steradian.sphere.grids import lebedev
+from steradian.operators.efa.rules import DirectionRule
 
 CELL = torch.tensor([[5.1, 0.0, 0.0], [0.9, 4.7, 0.0], [-0.6, 0.8, 5.6]], dtype=torch.float64)
 FREQUENCIES = torch.tensor([0.0, 0.7, 1.4, 2.1], dtype=torch.float64)
@@ -27,7 +30,7 @@ def random(*shape, seed=0):
 def features(num_atoms, seed=0):
     """Queries, keys, values."""
     return (
-        random(num_atoms, 1, 8, seed=seed),
+        random(num_atoms, 1, 8, seed=seed) / math.sqrt(8),
         random(num_atoms, 1, 8, seed=seed + 1),
         random(num_atoms, 4, 3, seed=seed + 2),
     )
@@ -38,25 +41,20 @@ def crystal(num_atoms=4, seed=5):
     return fractions @ CELL
 
 
-def pair_scores(q, k):
-    """``[N, N, n]``: the product of queries and keys of every pair of channels."""
-    return torch.einsum("idnp,jdnp->ijn", q.unflatten(-1, (-1, 2)), k.unflatten(-1, (-1, 2))) * q[0].numel() ** -0.5
-
-
-def direct_sum(q, k, v, kernel):
-    """``sum_j sum_n <q_i, k_j>_n K_n(i, j) v_j`` with a kernel ``[N, N, n]``."""
-    return torch.einsum("ijn,ijn,jde->ide", pair_scores(q, k), kernel, v)
+def in_crystal(q, k, v, positions, cell, scaling=None):
+    """``[N, D_v, F_v]``, with harmonics ``[N, L, D_v, F_v]``."""
+    out = reciprocal_attention(QKV(q, k, v, positions), cell, FREQUENCIES, WIDTH, degree_scaling=scaling)
+    return out.squeeze(1) if scaling is None else out
 
 
 def test_a_molecule_is_a_sum_of_sinc_over_pairs():
     q, k, v = features(20)
     positions = 1.5 * random(20, 3, seed=9)
     distances = (positions[:, None] - positions).norm(dim=-1)
-    grid = lebedev(434)
-    rule = DirectionRule.from_grid(grid.points, grid.weights)
+    rule, atoms = DirectionRule.from_grid(lebedev(434)), QKV(q, k, v, positions)
     assert float(distances.max() * FREQUENCIES.max()) < 7.5 * math.pi, "the rule resolves the largest phase"
-    ours = rotary_attention(q, k, v, positions, FREQUENCIES, rule, torch.zeros(20, dtype=torch.int64))
-    theirs = direct_sum(q, k, v, torch.sinc(distances.unsqueeze(-1) * FREQUENCIES / math.pi))
+    ours = rotary_attention(atoms, Waves.of_rule(rule, FREQUENCIES), (20,)).squeeze(1)
+    theirs = sum_over_pairs(atoms, sinc_kernel(distances, FREQUENCIES))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
@@ -66,7 +64,7 @@ def damped_kernel(distances):
     top = float(FREQUENCIES.max()) + WIDTH
     k, w = torch.from_numpy(0.5 * top * (nodes + 1)), torch.from_numpy(0.5 * top * weights)
     density = shell_weights(k, FREQUENCIES, WIDTH) * (4 * math.pi * k.square() * w).unsqueeze(-1)
-    return torch.sinc(distances.unsqueeze(-1) * k / math.pi) @ density
+    return sinc_kernel(distances, k) @ density
 
 
 def test_shells_integrate_to_one():
@@ -75,18 +73,46 @@ def test_shells_integrate_to_one():
     )
 
 
+def test_shells_end_with_value_slope_and_curvature_zero():
+    """As the third power of the distance from the edge."""
+    steps = torch.tensor([1e-4, 2e-4, -1e-9], dtype=torch.float64)
+    near, twice, beyond = shell_weights(1.4 + WIDTH - steps, FREQUENCIES, WIDTH)[:, 2].tolist()
+    assert abs(twice / near - 8) < 0.01
+    assert beyond == 0
+
+
 def test_a_crystal_is_a_sum_over_all_images():
     q, k, v = features(4)
     positions = crystal()
-    ours = reciprocal_attention(q, k, v, positions, CELL, FREQUENCIES, WIDTH)
+    ours = in_crystal(q, k, v, positions, CELL)
     reach = torch.arange(-11, 12, dtype=torch.float64)
     images = torch.cartesian_prod(reach, reach, reach) @ CELL
     images = images[images.norm(dim=1) < 45]
     kernel = torch.stack(
         [damped_kernel((positions[i] - positions[:, None] - images).norm(dim=-1)).sum(1) for i in range(4)]
     )
-    theirs = direct_sum(q, k, v, kernel)
+    theirs = sum_over_pairs(QKV(q, k, v, positions), kernel)
     assert (ours - theirs).abs().max() < 2e-3 * theirs.abs().max()  # images beyond 45 Å are left out
+
+
+def test_a_crystal_is_a_sum_over_wave_vectors():
+    """Every wave vector with its opposite, its harmonics and turned queries and keys, one by one."""
+    q, k, v, scaling, out = *features(4), [1.0, 0.5, 2.0], 0.0
+    positions = crystal()
+    steps = torch.cartesian_prod(*[torch.arange(-4.0, 5.0, dtype=torch.float64)] * 3)
+    vectors = 2 * math.pi * steps @ torch.linalg.inv(CELL).T
+    vectors = vectors[vectors.norm(dim=1) < float(FREQUENCIES.max()) + WIDTH]
+    assert len(vectors) == 2 * len(lattice_vectors(CELL, float(FREQUENCIES.max()) + WIDTH)) - 1
+    factors = random(1, seed=0).new_tensor([scaling[d] / (2 * d + 1) ** 0.5 for d in (0, 1, 1, 1, 2, 2, 2, 2, 2)])
+    for vector in vectors:
+        length = vector.norm()
+        density = shell_weights(length[None], FREQUENCIES, WIDTH)[0] * (2 * math.pi) ** 3 / torch.linalg.det(CELL)
+        weighted = q * density.repeat_interleave(2)  # a factor per pair of channels
+        along = attention_along(QKV(weighted, k, v, positions), torch.ones(4, dtype=torch.float64), vector)
+        direction = vector / length if length > 0 else vector
+        out = out + torch.einsum("l,nde->nlde", factors * spherical_harmonics(direction[None], 2)[0], along)
+    even_first = [0, 4, 5, 6, 7, 8, 1, 2, 3]
+    assert torch.allclose(in_crystal(q, k, v, positions, CELL, scaling), out[:, even_first], rtol=0, atol=1e-11)
 
 
 def test_a_large_box_gives_the_damped_molecule():
@@ -94,10 +120,10 @@ def test_a_large_box_gives_the_damped_molecule():
     q, k, v = features(5)
     positions = random(5, 3, seed=3)
     errors = []
-    theirs = direct_sum(q, k, v, damped_kernel((positions[:, None] - positions).norm(dim=-1)))
+    theirs = sum_over_pairs(QKV(q, k, v, positions), damped_kernel((positions[:, None] - positions).norm(dim=-1)))
     for length in (8.0, 16.0, 32.0):
         box = length * torch.eye(3, dtype=torch.float64)
-        ours = reciprocal_attention(q, k, v, positions, box, FREQUENCIES, WIDTH)
+        ours = in_crystal(q, k, v, positions, box)
         errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 2e-3
@@ -109,7 +135,7 @@ def test_symmetries_of_a_crystal_are_exact(scaling):
     positions = crystal()
 
     def attention(positions, cell, q=q, k=k, v=v):
-        return reciprocal_attention(q, k, v, positions, cell, FREQUENCIES, WIDTH, degree_scaling=scaling)
+        return in_crystal(q, k, v, positions, cell, scaling)
 
     before = attention(positions, CELL)
     scale = float(before.abs().max())
@@ -120,6 +146,7 @@ def test_symmetries_of_a_crystal_are_exact(scaling):
     # another basis of the same lattice
     basis = torch.tensor([[1, 1, 0], [0, 1, 0], [2, 0, 1]], dtype=torch.float64)
     assert torch.allclose(attention(positions, basis @ CELL), before, atol=1e-12 * scale)
+    assert torch.allclose(attention(positions, CELL[[1, 0, 2]]), before, atol=1e-12 * scale)  # a left-handed one
     # a supercell: twice the atoms, the same values
     double = torch.cat([positions, positions + CELL[1]])
     doubled = attention(
@@ -139,7 +166,7 @@ def test_nothing_jumps_as_the_cell_changes():
     for factor in factors:
         stretch = torch.tensor(factor, dtype=torch.float64, requires_grad=True)
         cell = stretch * CELL
-        out = (reciprocal_attention(q, k, v, fractions @ cell, cell, FREQUENCIES, WIDTH) * v).sum()
+        out = (in_crystal(q, k, v, fractions @ cell, cell) * v).sum()
         counts.append(len(lattice_vectors(cell, float(FREQUENCIES.max()) + WIDTH)))
         values.append(out.item())
         slopes.append(torch.autograd.grad(out, stretch)[0].item())
@@ -158,21 +185,18 @@ def test_module_in_mixed_batches(integration):
     attention = EuclideanFastAttention(config, natural_degrees(1), 4).double()
     assert torch.equal(attention.frequencies, frequencies_up_to(math.pi, 2.0, 2))
     x, positions = random(14, 4, 4), 1.5 * random(14, 3, seed=1)
-    system = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 4, 2, 2, 3]))
+    sizes = (3, 4, 2, 2, 3)
     cell = torch.stack([0 * CELL, CELL, 1.1 * CELL, 0 * CELL, 0 * CELL])
     pbc = torch.tensor([[False] * 3, [True] * 3, [True] * 3, [False] * 3, [False] * 3])
-    together = attention(x, positions, system, 5, cell, pbc)
-    for number in range(5):
-        own = system == number
-        alone = attention(
-            x[own], positions[own], torch.zeros(int(own.sum()), dtype=torch.int64), 1, cell[number : number + 1],
-            pbc[number : number + 1],
-        )  # fmt: skip
-        assert torch.allclose(together[own], alone, atol=1e-12)
+    together = attention(x, positions, Systems(sizes), cell, pbc)
+    parts = zip(together.split(sizes), x.split(sizes), positions.split(sizes), cell.split(1), pbc.split(1))
+    for one, own_x, own_positions, own_cell, own_pbc in parts:
+        alone = attention(own_x, own_positions, Systems((len(one),)), own_cell, own_pbc)
+        assert torch.allclose(one, alone, atol=1e-12)
 
     def value(strain):
         deformation = torch.eye(3, dtype=torch.float64) + strain
-        return attention(x, positions @ deformation, system, 5, cell @ deformation, pbc).square().sum()
+        return attention(x, positions @ deformation, Systems(sizes), cell @ deformation, pbc).square().sum()
 
     strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(value, [strain], eps=1e-5, atol=1e-5, rtol=1e-5)
@@ -181,11 +205,11 @@ def test_module_in_mixed_batches(integration):
 
 def test_periodicity_must_be_asked_for_and_be_whole():
     attention = EuclideanFastAttention(EFAConfig(), natural_degrees(0), 4).double()
-    given = random(2, 1, 4), random(2, 3), torch.zeros(2, dtype=torch.int64), 1, CELL[None]
+    given = random(2, 1, 4), random(2, 3), Systems((2,)), CELL[None]
     with pytest.raises(ValueError, match="periodic=true"):
         attention(*given, torch.tensor([[True, True, True]]))
     attention = EuclideanFastAttention(EFAConfig(periodic=True), natural_degrees(0), 4).double()
     with pytest.raises(ValueError, match="in all three directions or in none"):
         attention(*given, torch.tensor([[True, True, False]]))
     with pytest.raises(ValueError, match="three independent lattice vectors"):
-        attention(*given[:4], 0 * CELL[None], torch.tensor([[True, True, True]]))
+        attention(*given[:3], 0 * CELL[None], torch.tensor([[True, True, True]]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import molecule
 
 from steradian.build import build_potential
 from steradian.config import MACEConfig, ModelConfig
 from steradian.simulate.analysis import energy_drift, force_statistics, radial_distribution
-from steradian.simulate.md import MDSettings, SimulationError, run_md
+from steradian.simulate.files import RunFiles
+from steradian.simulate.md import MDSettings, SimulationError, _draw_velocities, run_md
 from tests.systems import STATISTICS
 
 
@@ -93,6 +97,144 @@ def test_a_breakdown_is_said(potential, tmp_path):
     hot.set_momenta(np.random.default_rng(0).normal(scale=300.0, size=(9, 3)))
     with pytest.raises(SimulationError, match="broke down at step"):
         run_md(potential, hot, tmp_path, steps=20, settings=MDSettings(ensemble="nve"))
+
+
+@pytest.mark.parametrize("engine", ["ase", "device"])
+def test_a_breakdown_leaves_no_restart_point_of_its_own(potential, tmp_path, engine):
+    """Restart points fall between saved frames here; what is broken must not become one."""
+    hot = ethanol()
+    hot.set_momenta(np.random.default_rng(0).normal(scale=300.0, size=(9, 3)))
+    settings = MDSettings(ensemble="nve", save_every=1000, restart_every=2)
+    with pytest.raises(SimulationError, match="broke down"):
+        run_md(potential, hot, tmp_path, steps=40, settings=settings, engine=engine)
+    restart = json.loads((tmp_path / "restart.json").read_text())
+    assert restart["step"] == 0
+    assert np.isfinite(restart["positions"]).all()
+
+
+@pytest.mark.parametrize("engine", ["ase", "device"])
+def test_a_start_that_fails_leaves_nothing_and_keeps_an_old_run(potential, tmp_path, engine):
+    flat = ethanol()
+    flat.set_cell([[8, 0, 0], [0, 8, 0], [8, 8, 0]])
+    flat.pbc = True
+    together = ethanol()
+    together.positions[1] = together.positions[0]
+    lost = ethanol()
+    lost.numbers[0] = 79
+    for start, said in ((flat, "no volume"), (together, "finite|same place|at one place"), (lost, "know Au")):
+        with pytest.raises(ValueError, match=said):
+            run_md(potential, start, tmp_path / "x" / "y", steps=2, engine=engine)
+    assert not (tmp_path / "x").exists()
+    run_md(potential, ethanol(), tmp_path / "x", steps=2, engine=engine)
+    before = files(tmp_path / "x")
+    for start in (flat, lost):
+        with pytest.raises(ValueError):
+            run_md(potential, start, tmp_path / "x", steps=2, engine=engine, overwrite=True)
+    assert files(tmp_path / "x") == before
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="choose another name"):  # before anything is computed
+        run_md(tmp_path / "no model", ethanol(), tmp_path / "file" / "run", steps=2, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["ase", "device"])
+def test_one_run_at_a_time_in_a_folder(potential, tmp_path, engine):
+    def intrude(*_):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(SimulationError, match="another process is simulating there"):
+                run_md(potential, ethanol(), tmp_path, steps=30, engine=engine, **options)
+
+    run_md(potential, ethanol(), tmp_path, steps=20, engine=engine, report=intrude)
+    run_md(potential, ethanol(), tmp_path, steps=30, engine=engine, resume=True)
+    assert not (tmp_path / ".lock").exists()
+
+
+def resumed(potential, folder, steps=60):
+    settings = MDSettings(save_every=5, restart_every=20)
+    return run_md(potential, ethanol(), folder, steps=steps, settings=settings, resume=True)
+
+
+def test_files_that_are_not_what_was_written_are_refused(potential, tmp_path, capsys):
+    settings = MDSettings(save_every=5, restart_every=20)
+    run_md(potential, ethanol(), tmp_path, steps=40, settings=settings)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    trajectory, log, restart = (tmp_path / name for name in ("trajectory.extxyz", "md.csv", "restart.json"))
+    text = whole[trajectory]
+    twenty = text.index(b"step=20")
+    for path, content, said in (
+        (trajectory, text[:twenty], "what is left goes up to step 15"),
+        (trajectory, b"", "nothing of it is left"),
+        (trajectory, text.replace(b"step=20", b"step=21"), "damaged or changed"),
+        (log, whole[log][:-200], "what is left goes up to step"),
+        (log, whole[log].replace(b"10.0,", b"12.0,"), "damaged or changed"),
+        (restart, whole[restart].replace(b"0.1", b"0.2", 1), "the hash differs"),
+        (restart, whole[restart][:900], "damaged, it cannot be read"),
+        (restart, b"{}", "damaged"),
+        (restart, b"[]", "damaged"),
+        (tmp_path / "settings.json", b"\xff\xfe", "damaged"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SimulationError, match=said) as caught:
+            resumed(potential, tmp_path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        assert "--overwrite" in str(caught.value) or content == b"{}"
+        assert path.read_bytes() == content, "changed by a refusal"
+        path.write_bytes(whole[path])
+    trajectory.unlink()
+    with pytest.raises(SimulationError, match="nothing of it is left"):
+        resumed(potential, tmp_path)
+    trajectory.write_bytes(text)
+    capsys.readouterr()
+    resumed(potential, tmp_path)
+    assert capsys.readouterr().err == ""
+    run_md(potential, ethanol(), tmp_path / "whole", steps=60, settings=settings)
+    assert files(tmp_path) == files(tmp_path / "whole")
+
+
+def test_a_restart_point_without_a_hash_goes_on_with_a_line(potential, tmp_path, capsys):
+    settings = MDSettings(save_every=5, restart_every=20)
+    for name, steps in (("old", 40), ("whole", 60)):
+        run_md(potential, ethanol(), tmp_path / name, steps=steps, settings=settings)
+    restart = tmp_path / "old" / "restart.json"
+    stored = json.loads(restart.read_text())
+    old = {name: value for name, value in stored.items() if not name.endswith("sha256") and name != "format"}
+    restart.write_text(json.dumps(old))
+    resumed(potential, tmp_path / "old")
+    assert "without a hash" in capsys.readouterr().err
+    assert files(tmp_path / "old") == files(tmp_path / "whole")
+    assert RunFiles(tmp_path / "old").restart_step() == 60
+
+
+@pytest.mark.parametrize("engine", ["ase", "device"])
+@pytest.mark.parametrize("ensemble", ["nve", "langevin", "bussi"])
+def test_one_atom_moves(potential, tmp_path, engine, ensemble):
+    for name, atoms in (("free", Atoms("C")), ("crystal", Atoms("C", cell=[3.0, 3.0, 3.0], pbc=True))):
+        settings = MDSettings(ensemble=ensemble, save_every=1)
+        run_md(potential, atoms, tmp_path / name, steps=3, settings=settings, engine=engine)
+        log = np.genfromtxt(tmp_path / name / "md.csv", delimiter=",", names=True)
+        assert np.isfinite(log["total_eV"]).all()
+        assert (log["kinetic_eV"] > 0).all()
+
+
+def test_a_single_atom_keeps_the_velocity_it_drew():
+    """Taking off the motion of the whole would leave nothing but rounding, scaled up to the temperature."""
+    for seed in range(20):
+        atoms = Atoms("C")
+        _draw_velocities(atoms, MDSettings(seed=seed), np.random.RandomState(seed))
+        expected = np.random.RandomState(seed).standard_normal((1, 3))
+        assert np.allclose(np.cross(atoms.get_momenta(), expected), 0.0, atol=1e-10)
+        assert np.linalg.norm(atoms.get_momenta()) > 0.01
+
+
+def test_absurd_settings():
+    for settings, said in (
+        ({"timestep": 50.0}, "say why with --timestep-reason"),
+        ({"timestep": float("inf")}, "finite"),
+        ({"temperature": float("nan")}, "finite"),
+    ):
+        with pytest.raises(SimulationError, match=said):
+            MDSettings(**settings)
+    assert MDSettings(timestep=50.0, timestep_reason="coarse grains").timestep == 50.0
 
 
 def test_analysis():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steradian.equivariant.activations import silu
+from steradian.compiler.activations import silu
 
 
 def derivative(function, x, order):

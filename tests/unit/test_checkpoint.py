@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from steradian.build import build_potential, load_potential, save_potential
-from steradian.checkpoint import ModelFileError, write_atomically
+from steradian.checkpoint import (
+    FolderInUseError,
+    ModelFileError,
+    held,
+    made_folder,
+    open_atomically,
+    read_arrays,
+    read_json,
+    read_model_file,
+    write_atomically,
+    write_json,
+    write_model_file,
+)
 from steradian.config import MACEConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph.neighbors import make_graph
@@ -84,6 +104,148 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporary_names_follow_no_link_and_what_a_kill_left_is_swept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for name in ("model.safetensors.tmp", f".model.safetensors.{os.getpid()}.tmp"):  # what could be guessed
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    (tmp_path / ".model.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
+    code = (
+        "import os, sys, steradian.checkpoint as c\nwith c.open_atomically(sys.argv[1]) as f: os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    assert len([entry for entry in tmp_path.iterdir() if not entry.is_symlink()]) == 1
+    with open_atomically(path) as stream:  # another one that writes at the same time keeps its own
+        stream.write(b"first")
+        write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert not (tmp_path / "victim").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir() if not entry.is_symlink()) == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_full_disk_names_file_and_way_out(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("steradian.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match="free some space") as caught:
+        write_atomically(tmp_path / "model.safetensors", b"content")
+    assert caught.value.filename == str(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_held_once_and_goes_where_nothing_came_into_it(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with held(folder):
+        with pytest.raises(FolderInUseError, match="another process is working there"), held(folder):
+            pass
+        code = "import sys, steradian.checkpoint as c\nwith c.held(c.Path(sys.argv[1])): pass"
+        other = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+        assert "FolderInUseError" in other.stderr
+    assert not (tmp_path / "a").exists()
+    with held(folder):
+        (folder / "result").touch()
+    assert [entry.name for entry in folder.iterdir()] == ["result"]
+    with held(folder):  # free again
+        pass
+    with pytest.raises(NotADirectoryError, match="choose another name"), made_folder(folder / "result" / "below"):
+        pass
+
+
+def test_plain_data_carries_a_hash(tmp_path, capsys):
+    path, content = tmp_path / "restart.json", {"step": 3, "positions": [[0.1, -2.5e-7, 1e300]], "name": "Å"}
+    write_json(path, content)
+    assert read_json(path) == content
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    with pytest.raises(ValueError, match="damaged, its content is not what was written"):
+        read_json(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="damaged"):
+        read_json(path)
+    path.write_text(json.dumps(content))  # of an earlier version
+    assert read_json(path) == content
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def model_file(path, **changes):
+    """A model file whose content was changed before it was written, hash and all."""
+    save_potential(path, build_potential(CONFIG, STATISTICS, seed=0))
+    weights, header = read_model_file(path)
+    for place, value in changes.items():
+        (weights if "." in place or place in weights else header["statistics"])[place] = value
+    write_model_file(path, weights, header["model"], header["statistics"], header["extra"])
+    return path
+
+
+def test_old_models_without_a_hash_load_with_one_line(tmp_path, capsys):
+    path = model_file(tmp_path / "m.safetensors")
+    expected = load_potential(path)(water()).energy
+    assert capsys.readouterr().err == ""
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["steradian"])
+    weights, _ = read_model_file(path)
+    for found, text in ((1, "without a hash"), (2, "")):
+        save_file(weights, path, metadata={"steradian": json.dumps(metadata | {"format_version": found})})
+        if text:
+            assert torch.equal(load_potential(path)(water()).energy, expected)
+            assert text in capsys.readouterr().err
+        else:  # the mark of a hash was lost
+            with pytest.raises(ModelFileError, match="hash differs"):
+                load_potential(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("avg_num_neighbors", -3.0, "avg_num_neighbors is -3.0"),
+        ("avg_num_neighbors", float("inf"), "avg_num_neighbors is inf"),
+        ("avg_num_neighbors", 0.0, "avg_num_neighbors is 0.0"),
+        ("energy_shift", float("nan"), "energy_shift is nan"),
+        ("atom_references", {"H": -13.0}, "no reference energy of atomic number 8"),
+        ("atom_references", {"Qq": -13.0}, "cannot be read"),
+        ("elements", [0, 300], "elements are"),
+        ("elements", "HO", "cannot be read"),
+        ("host.embedding", torch.ones(2, 4, dtype=torch.int64), "holds torch.int64"),
+        ("host.embedding", torch.full((2, 4), float("nan")), "NaN"),
+        ("host.embedding", torch.ones(2, 5), "do not fit"),
+    ],
+)
+def test_absurd_values_are_refused(tmp_path, place, value, said):
+    path = model_file(tmp_path / "m.safetensors", **{place: value})
+    with pytest.raises(ModelFileError, match=said) as caught:
+        load_potential(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_npz_files_that_are_none(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.arange(1000.0))
+    assert read_arrays(path)["a"][3] == 3.0
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[4000] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="damaged"):
+        read_arrays(path)
+    huge = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(
+        117
+    )
+    with zipfile.ZipFile(path, "w") as container:
+        container.writestr("a.npy", huge + b"\n")
+    with pytest.raises(ValueError, match="not an npz file, or damaged"):
+        read_arrays(path)
+    for content in (b"", whole[:700], b"text", b"\x93NUMPY\x01\x00"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not an npz file, or damaged"):
+            read_arrays(path)
 
 
 def test_seeds():

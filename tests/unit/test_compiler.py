@@ -24,8 +24,8 @@ from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.linear import IrrepsLinear
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
-from steradian.operators.efa.cpu_code_sums import sums_module
-from steradian.operators.efa.cpu_code_waves import waves_module
+from steradian.operators.efa.cpu_sums import sums_module
+from steradian.operators.efa.cpu_waves import waves_module
 from steradian.operators.mara.cpu_code import sphere_attention_module
 from steradian.polynomials import Polynomial, codegen, evaluate, use_backend
 from steradian.polynomials import cpu as apply
@@ -61,8 +61,8 @@ def cache(tmp_path, monkeypatch):
 
 MAKERS = {
     "polynomials": (module_of, ("compiler.lanes", "polynomials.codegen", "polynomials.program")),
-    "waves": (waves_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_code_waves")),
-    "sums": (sums_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_code_sums")),
+    "waves": (waves_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_waves")),
+    "sums": (sums_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_sums")),
     "MARA": (sphere_attention_module, ("compiler.lanes", "operators.mara.cpu_code")),
 }
 

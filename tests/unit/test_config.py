@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -63,6 +64,75 @@ def test_every_mistake_is_listed():
     text = message({"model": {"hst": {}}, "training": {"max_epochs": 0}})
     assert text.startswith("file.yaml: 2 mistakes")
     assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "line 2: the key 'name' is given twice"),
+        ("data:\n  split: {seed: 1, seed: 2}\n", "line 2: the key 'seed' is given twice"),
+        ("a: &a [*a]\n", "an alias inside its own anchor"),
+        ("2024-01-01: 3\n", "2024-01-01: unknown key"),
+        ("? [1, 2]\n: 3\n", "a key must be text"),
+        ("training: {seed: 010}\n", "010 would be read in base 8"),
+        ("training: {max_time_s: 1:30}\n", "1:30 would be read in base 60"),
+        ("model: {host: {cutoff_A: .inf}}\n", "model.host.cutoff_A: input should be a finite number"),
+        ("model: {host: {cutoff_A: .nan}}\n", "model.host.cutoff_A: input should be"),
+        ("model: {host: {num_channels: 1.0e+12}}\n", "num_channels: input should be less than or equal to 65536"),
+        ("[" * 5000, "nested too deeply"),
+        ("name: \x1b[31m\n", r"x001b|special characters"),
+    ],
+)
+def test_yaml_that_would_be_read_as_something_else(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_aliases_that_would_fill_the_memory_are_refused_at_once(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    levels = [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
+    path.write_text("\n".join(["a0: &a0 [1, 1]", *levels]))
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="more than 100000 values, once aliases are written out"):
+        load_config(path)
+    assert time.monotonic() - start < 5
+    path.write_text("data: &d {split: {seed: 3}}\n")
+    assert load_config(path).data.split.seed == 3
+
+
+def test_encodings_of_configurations(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("name: Å\n".encode("utf-8-sig"))
+    assert load_config(path).name == "Å"
+    path.write_bytes("name: Å\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"c.yaml, line 1: the byte 0xc5 is not UTF-8"):
+        load_config(path)
+
+
+def test_elements_that_yaml_takes_for_truth_values():
+    content = "data: {reference_energies: {kind: given, values: {No: -1.0, Y: -2.0}}}"
+    assert parse_config({}, [content.replace(": ", "=", 1)]).data.reference_energies.values == {"No": -1.0, "Y": -2.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.learning_rate=1", "did you mean 'training.optimizer.learning_rate'?"),
+        ("energy_weight=1", "did you mean 'training.loss.energy_weight'?"),
+        ("model={host: {kind: mace, kind: nequip}}", "the key 'kind' is given twice"),
+    ],
+)
+def test_keys_in_the_wrong_section_and_twice(override, expected):
+    assert expected in message({}, [override])
+
+
+def test_an_override_given_twice():
+    assert "--set name is given twice" in message({}, ["name=a", "name=b"])
+    assert parse_config({}, ["name=a", "name=a"]).name == "a"
 
 
 @pytest.mark.parametrize("override", ["novalue", "=3", "name.x=3", "model.host.num_channels=[1"])

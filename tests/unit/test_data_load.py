@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from steradian.config import DataConfig, ReferenceEnergiesConfig, SplitConfig
+from steradian.config import DataConfig, SplitConfig
 from steradian.data.load import bundled_file, load_dataset, split_indices
 from steradian.data.write import write_structures
 from steradian.graph.structures import DataError, Structure
@@ -101,6 +101,8 @@ def test_index_files(files, kind):
         ('{"train": [0.5]}', "whole numbers"),
         ('{"training": [0]}', r"no 'train' \(found: training\)"),
         ('{"train": [0', "neither npz nor JSON"),
+        ('{"train": [0], "train": [1]}', "the key 'train' is given twice"),
+        ('{"train": [true]}', "whole numbers"),
         ("[1]", "no 'train'"),
     ],
 )
@@ -160,19 +162,53 @@ def test_an_element_only_in_test_is_an_error(files):
         load_dataset(config(train=files / "a.npz", test=files / "other.npz"))
 
 
-def test_isolated_atoms_stay_in_training(files):
+@pytest.mark.parametrize("kind", ["auto", "isolated_atoms", "least_squares"])
+def test_isolated_atoms_stay_in_training(files, kind):
     atoms = [Structure([z], [[0.0, 0, 0]], energy=-z, forces=np.zeros((1, 3))) for z in (1, 8)]
     write_structures(files / "with_atoms.xyz", [*some_frames(4, 1), *atoms])
     for seed in range(5):
-        data = load_dataset(
-            config(
-                train=files / "with_atoms.xyz",
-                split={"validation": 2, "seed": seed},
-                reference_energies=ReferenceEnergiesConfig(kind="isolated_atoms").model_dump(),
-            )
-        )
+        split = {"validation": 2, "seed": seed}
+        data = load_dataset(config(train=files / "with_atoms.xyz", split=split, reference_energies={"kind": kind}))
         assert sum(len(frame) == 1 for frame in data.train) == 2
         assert [len(frame) for frame in data.validation] == [3, 3]
+
+
+def test_an_element_that_only_an_isolated_atom_has_is_not_learnt(files):
+    write_structures(files / "atoms.xyz", [*some_frames(4, 1), Structure([7], [[0.0, 0, 0]], energy=-7.0)])
+    write_structures(files / "n.xyz", some_frames(2, 3, (7, 1, 1)))
+    with pytest.raises(DataError, match="N occurs in the validation frames but not in training"):
+        load_dataset(config(train=files / "atoms.xyz", validation=files / "n.xyz"))
+
+
+def test_too_few_frames_to_split_say_what_helps(files):
+    write_structures(files / "one.xyz", some_frames(1, 1))
+    with pytest.raises(DataError, match=r"one frame cannot be split.*more frames.*data\.validation"):
+        load_dataset(config(train=files / "one.xyz"))
+    assert len(load_dataset(config(train=files / "one.xyz", validation=files / "a.npz")).train) == 1
+    write_structures(files / "atom.xyz", [Structure([7], [[0.0, 0, 0]], energy=-7.0, forces=np.zeros((1, 3)))])
+    with pytest.raises(DataError, match="1 isolated atoms and no other frame"):
+        load_dataset(config(train=files / "atom.xyz"))
+
+
+def test_patterns_and_folders_are_files(files):
+    expected = load_dataset(config(train=[files / "a.npz", files / "b.npz", files / "test.npz"]))
+    for source in (files / "*.npz", files):
+        data = load_dataset(config(train=source))
+        assert data.provenance["files"] == expected.provenance["files"]
+        assert [frame.energy for frame in data.train] == [frame.energy for frame in expected.train]
+    with pytest.raises(DataError, match="no file matches"):
+        load_dataset(config(train=files / "*.xyz"))
+
+
+def test_what_a_reader_leaves_out_is_noted(files):
+    path = files / "nan.xyz"
+    columns = "Properties=species:S:1:pos:R:3:forces:R:3"
+    text = f'1\nLattice="9 0 0 0 9 0 0 0 9" {columns} energy={{}} stress="{{}}"\nH 0 0 0 0 0 0\n'
+    path.write_text("".join(text.format(-k, " ".join(["nan"] * 9)) for k in range(5)))
+    data = load_dataset(config(train=path))
+    assert data.provenance["warnings"][0] == (
+        f"train: {path}, frame 0: stress left out: stress: not finite (NaN or infinity) (and 4 more frames)"
+    )
 
 
 def test_energy_only_test_sets_are_allowed_and_noted(files):

@@ -264,8 +264,15 @@ def test_symmetry_fills_in_zeros_only_where_they_are_exact(tmp_path):
     (tmp_path / "b.xyz").write_text(
         '1\nLattice="2 0 0 0 2 0 0 0 2" Properties=species:S:1:pos:R:3 energy=-13.6\nH 0 0 0\n'
     )
-    with pytest.raises(DataError, match="no forces"):
-        read_structures(tmp_path / "b.xyz")
+    (crystal,) = read_structures(tmp_path / "b.xyz")
+    assert crystal.forces.tolist() == [[0, 0, 0]]  # one atom and its images: translation
+    with pytest.raises(DataError, match="no stress"):
+        read_structures(tmp_path / "b.xyz", require=("energy", "forces", "stress"))
+    (tmp_path / "b.xyz").write_text(
+        '1\nLattice="20 0 0 0 20 0 0 0 20" Properties=species:S:1:pos:R:3 energy=-1 config_type=IsolatedAtom\nH 0 0 0\n'
+    )
+    (alone,) = read_structures(tmp_path / "b.xyz", require=("energy", "forces", "stress"))
+    assert not alone.stress.any()
 
 
 def test_optional_labels_of_some_frames_are_dropped(tmp_path):
@@ -286,7 +293,7 @@ BAD_XYZ = {
     "blank": ("\n\n", "no frames; the file is empty"),
     "prose": ("hello world\n", r"frame 0 \(line 1\): expected the number of atoms, found 'hello world'"),
     "truncated frame": (GOOD + GOOD[:-22], r"frame 1 \(line 5\): the file is truncated: 2 atoms announced, 1 found"),
-    "truncated line": (GOOD + GOOD[:-8], r"frame 1 \(line 5\): not valid extended XYZ"),
+    "truncated line": (GOOD + GOOD[:-8], r"frame 1 \(line 8\): not valid extended XYZ: 5 columns; Properties names 7"),
     "truncated header": (GOOD + "2\n", r"frame 1 \(line 5\): the file is truncated"),
     "nan label": (GOOD + GOOD.replace("-0.1", "nan"), r"frame 1: forces of atom 1: not finite"),
     "inf position": (GOOD.replace("0.7", "inf"), "frame 0: positions of atom 1: not finite"),
@@ -355,7 +362,7 @@ def test_bad_npz_is_told_in_one_line(tmp_path, case):
     changes, match = BAD_NPZ[case]
     path = npz(tmp_path, **changes)
     with pytest.raises(DataError, match=match) as caught:
-        read_structures(path)
+        read_structures(path, require=("energy", "forces", *(["stress"] if "stress" in changes else [])))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 

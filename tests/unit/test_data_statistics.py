@@ -45,6 +45,40 @@ def test_isolated_atoms_leave_the_training_set():
     assert "isolated atoms" in statistics.reference_report
 
 
+def test_isolated_atoms_serve_by_default_and_the_other_elements_are_fitted():
+    frames = [*mixed(), frame([1]), frame([6])]
+    statistics, rest = compute_statistics(frames, 5.0)
+    assert statistics.atom_references == pytest.approx(E0, abs=1e-9)
+    assert statistics.atom_references[1] == E0[1]  # as it stands in the file
+    assert len(rest) == 4
+    assert "isolated atoms in the training data: H, C; the others: least squares" in statistics.reference_report
+    explicit, rest = compute_statistics(frames, 5.0, ReferenceEnergiesConfig(kind="least_squares"))
+    assert len(rest) == 6
+    assert "isolated" not in explicit.reference_report
+
+
+@pytest.mark.parametrize("kind", ["auto", "isolated_atoms"])
+def test_an_element_of_isolated_atoms_only_is_not_learnt(kind):
+    frames = [*mixed(), frame([1]), frame([6]), frame([8]), frame([7], energy=-1480.0)]
+    statistics, _ = compute_statistics(frames, 5.0, ReferenceEnergiesConfig(kind=kind))
+    assert statistics.elements == (1, 6, 8)
+    assert statistics.atom_references == E0
+    assert "N in no other frame, so not an element of the model" in statistics.reference_report
+
+
+def test_frames_without_neighbours_are_an_error():
+    with pytest.raises(DataError, match=r"no atom .* within 0\.001 Å .* or set data\.units\.length"):
+        compute_statistics(mixed(), 0.001)
+    with pytest.raises(DataError, match="nothing but isolated atoms"):
+        compute_statistics([frame([1]), frame([8])], 5.0)
+
+
+def test_a_frame_whose_neighbours_cannot_be_found_is_named():
+    both = Structure([1, 1], np.zeros((2, 3)), energy=0.0, where="cu.xyz, frame 3")
+    with pytest.raises(DataError, match=r"cu.xyz, frame 3: atoms [01] and [01] are at the same place"):
+        compute_statistics([*mixed(), both], 5.0)
+
+
 def test_isolated_atoms_from_a_file(tmp_path):
     path = tmp_path / "atoms.xyz"
     path.write_text(
@@ -52,12 +86,13 @@ def test_isolated_atoms_from_a_file(tmp_path):
             f"1\nProperties=species:S:1:pos:R:3 energy={E0[z]}\n{s} 0 0 0\n" for s, z in (("H", 1), ("C", 6), ("O", 8))
         )
     )
-    config = ReferenceEnergiesConfig(kind="isolated_atoms", file=path)
-    references, report, rest = reference_energies([*mixed(), frame([1])], config)
-    assert references == E0
-    assert len(rest) == 4
-    assert "atoms.xyz" in report
-    assert "1 frames of one atom left out" in report
+    for kind in ("isolated_atoms", "auto"):
+        config = ReferenceEnergiesConfig(kind=kind, file=path)
+        references, report, rest = reference_energies([*mixed(), frame([1])], config)
+        assert references == E0
+        assert len(rest) == 4
+        assert "atoms.xyz" in report
+        assert "1 frames of one atom left out" in report
 
 
 def test_a_boxed_atom_that_is_named_isolated_counts_as_such():

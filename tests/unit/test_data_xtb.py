@@ -108,6 +108,42 @@ def test_a_killed_run_continues_to_the_same_frames(whole, tmp_path):
 
 
 @needs_tblite
+def test_a_run_killed_before_its_first_frames_continues_to_the_same_ones(whole, tmp_path, monkeypatch):
+    """The calculator is warm from the relaxation in one case and new in the other; the frames are the same."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "water.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr("steradian.data.xtb._State.extend", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_dataset(TINY, out, progress=False)
+    assert make_dataset(TINY, out, progress=False)["frames_resumed"] == 0
+    for mine, expected in zip(arrays(out), arrays(whole[0])):
+        assert (mine == expected).all()
+
+
+@needs_tblite
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"charge": 50}, "a charge of 50 on 3 atoms"),
+        ({"charge": -7}, "a charge of -7 on 3 atoms"),
+        ({"multiplicity": -1}, "multiplicity must be 1"),
+        ({"multiplicity": 0}, "multiplicity must be 1"),
+        ({"multiplicity": 2}, "multiplicity 2 is impossible with 10 electrons: it is odd"),
+        ({"charge": 1, "multiplicity": 1}, "multiplicity 1 is impossible with 9 electrons: it is even"),
+        ({"multiplicity": 13}, "impossible"),
+    ],
+)
+def test_charges_and_multiplicities_that_cannot_be(change, match, tmp_path):
+    with pytest.raises(DataError, match=match):
+        make_dataset(Recipe(molecule="H2O", frames=1, **change), tmp_path / "a.npz", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_tblite
 def test_mistakes(tmp_path, monkeypatch):
     out = tmp_path / "a.npz"
     with pytest.raises(DataError, match="neither malonaldehyde, nor a name"):
@@ -221,6 +257,22 @@ def test_info_tells_what_is_suspicious(tmp_path):
     assert "frame 7: atoms 0 and 1 (O-H) are 0.200 Å apart" in text
     assert "1 frames (first: 9) repeat the atoms of another frame with a different energy" in text
     assert "frame 3" not in text
+
+
+def test_brackets_and_escape_sequences_are_shown_as_text(tmp_path):
+    path = tmp_path / "[bold]a.xyz"
+    path.write_text(
+        '2\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1 config_type="[/x] \x1b[31m"\n'
+        "H 0 0 0 0 0 0\nH 0 0 0.7 0 0 0\n"
+    )
+    result = runner.invoke(app, ["info", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "[/x]" in result.output
+    assert "\x1b" not in result.output
+    result = runner.invoke(app, ["convert", str(path), str(path), "--overwrite", "--energy-key", "[/e]\x1b[2J"])
+    assert result.exit_code == 2
+    assert "[/e]" in result.output
+    assert "\x1b" not in result.output
 
 
 def test_command_mistakes(tmp_path):

@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
+from steradian.equivariant.sphere import lebedev
 from steradian.operators.efa import cpu as efa_cpu
-from steradian.operators.efa.attention import DirectionRule, rotary_attention
-from steradian.operators.efa.basis import STEPS, RuleWaves, step_of_phase
+from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.cpu_pairs import PairShape, attend_pairs, attend_pairs_plainly
-from steradian.operators.efa.cpu_sums import aligned
-from steradian.operators.efa.limits import spiral
+from steradian.operators.efa.cpu_sums import CpuSums, aligned
+from steradian.operators.efa.cpu_waves import CombinedWaves
+from steradian.operators.efa.paper import QKV, invariant_attention
+from steradian.operators.efa.rules import STEPS, DirectionRule, RuleWaves, spiral, step_of_phase
 from steradian.operators.efa.sums import moments
 from steradian.polynomials.backend import use_backend
-from steradian.sphere.grids import lebedev
 
 COUNTS = {"several": [4, 2, 0, 5, 1], "one atom": [1], "one system": [37], "equal": [3, 3, 3]}
 
@@ -28,8 +29,11 @@ def order(request, monkeypatch):
 
 
 def rule(num_points=26, dtype=torch.float64):
-    grid = lebedev(num_points)
-    return DirectionRule.from_grid(grid.points, grid.weights).to(torch.zeros((), dtype=dtype))
+    return DirectionRule.from_grid(lebedev(num_points)).to(torch.zeros((), dtype=dtype))
+
+
+def attend(q, k, v, positions, frequencies, made, sizes):
+    return rotary_attention(QKV(q, k, v, positions), Waves.of_rule(made, frequencies), sizes).squeeze(1)
 
 
 def problem(counts, channels=4, channels_v=3, components=(4, 2), dtype=torch.float64, size=2.0):
@@ -41,13 +45,13 @@ def problem(counts, channels=4, channels_v=3, components=(4, 2), dtype=torch.flo
 
     number = sum(counts)
     inputs = [random(number, components[0], channels) for _ in range(2)]
+    inputs[0] /= math.sqrt(components[0] * channels)
     inputs += [random(number, components[1], channels_v), size * random(number, 3)]
     frequencies = torch.linspace(0.0, 0.7, channels // 2, dtype=torch.float64)
-    system = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return [tensor.to(dtype) for tensor in (*inputs, frequencies)], system
+    return [tensor.to(dtype) for tensor in (*inputs, frequencies)]
 
 
-def derivatives(backend, inputs, system, num_systems, made):
+def derivatives(backend, inputs, counts, made):
     """Attention, its first derivatives, and derivatives of a random combination of these."""
     inputs = [tensor.clone().requires_grad_(True) for tensor in inputs]
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +60,7 @@ def derivatives(backend, inputs, system, num_systems, made):
         return sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in tensors)
 
     with use_backend(backend):
-        y = rotary_attention(*inputs, made, system, num_systems)
+        y = attend(*inputs, made, counts)
         first = torch.autograd.grad(some([y]), inputs, create_graph=True)
         second = torch.autograd.grad(some(first), inputs)
     return [y, *first, *second]
@@ -73,43 +77,39 @@ def assert_close(ours, theirs, relative, scale=None):
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("shape", [(4, 3, (4, 2)), (2, 1, (1, 1)), (6, 16, (3, 4))], ids=str)
 def test_equals_plain_pytorch(counts, shape, order):
-    inputs, system = problem(counts, *shape)
-    ours, theirs = (derivatives(name, inputs, system, len(counts), rule()) for name in ("cpu", "reference"))
+    inputs = problem(counts, *shape)
+    ours, theirs = (derivatives(name, inputs, counts, rule()) for name in ("cpu", "reference"))
     assert float(theirs[0].detach().abs().max()) > 1e-3
     assert_close(ours, theirs, 1e-12)
 
 
 def test_no_atoms():
-    inputs, system = problem([0, 0])
-    assert rotary_attention(*inputs, rule(), system, 2).shape == (0, 2, 3)
+    inputs = problem([0, 0])
+    assert attend(*inputs, rule(), (0, 0)).shape == (0, 2, 3)
 
 
 def test_single_precision(order):
     """Rounding, and what the basis leaves out, stay far below the tolerance of the reference's numbers."""
-    inputs, system = problem([60], 8, 16, size=4.0)
-    theirs = derivatives("reference", inputs, system, 1, rule(50))
-    ours = derivatives("cpu", [x.float() for x in inputs], system, 1, rule(50, torch.float32))
+    inputs = problem([60], 8, 16, size=4.0)
+    theirs = derivatives("reference", inputs, (60,), rule(50))
+    ours = derivatives("cpu", [x.float() for x in inputs], (60,), rule(50, torch.float32))
     assert ours[0].dtype == torch.float32
     assert_close(ours, theirs, 5e-6, scale=0.0)
-    rows = _rows(inputs[3].float(), inputs[4].float(), *_of(rule(50, torch.float32)))
+    rows = _rows(inputs[3].float(), inputs[4].float(), rule(50, torch.float32))
     assert rows.starts[-1] < 0.8 * 50 * len(inputs[4])  # the basis is in use
 
 
-def _rows(positions, frequencies, directions, weights):
-    return efa_cpu._basis(directions, weights).rows(efa_cpu._steps(positions, frequencies))
-
-
-def _of(made):
-    return made.directions, made.weights
+def _rows(positions, frequencies, made):
+    return made.waves.rows(efa_cpu._steps(positions, frequencies))
 
 
 def test_gradcheck(order):
-    inputs, system = problem([3, 2], 4, 1, (1, 2))
+    inputs = problem([3, 2], 4, 1, (1, 2))
     inputs = [tensor.requires_grad_(True) for tensor in inputs]
     made = rule(14)
 
     def attention(*given):
-        return rotary_attention(*given, made, system, 2)
+        return attend(*given, made, (3, 2))
 
     with use_backend("cpu"):
         assert torch.autograd.gradcheck(attention, inputs)
@@ -117,12 +117,12 @@ def test_gradcheck(order):
 
 
 def test_third_derivatives(order):
-    inputs, system = problem([4], 4, 2, (1, 1))
+    inputs = problem([4], 4, 2, (1, 1))
     found = []
     for name in ("cpu", "reference"):
         x = inputs[3].clone().requires_grad_(True)
         with use_backend(name):
-            value = rotary_attention(*inputs[:3], x, inputs[4], rule(), system).square().sum()
+            value = attend(*inputs[:3], x, inputs[4], rule(), (4,)).square().sum()
             for _ in range(2):
                 value = torch.autograd.grad(value, x, create_graph=True)[0].pow(3).sum()
             found.append(torch.autograd.grad(value, x)[0])
@@ -138,13 +138,13 @@ def test_pairs_of_padded_blocks_equal_the_plain_formula():
 
 
 def test_threads_change_nothing(order):
-    inputs, system = problem([300], 8, 32, (4, 4), torch.float32)
+    inputs = problem([300], 8, 32, (4, 4), torch.float32)
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(derivatives("cpu", inputs, system, 1, rule(50, torch.float32)))
+            found.append(derivatives("cpu", inputs, (300,), rule(50, torch.float32)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -172,7 +172,7 @@ def test_sines(dtype, largest, allowed):
     lanes = 64 // x.element_size()
     rows = RuleWaves(directions, weights, 0.0).rows((step_of_phase(largest),))
     blocks = positions.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
-    waves = efa_cpu._Waves.apply(blocks, torch.ones(1, dtype=dtype), rows)
+    waves = CombinedWaves.apply(blocks, torch.ones(1, dtype=dtype), rows)
     for row, exact in enumerate((x.double().cos(), x.double().sin())):
         assert float((waves[:, row].flatten().double() - exact).abs().max()) <= allowed
 
@@ -180,7 +180,7 @@ def test_sines(dtype, largest, allowed):
 @pytest.mark.parametrize("phase", [1e-6, 1e-3, 0.05, 0.4, 1.3, 3.0, 9.0])
 def test_basis_keeps_products_of_waves(phase):
     made, tolerance = rule(50), 1e-7
-    waves = RuleWaves(*_of(made), tolerance)
+    waves = RuleWaves(made.directions, made.weights, tolerance)
     rows = waves.rows((step_of_phase(phase),))
     generator = torch.Generator().manual_seed(0)
     points = spiral(200) * torch.rand(200, 1, generator=generator, dtype=torch.float64) * phase
@@ -213,32 +213,33 @@ def test_steps():
 def test_groups_of_frequencies(monkeypatch):
     """Many atoms are treated a few frequencies at a time."""
     monkeypatch.setattr(efa_cpu, "pairs_are_cheaper", lambda *shape: False)
-    inputs, system = problem([40], 8, 3)
-    whole = derivatives("cpu", inputs, system, 1, rule())
+    inputs = problem([40], 8, 3)
+    whole = derivatives("cpu", inputs, (40,), rule())
     monkeypatch.setattr(efa_cpu, "BYTES_OF_WAVES", 20 * 80 * 8)
-    assert_close(derivatives("cpu", inputs, system, 1, rule()), whole, 1e-13)
-    groups = efa_cpu._groups(torch.zeros(5, 3, 8, dtype=torch.float64), _rows(inputs[3], inputs[4], *_of(rule())))
+    assert_close(derivatives("cpu", inputs, (40,), rule()), whole, 1e-13)
+    groups = efa_cpu._groups(torch.zeros(5, 3, 8, dtype=torch.float64), _rows(inputs[3], inputs[4], rule()))
     assert [group.stop - group.start for group in groups] == [2, 2]
     monkeypatch.setattr(efa_cpu, "BYTES_OF_WAVES", 1)
-    assert_close(derivatives("cpu", inputs, system, 1, rule()), whole, 1e-13)
+    assert_close(derivatives("cpu", inputs, (40,), rule()), whole, 1e-13)
 
 
-def test_frequencies_in_use_are_found_by_their_weights():
-    """The same directions with other weights are another rule."""
-    directions, weights = _of(rule(6))
-    positions, frequencies = torch.ones(1, 1, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    first = _rows(positions, frequencies, directions, weights)
-    second = _rows(positions, frequencies, directions, 2 * weights)
-    assert torch.allclose(second.roots, math.sqrt(2) * first.roots)
+def test_a_rule_with_negative_weights_runs_plainly():
+    """It has no roots of its weights."""
+    made, inputs = rule(74), problem([5, 3])
+    assert made.waves is None
+    grid = lebedev(74)
+    theirs = invariant_attention(QKV(*inputs[:4]), inputs[4], grid.points, grid.weights, (5, 3))
+    with use_backend("cpu"):
+        assert_close([attend(*inputs, made, (5, 3))], [theirs], 1e-13)
 
 
 def test_rows_that_do_not_fit():
     index = torch.arange(12)
     with pytest.raises(ValueError, match="multiple of 8"):
-        efa_cpu.CpuSums(index, index, False)
+        CpuSums(index, index, False)
 
 
 def test_moments_without_values():
-    way = efa_cpu.CpuSums(torch.arange(8), torch.arange(8), False)
+    way = CpuSums(torch.arange(8), torch.arange(8), False)
     block = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
     assert moments(block, block, torch.zeros(1, 0, 16, 8, dtype=torch.float64), way=way).shape == (1, 0, 8, 8)

@@ -13,11 +13,11 @@ from steradian.build import build_potential, save_potential
 from steradian.cli.inspect import describe
 from steradian.config import EFAConfig, MACEConfig, ModelConfig, O3MPNNConfig
 from steradian.equivariant.irreps import natural_degrees
+from steradian.equivariant.sphere import lebedev
 from steradian.evaluation.rotations import rotation_audit
 from steradian.graph.structures import Structure
-from steradian.operators.efa.efa import EuclideanFastAttention
-from steradian.operators.efa.limits import RESOLVED, plane_wave_error, resolved_phase
-from steradian.sphere.grids import lebedev
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
+from steradian.operators.efa.rules import RESOLVED, plane_wave_error, resolved_phase
 from tests.systems import made_up
 
 #: points and the largest phase over pi that the paper's code considers resolved
@@ -47,18 +47,18 @@ def line_of_atoms(length, num_atoms=12, seed=0):
 
 def test_a_system_that_is_too_large_is_warned_of_once():
     attention = EuclideanFastAttention(EFAConfig(max_length_A=10.0), natural_degrees(0), 4).double()
-    x, system = torch.ones(12, 1, 4, dtype=torch.float64), torch.zeros(12, dtype=torch.int64)
+    x, systems = torch.ones(12, 1, 4, dtype=torch.float64), Systems((12,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention(x, line_of_atoms(9.0), system)
+        attention(x, line_of_atoms(9.0), systems)
         # two systems of 9 Å are not one of 18 Å
         positions = torch.cat([line_of_atoms(9.0), line_of_atoms(9.0) + 9.0])
-        attention(x.repeat(2, 1, 1), positions, torch.arange(2).repeat_interleave(12), 2)
+        attention(x.repeat(2, 1, 1), positions, Systems((12, 12)))
     with pytest.warns(UserWarning, match="about 2[0-9] Å across, but 50 directions resolve.*only to 14 Å"):
-        attention(x, line_of_atoms(24.0), system)
+        attention(x, line_of_atoms(24.0), systems)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention(x, line_of_atoms(24.0), system)
+        attention(x, line_of_atoms(24.0), systems)
 
 
 STATISTICS = made_up({1: -13.6, 6: -1029.5}, avg_num_neighbors=4.0)

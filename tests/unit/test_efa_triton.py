@@ -16,16 +16,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig, PrecisionConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.equivariant.sphere import lebedev
 from steradian.graph import Graph
 from steradian.operators.efa import attention as efa_attention
-from steradian.operators.efa import sums as efa_kernel
 from steradian.operators.efa import triton as efa_gpu
-from steradian.operators.efa.attention import DirectionRule, rotary_attention
-from steradian.operators.efa.sums import PLAIN
+from steradian.operators.efa.attention import Waves, rotary_attention
+from steradian.operators.efa.paper import QKV
+from steradian.operators.efa.rules import DirectionRule
+from steradian.operators.efa.sums import PLAIN, moments
 from steradian.operators.efa.triton import TritonSums
 from steradian.polynomials import use_backend
 from steradian.polynomials.backend import on_every_device
-from steradian.sphere.grids import lebedev
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: systems, points, frequencies (and those of the waves), components, atoms, values
@@ -70,16 +71,14 @@ def test_sums(shape, count):
 def test_attention_with_two_derivatives(functions, monkeypatch):
     monkeypatch.setattr(efa_attention, "_has_machine_code", lambda *given: False)
     monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
-    grid = lebedev(26)
-    made = DirectionRule.from_grid(grid.points, grid.weights).to(random(1))
-    system = torch.arange(2, device=DEVICE).repeat_interleave(7)
-    kwargs = {"functions": (random(1, 13), random(3, 13, seed=5))} if functions else {}
+    made = DirectionRule.from_grid(lebedev(26)).to(random(1))
+    given = (random(1, 13), random(3, 13, seed=5)) if functions else None
     found = []
     for way in (TritonSums(), PLAIN):
-        monkeypatch.setattr(efa_attention, "way_for", lambda *given, way=way: way)
+        monkeypatch.setattr(efa_attention, "_sums_for", lambda *given, way=way: way)
         inputs = [random(14, 4, 4, seed=seed) for seed in range(2)] + [random(14, 2, 3, seed=2), random(14, 3, seed=3)]
         inputs = [tensor.requires_grad_(True) for tensor in (*inputs, torch.tensor([0.2, 0.7], device=DEVICE))]
-        y = rotary_attention(*inputs, made, system, 2, **kwargs)
+        y = rotary_attention(QKV(*inputs[:4]), Waves.of_rule(made, inputs[4], given), (7, 7)) / 4
         first = torch.autograd.grad((y * random(*y.shape, seed=9)).sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
         found.append([y, *first, *second])
@@ -124,7 +123,7 @@ def test_factors_in_fewer_digits_and_sums_in_float32(products, short_inputs):
 def test_gradients_have_the_formats_of_their_inputs(products):
     waves, features, values, _ = problem(*SHAPES[2])
     inputs = [tensor.requires_grad_() for tensor in (waves.half(), features.bfloat16(), values)]
-    sums = TritonSums(products).moments(inputs[2], [tuple(inputs[:2])])
+    sums = moments(*inputs, way=TritonSums(products))
     first = torch.autograd.grad(sums.square().sum(), inputs, create_graph=True)
     second = torch.autograd.grad(sum(x.float().square().sum() for x in first), inputs)
     for found in (first, second):
@@ -213,7 +212,7 @@ def count_calls(monkeypatch, name):
         served.append(way is not None)
         return way
 
-    monkeypatch.setattr(efa_kernel, name, asked)
+    monkeypatch.setattr(efa_gpu, name, asked)
     return served
 
 
@@ -221,23 +220,23 @@ def test_the_attention_role_reaches_the_sums(monkeypatch):
     monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
     monkeypatch.setattr(efa_attention, "_has_machine_code", lambda *given: False)
     asked = []
-    monkeypatch.setattr(efa_kernel, "triton_sums", lambda keys, width, low: asked.append(low))
+    monkeypatch.setattr(efa_gpu, "triton_sums", lambda keys, width, low: asked.append(low))
     model = potential(PrecisionConfig(preset="float32", roles={"attention": "bfloat16"})).eval()
-    model(clusters())
+    with on_every_device():
+        model(clusters())
     assert asked
     assert set(asked) == {torch.bfloat16}
 
 
 def test_energy_and_forces_can_be_traced(monkeypatch):
     monkeypatch.setattr(efa_attention, "pairs_are_cheaper", lambda *shape: False)
-    grid = lebedev(14)
-    rule = DirectionRule.from_grid(grid.points, grid.weights).to(random(1))
+    rule = DirectionRule.from_grid(lebedev(14)).to(random(1))
     given = [random(7, 1, 4), random(7, 1, 4, seed=1), random(7, 1, 3, seed=2)]
-    system, frequencies = torch.tensor([0, 0, 0, 1, 1, 1, 1], device=DEVICE), torch.tensor([0.2, 0.7], device=DEVICE)
+    waves = Waves.of_rule(rule, torch.tensor([0.2, 0.7], device=DEVICE))
 
     def step(positions):
         positions = positions.detach().requires_grad_()
-        y = rotary_attention(*given, positions, frequencies, rule, system, 2)
+        y = rotary_attention(QKV(*given, positions), waves, (3, 4))
         return y, torch.autograd.grad(y.square().sum(), positions)[0]
 
     with use_backend("reference"), on_every_device():

@@ -72,6 +72,19 @@ def test_harmonics_conventions():
         assert torch.allclose(norm, torch.full_like(norm, 2 * degree + 1), atol=1e-11)
 
 
+def test_harmonics_of_degree_two_and_three_have_their_order_and_signs():
+    """Those of e3nn (y is its polar axis): stored weights mean nothing with others."""
+    directions = random_directions(20)
+    x, y, z = directions.T
+    values = spherical_harmonics(directions, 3)
+    pairs, around = 15**0.5, x**2 + z**2
+    second = [pairs * x * z, pairs * x * y, 5**0.5 * (y**2 - around / 2), pairs * y * z, pairs / 2 * (z**2 - x**2)]
+    assert torch.allclose(values[:, 4:9], torch.stack(second, dim=1), atol=1e-13)
+    assert torch.allclose(values[:, 12], 7**0.5 / 2 * y * (2 * y**2 - 3 * around), atol=1e-13)
+    first_of_third = (5 / 6) ** 0.5 * 3**0.5 * (x * z * z + (z**2 - x**2) * x / 2)
+    assert torch.allclose(values[:, 9], 7**0.5 * first_of_third, atol=1e-13)
+
+
 def test_a_zero_vector_has_no_direction_and_finite_derivatives():
     vectors = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     lengths = safe_norm(vectors)
@@ -177,6 +190,20 @@ def test_contraction_is_homogeneous_of_each_order():
     fit = torch.linalg.lstsq(powers, values).solution
     assert torch.allclose(powers @ fit, values, atol=1e-9)
     assert fit.abs().max(dim=1).values.min() > 1e-3
+
+
+def test_contraction_starts_with_the_published_variance():
+    """Over random weights: every path by itself, normal with deviation 1 / (number of published paths)."""
+    torch.manual_seed(0)
+    samples = 20000
+    contraction = SymmetricContraction(natural_degrees(1), natural_degrees(1), 2, samples, 1).double()
+    features = torch.tensor([0.9, 0.5, -0.7, 1.1], dtype=torch.float64)
+    found = contraction(features[None, :, None].expand(samples, 4, 1).contiguous(), torch.arange(samples))[..., 0]
+    s, v = features[0], features[1:]
+    # s; s s and v.v / sqrt(3): two paths; v; s v and v s: two paths, which are the same product
+    scalar = s**2 + (s**4 + v.square().sum() ** 2 / 3) / 4
+    vector = v**2 * (1 + 2 * s**2 / 4)
+    assert torch.allclose(found.var(0), torch.cat([scalar[None], vector]), rtol=0.05)
 
 
 def test_element_linear_uses_each_elements_own_matrix():

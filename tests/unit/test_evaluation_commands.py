@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from steradian.build import build_potential, save_potential
-from steradian.cli.evaluate import compare, distinct, evaluate, model_name, parsed_units
+from steradian.cli.common import parsed_units
+from steradian.cli.evaluate import compare, distinct, evaluate, model_name
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.evaluation.errors import ErrorReport
 from tests.systems import made_up
@@ -92,6 +95,11 @@ def test_compare_models_and_stored_errors(folder, tmp_path):
         (("evaluate", "bare", "test.extxyz", *LABELS, "--precision", "float16"), "choose float64, float32, mixed"),
         (("evaluate", "bare", "test.extxyz", *LABELS, "--out", "test.extxyz"), "cannot be used for the results"),
         (("evaluate", "bare", "test.extxyz", *LABELS, "--json", "."), "is a folder"),
+        (("evaluate", "bare", "test.extxyz", "--energy-key", "Q"), "set --energy-key to the right one"),
+        (
+            ("evaluate", "bare", "test.extxyz", *LABELS, "--json", "test.extxyz/x.json"),
+            "cannot be used for the results",
+        ),
         (("compare", "bare", "--data", "test.extxyz"), "2 to 7 models"),
         (("compare", "bare", "gated"), "give --data FILE"),
     ],
@@ -102,6 +110,32 @@ def test_wrong_inputs_give_one_line(folder, monkeypatch, arguments, message):
     assert isinstance(found.exception, ValueError)
     assert message in str(found.exception)
     assert "\n" not in str(found.exception)
+
+
+HOSTILE = "x [/bold] $\\q$ \x1b[31m"
+
+
+def test_names_that_terminals_and_pictures_would_obey(folder, tmp_path, monkeypatch):
+    """Control sequences, markup and formulas in names are shown as they are, in a pipe, in a terminal, in pictures."""
+    out = tmp_path / "out"
+    call = ("evaluate", folder / "bare", folder / "test.extxyz", *LABELS, "--name", HOSTILE, "--out", out)
+    found = run(*call)
+    assert found.exit_code == 0, found.output
+    assert r"x [/bold] $\q$ \x1b[31m: errors on 6 structures" in found.output
+    assert "\x1b" not in found.output
+    report = ErrorReport.load(next(out.glob("errors-*.npz")))
+    assert report.name == HOSTILE
+    for table in report.tables():
+        with Console(file=io.StringIO(), force_terminal=True, color_system=None) as console:
+            console.print(table.rich())
+            assert "\x1b[31m" not in console.file.getvalue()
+
+
+def test_nothing_is_left_of_an_evaluation_that_fails(folder, tmp_path):
+    for wrong in (("evaluate", folder / "nothing"), ("evaluate", folder / "bare", "--energy-key", "Q")):
+        found = run(wrong[0], wrong[1], folder / "test.extxyz", *wrong[2:], "--out", tmp_path / "a" / "b")
+        assert isinstance(found.exception, ValueError)
+        assert not (tmp_path / "a").exists()
 
 
 def test_energies_in_another_unit_are_noticed(folder):

@@ -89,8 +89,25 @@ def test_saved_errors_come_back(report, tmp_path):
     assert again.to_dict() == report.to_dict()
     assert [path.name for path in tmp_path.iterdir()] == ["errors.npz"]
     (tmp_path / "other.npz").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a file of errors"):
+    with pytest.raises(ValueError, match="not an npz file, or damaged"):
         ErrorReport.load(tmp_path / "other.npz")
+    stored = dict(np.load(tmp_path / "errors.npz"))
+    for changed in (
+        {"meta": np.array("{")},
+        {"meta": np.array("[]")},
+        {"meta": np.array('{"name": "x"}')},
+        {"numbers": stored["numbers"][1:]},
+        {"numbers": stored["numbers"] + 200},
+        {"atom_counts": stored["atom_counts"] - 5},
+        {"force_error": stored["force_error"][:, :2]},
+        {"energy_error": stored["energy_error"] * np.nan},
+        {"has_energy": stored["has_energy"].astype(float)},
+        {"other": np.zeros(2), "stress_error": np.zeros(3)},
+    ):
+        np.savez(tmp_path / "other.npz", **stored | changed)
+        with pytest.raises(ValueError, match="not a file of errors") as caught:
+            ErrorReport.load(tmp_path / "other.npz")
+        assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(ValueError, match="cannot be read"):
         ErrorReport.load(tmp_path / "none.npz")
 

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from steradian.execution.buffers import GraphBuffers, StepCache
-from steradian.execution.check import MismatchError, check_prediction, weights_state
-from steradian.execution.graphs import Repeater, record, tensors_in
-from steradian.execution.padding import Buckets, Sizes, pad_graph
-from steradian.execution.runner import Runner
-from steradian.execution.steps import resolve_mode
+from steradian.execution.batches import Buckets, Sizes, pad_graph
+from steradian.execution.recording import (
+    GraphBuffers,
+    MismatchError,
+    Repeater,
+    StepCache,
+    check_prediction,
+    record,
+    tensors_in,
+    weights_state,
+)
+from steradian.execution.steps import Runner, resolve_mode
 from steradian.graph import Graph
 from tests import cases
 

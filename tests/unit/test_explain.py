@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 from matplotlib.colors import Normalize
 
-from steradian.explain.attention import AttentionResult, LayerAttention
-from steradian.explain.pictures import _apart, _plane, distance_picture, molecule_picture, sphere_picture
+from steradian.equivariant.sphere import lebedev
+from steradian.explain.attention import (
+    AttentionResult,
+    LayerAttention,
+    _apart,
+    _plane,
+    distance_picture,
+    molecule_picture,
+    sphere_picture,
+)
 from steradian.graph.structures import Structure
-from steradian.sphere.grids import lebedev
 
 POINTS = lebedev(26).points.numpy()
 # a chain seen from the side, and a second oxygen exactly behind the first

@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from steradian.compiler.allocator import keep_freed_memory
+from steradian.compiler.native import keep_freed_memory
 
 kept = keep_freed_memory()
 

@@ -8,13 +8,13 @@ import torch
 from torch.func import functional_call
 
 from steradian.config import GaussLegendreGrid, LebedevGrid, MARAConfig
+from steradian.equivariant.sphere import equiangular, gauss_legendre, lebedev
 from steradian.operators.base import BareEdges, SlotSpec
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara import factorised, gate_of, paper
 from steradian.operators.mara.factorised import sphere_field
 from steradian.operators.mara.gate import MARA, SEAttention
 from steradian.polynomials import use_backend
-from steradian.sphere.grids import equiangular, gauss_legendre, lebedev
 from tests.unit.mara_cases import DOUBLE, edges_of, random_mara, system, written_alpha
 
 

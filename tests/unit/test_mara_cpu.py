@@ -1,13 +1,16 @@
 """MARA's machine code against plain PyTorch: derivatives, threads, the order of edges."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from steradian.equivariant.sphere import lebedev
 from steradian.graph.topology import Rows
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.operators.mara import factorised
+from steradian.operators.mara.cpu_code import num_scratch
 from steradian.polynomials import use_backend
-from steradian.sphere.grids import lebedev
 from tests.unit.mara_cases import edges_of, random_mara, system
 
 
@@ -119,3 +122,38 @@ def test_an_atom_that_does_not_exist_is_refused():
     leaves, receivers, grid = problem(4)
     with pytest.raises(IndexError, match=r"row index out of range: 0..4 for 4 rows"):
         machine(*leaves, receivers + (receivers == 3), grid, "distance")
+
+
+def test_parts_have_their_own_scratch_and_their_sums_are_added(monkeypatch):
+    """Several threads, and more sums of table derivatives than one."""
+    monkeypatch.setattr(mara_cpu, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(mara_cpu, "BLOCKS_PER_SUM", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    several = []
+
+    def one_after_the_other(function, tasks, threads):
+        places = sorted(task[1] for task in tasks)
+        assert all(after - before >= 64 * num_scratch(14) for before, after in pairwise(places))
+        several.append(len(tasks))
+        for task in tasks:
+            function(*task)
+
+    monkeypatch.setattr(mara_cpu, "run_tasks", one_after_the_other)
+    leaves, *rest = problem(9)
+    found = derivatives(machine, leaves, *rest, "distance")
+    for one, truth in zip(found, derivatives(factorised.pool_on_sphere, leaves, *rest, "distance"), strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-10, atol=1e-12 * float(truth.abs().max()))
+    assert len(several) == 2 * 4  # heads x kinds
+    assert min(several) > 1
+
+
+@pytest.mark.parametrize("field", ["distance", "squared"])
+def test_an_edge_of_no_length_and_one_towards_a_grid_point(field):
+    leaves, receivers, grid = problem(4)
+    leaves[0][1] = 0.0
+    leaves[0][2:4] = 1.7 * grid[3:5]
+    leaves[0][3] += 1e-10  # as rounding of coordinates would
+    found = derivatives(machine, leaves, receivers, grid, field)
+    expected = derivatives(factorised.pool_on_sphere, leaves, receivers, grid, field)
+    for one, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-10, atol=1e-12 * float(truth.abs().max()))

@@ -9,11 +9,11 @@ from torch.func import functional_call
 
 from steradian.config import LebedevGrid, MARAConfig, SphericalDesign
 from steradian.equivariant.harmonics import spherical_harmonics
+from steradian.equivariant.sphere import design, gauss_legendre, lebedev
 from steradian.operators.base import BareEdges, SlotSpec
 from steradian.operators.mara import gate_of, intrinsic
 from steradian.operators.mara.gate import MARA
 from steradian.operators.mara.intrinsic import IntrinsicMARA
-from steradian.sphere.grids import design, gauss_legendre, lebedev
 from tests.unit import mara_cases
 
 DOUBLE = torch.float64

@@ -20,12 +20,12 @@ from steradian.compiler import checked
 from steradian.compiler.checked import FirstUse
 from steradian.config import MACEConfig, MARAConfig, ModelConfig
 from steradian.data.statistics import DatasetStatistics
+from steradian.equivariant.sphere import equiangular, lebedev
 from steradian.graph import Graph
 from steradian.operators.mara import triton as mara_gpu
 from steradian.operators.mara.triton import plain_pool, pool_on_sphere
 from steradian.polynomials import use_backend
 from steradian.polynomials.backend import on_every_device
-from steradian.sphere.grids import equiangular, lebedev
 from tests.unit.mara_cases import edges_of, random_mara, system
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

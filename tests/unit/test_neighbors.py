@@ -1,9 +1,13 @@
 import itertools
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from steradian.graph import neighbors
 from steradian.graph.neighbors import make_graph, neighbor_pairs
 from steradian.graph.structures import DataError, Structure
 
@@ -156,3 +160,66 @@ def test_mistakes_are_told_in_one_line():
         neighbor_pairs(good, np.zeros((3, 3)), pbc, 0.0)
     with pytest.raises(DataError, match="no volume"):
         Structure([1, 1], good, np.zeros((3, 3)), [True] * 3)
+
+
+# ------------------------------------------------------------------------------------------- far atoms, every geometry
+
+
+@pytest.mark.parametrize("search", ["chosen", "tree"])
+@pytest.mark.parametrize("seed", range(30))
+def test_random_boxes_equal_brute_force(seed, search, monkeypatch):
+    """Triclinic and left-handed cells, every periodicity, lattice vectors left out, atoms outside the cell."""
+    if search == "tree":
+        monkeypatch.setattr(neighbors, "_is_too_wide", lambda *_: True)
+    rng = np.random.default_rng(seed)
+    cell = np.diag(rng.uniform(2, 5, 3)) @ (np.eye(3) + 0.4 * rng.normal(size=(3, 3)))
+    cell = cell[[1, 0, 2]] if seed % 3 == 0 else cell
+    pbc = np.array([seed & 1, seed & 2, seed & 4], dtype=bool)
+    positions = rng.uniform(-4, 8, (rng.integers(2, 7), 3))
+    given = np.where(pbc[:, None], cell, 0.0) if seed % 2 else cell
+    pairs = neighbor_pairs(positions, given, pbc, 3.5)
+    assert as_set(*pairs) == brute_force(positions, cell, pbc, 3.5)
+    rows = np.column_stack(pairs)
+    assert (rows[np.lexsort(rows.T[::-1])] == rows).all()
+
+
+NEAR = np.array([[0, 0, 0], [0, 0, 2.3], [0, 2.3, 0], [2.3, 0, 0]])
+FAR = """
+import json, sys
+import numpy as np
+from steradian.graph.neighbors import neighbor_pairs
+for positions, cell, pbc in json.loads(sys.stdin.read()):
+    pairs = neighbor_pairs(np.array(positions), np.array(cell), np.array(pbc), 4.0)
+    print(len(pairs[0]), max(map(int, abs(pairs[2]).ravel()), default=0))
+"""
+
+
+def test_far_atoms_kill_no_process():
+    """In a process of its own: vesin ends with a floating-point exception where a side has less than one cell."""
+    none, slab = np.zeros((3, 3)), np.diag([10.0, 10.0, 0])
+    cases = [
+        ([3e3, 3e3, 0], none, [False] * 3),
+        ([1e5, 1e5, 0], none, [False] * 3),
+        ([0, 0, 1e6], none, [False] * 3),
+        ([0, 0, 1e6], slab, [True, True, False]),
+        ([5e5, 5, 5], np.diag([1e6, 10, 10]), [True] * 3),
+        ([5e5, 5e5, 5], np.diag([1e6, 1e6, 10]), [True, False, True]),
+        ([1e4, -1e4, 3e5], np.array([[3.0, 0, 0], [-2950, 421121, 0], [-74, 115, 399]]), [False, True, True]),
+    ]
+    given = [[np.vstack([NEAR, far]).tolist(), np.asarray(cell).tolist(), pbc] for far, cell, pbc in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", FAR], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(line.split()[0]) for line in done.stdout.splitlines()[:6]] == [12] * 6
+    assert len(done.stdout.splitlines()) == len(cases)
+
+
+def test_atoms_many_cells_away_keep_their_neighbours():
+    """Shifts beyond 32 bits, which vesin loses."""
+    far = np.array([[0.0, 0, 0], [0, 0, 4.0 * 2**34 + 1]])
+    receivers, _, shifts = neighbor_pairs(far, np.eye(3) * 4, np.ones(3, bool), 2.0)
+    assert receivers.tolist() == [0, 1]
+    assert shifts[:, 2].tolist() == [-(2**34), 2**34]
+    with pytest.raises(DataError, match="beyond 1e"):
+        neighbor_pairs(far * 1e10, np.eye(3) * 4, np.ones(3, bool), 2.0)

@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steradian.config import LossConfig
-from steradian.execution.dataset import DeviceData
-from steradian.execution.padding import Buckets, Sizes, pad_graph
+from steradian.execution.batches import Buckets, DeviceData, Sizes, pad_graph
 from steradian.graph import Graph
 from steradian.graph.neighbors import make_graph
 from steradian.polynomials import use_backend

@@ -36,14 +36,17 @@ def test_whoever_computes_on_a_cpu_imports_no_triton():
     code = """if True:
     import sys, torch, steradian
     from steradian.operators.mara.gate import MARA
-    from steradian.operators.efa.attention import DirectionRule, rotary_attention
+    from steradian.operators.efa.attention import Waves, rotary_attention
+    from steradian.operators.efa.paper import QKV
+    from steradian.operators.efa.rules import DirectionRule
     from steradian.operators.base import BareEdges
     index, vectors = torch.tensor([0, 1]), torch.randn(2, 3, requires_grad=True)
     edges = BareEdges(index.flip(0), index, vectors)
     loss = MARA(4, gate="published")(torch.randn(2, 4), edges).sum()
     points = torch.eye(3)
-    rule, q = DirectionRule(points, torch.full((3,), 1 / 3), False), torch.randn(2, 1, 4)
-    loss = loss + rotary_attention(q, q, q, vectors, torch.tensor([0.1, 0.2]), rule, 0 * index).sum()
+    rule, q = DirectionRule(points, torch.full((3,), 1 / 3)), torch.randn(2, 1, 4)
+    waves = Waves.of_rule(rule, torch.tensor([0.1, 0.2]))
+    loss = loss + rotary_attention(QKV(q, q, q, vectors), waves, (2,)).sum()
     loss.backward()
     sys.exit("triton" in sys.modules)
     """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steradian.config import LossConfig
-from steradian.execution.padding import Buckets, Sizes, pad_graph, real_part
+from steradian.execution.batches import Buckets, Sizes, pad_graph, real_part
 from steradian.graph import Graph
 from steradian.graph.ghosts import ghost_edges
 from steradian.polynomials import use_backend

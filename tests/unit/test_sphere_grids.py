@@ -8,8 +8,16 @@ import torch
 from scipy.special import sph_harm_y
 
 from steradian.config import EquiangularGrid, GaussLegendreGrid, LebedevGrid, SphericalDesign
-from steradian.sphere import grids
-from steradian.sphere.grids import DESIGN_DEGREES, SphereGrid, design, equiangular, gauss_legendre, lebedev, make_grid
+from steradian.equivariant import sphere as grids
+from steradian.equivariant.sphere import (
+    DESIGN_DEGREES,
+    SphereGrid,
+    design,
+    equiangular,
+    gauss_legendre,
+    lebedev,
+    make_grid,
+)
 
 RULES = [
     *(equiangular(lat, lon) for lat, lon in [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (5, 6), (3, 9), (7, 3), (2, 1)]),

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from steradian.config import LossConfig
-from steradian.execution.buffers import tensors_of
-from steradian.execution.dataset import DeviceData
-from steradian.execution.graphs import Repeater
-from steradian.execution.padding import Buckets, Sizes, pad_graph
+from steradian.execution.batches import Buckets, DeviceData, Sizes, pad_graph
+from steradian.execution.recording import Repeater, tensors_of
 from steradian.execution.steps import GradientStep, PredictionStep, Steps, with_gradients
 from steradian.graph import Graph, batch_graphs
 from steradian.graph.neighbors import make_graph

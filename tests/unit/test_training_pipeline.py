@@ -14,7 +14,7 @@ import torch
 from steradian.build import load_potential
 from steradian.config import ConfigError, RunConfig, TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
-from steradian.execution.graphs import Repeater
+from steradian.execution.recording import Repeater
 from steradian.graph import Prediction
 from steradian.training import loop, pipeline
 from steradian.training.feeding import prefetched, to_device

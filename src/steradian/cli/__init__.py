@@ -6,15 +6,18 @@ No module of this folder imports torch, NumPy or ASE at load (commands import wh
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import typer
 
 from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, precision, train
+from steradian.cli.common import Stopped, plain, speak_any_encoding, stop_on_signals
 
 __all__ = ["app", "main"]
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_MISTAKE = 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,19 +56,26 @@ def options(
 
 
 def main() -> None:
-    """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C exit code 130."""
+    """Run the command line: mistakes become one clear line and exit code 2, Ctrl-C and signals 128 + their number."""
+    speak_any_encoding()
+    stop_on_signals()
     if "--debug" in sys.argv[1:]:
         app()
         return
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):
+        if Stopped.last is None:
+            raise
+        print(f"stopped by {signal.Signals(Stopped.last).name}", file=sys.stderr)
+        sys.exit(128 + Stopped.last)
+    except BrokenPipeError:  # whoever read the output has gone (steradian ... | head); nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except (ValueError, ImportError) as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {plain(f'{where}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

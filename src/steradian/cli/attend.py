@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steradian.cli.common import BUNDLED, read_atoms, results, say
+
 if TYPE_CHECKING:
     from steradian.graph.structures import Structure
 
@@ -31,23 +33,28 @@ def attend(
     """
     from steradian.build import load_potential
     from steradian.evaluation.plots import save
-    from steradian.explain.attention import attention_of
-    from steradian.explain.pictures import central_atom, distance_picture, molecule_picture, sphere_picture
+    from steradian.explain.attention import (
+        attention_of,
+        central_atom,
+        distance_picture,
+        molecule_picture,
+        sphere_picture,
+    )
 
-    potential = load_potential(model)
-    chosen = read_one(structure)
-    result = attention_of(potential, chosen)
-    figures = {
-        "messages.png": molecule_picture(result),
-        "sphere.png": sphere_picture(result, central_atom(chosen) if atom is None else atom),
-        "distance.png": distance_picture(result),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    result.save(out / "attention.npz")
-    for name, figure in figures.items():
-        save(figure, out / name)
+    with results(out):
+        potential = load_potential(model)
+        chosen = read_one(structure)
+        result = attention_of(potential, chosen)
+        figures = {
+            "messages.png": molecule_picture(result),
+            "sphere.png": sphere_picture(result, central_atom(chosen) if atom is None else atom),
+            "distance.png": distance_picture(result),
+        }
+        result.save(out / "attention.npz")
+        for name, figure in figures.items():
+            save(figure, out / name)
     show(result)
-    typer.echo(f"wrote {', '.join(figures)} and attention.npz to {out}")
+    say(f"wrote {', '.join(figures)} and attention.npz to {out}")
 
 
 def read_one(source: str) -> Structure:
@@ -56,22 +63,13 @@ def read_one(source: str) -> Structure:
     Raises:
         ValueError: it cannot be read.
     """
+    from steradian.data.load import bundled_file
     from steradian.data.read import read_structures
     from steradian.graph.structures import Structure
 
-    if source.startswith("bundled:"):
-        from steradian.data.load import bundled_file
-
+    if source.startswith(BUNDLED):
         return read_structures(bundled_file(source, "test"), require=())[0]
-    import ase.io
-
-    if not Path(source).is_file():
-        raise ValueError(f"{source}: no such file")
-    try:
-        atoms: Any = ase.io.read(source, index=0)
-    except Exception as error:
-        raise ValueError(f"{source}: ASE cannot read it ({error})") from None
-    return Structure.from_ase(atoms)
+    return Structure.from_ase(read_atoms(source))
 
 
 def show(result: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from steradian.cli.common import say, write_text
+
 __all__ = ["convert"]
 
 SCRIPT = "foreign_export.py"
@@ -45,25 +47,22 @@ def convert(
     from steradian.interfaces.convert import convert_file
 
     if trust and foreign.suffix != ".npz":
-        typer.echo(f"trusting {foreign}: code that stands in it runs now, with your rights")
+        say(f"trusting {foreign}: code that stands in it runs now, with your rights")
     potential = convert_file(foreign, trust=trust, head=head, elements=_numbers(elements))
     assert potential.self_test is not None
     worst = potential.self_test.check(potential)
     save_potential(out, potential)
     host = potential.config.host
-    typer.echo(f"{out}: {host.kind}, {host.num_layers} layers, {potential.num_parameters:,} parameters, ", nl=False)
-    typer.echo(f"{len(potential.elements)} elements, {potential.config.precision}")
-    typer.echo(
-        f"self-test against {potential.self_test.source}: largest relative difference {worst:.1e}, every backend"
-    )
+    parts = f"{host.kind}, {host.num_layers} layers, {potential.num_parameters:,} parameters"
+    say(f"{out}: {parts}, {len(potential.elements)} elements, {potential.config.precision}")
+    say(f"self-test against {potential.self_test.source}: largest relative difference {worst:.1e}, every backend")
 
 
 def write_exporter() -> None:
-    from steradian.checkpoint import write_atomically
     from steradian.interfaces.convert import exporter_source
 
-    write_atomically(Path(SCRIPT), exporter_source().encode())
-    typer.echo(f"{SCRIPT}: run it where the model's package is installed: python {SCRIPT} MODEL OUT.npz")
+    write_text(Path(SCRIPT), exporter_source())
+    say(f"{SCRIPT}: run it where the model's package is installed: python {SCRIPT} MODEL OUT.npz")
 
 
 def _numbers(elements: str | None) -> list[int] | None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import threading
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from steradian.cli.attend import attend
+from steradian.cli.common import Progress, Stopped, say
+from steradian.cli.evaluate import compare
+from steradian.config import load_config
 
 __all__ = ["demo"]
 
@@ -23,16 +33,13 @@ def demo(
 
     steradian demo --out demo_output
     """
-    from steradian.cli.attend import attend
-    from steradian.cli.evaluate import compare
-
     out.mkdir(parents=True, exist_ok=True)
     runs = train_side_by_side(out / "runs", epochs, fresh)
-    typer.echo("\ncomparing on 500 test frames of a second trajectory")
+    say("\ncomparing on 500 test frames of a second trajectory")
     compare([runs["MACE"], runs["MACE-MARA"]], data="bundled:malonaldehyde", out=out)
     attend(runs["MACE-MARA"], "bundled:malonaldehyde", out=out / "attention")
     model = runs["MACE-MARA"] / "model.safetensors"
-    typer.echo(
+    say(
         f"\nopen {out / 'report.html'}\nnext, for example:\n"
         f"  steradian inspect {model} --rotations bundled:malonaldehyde\n"
         f"  steradian evaluate {model} bundled:malonaldehyde --rotations\n"
@@ -47,11 +54,6 @@ def train_side_by_side(folder: Path, epochs: int | None, fresh: bool) -> dict[st
         ValueError: a training failed; says where its log is.
         KeyboardInterrupt: passed on once every process has saved its state.
     """
-    import subprocess
-    import threading
-
-    from steradian.config import load_config
-
     runs, processes, readers = {}, {}, []
     folder.mkdir(parents=True, exist_ok=True)
     board = Board(
@@ -62,18 +64,21 @@ def train_side_by_side(folder: Path, epochs: int | None, fresh: bool) -> dict[st
         processes[label] = subprocess.Popen(
             command(file, runs[label], epochs, fresh), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        reader = threading.Thread(target=follow, args=(processes[label], label, board, runs[label]), daemon=True)
+        reader = threading.Thread(target=follow, args=(processes[label], label, board), daemon=True)
         reader.start()
         readers.append(reader)
     try:
-        with board:
+        with board.progress:
             codes = {label: process.wait() for label, process in processes.items()}
             for reader in readers:
                 reader.join()
-    except KeyboardInterrupt:
-        for process in processes.values():  # a terminal sends Ctrl-C to them too; they save and end
+    except KeyboardInterrupt as error:
+        for process in processes.values():
+            if isinstance(error, Stopped):  # a terminal sends Ctrl-C to them too; kill does not
+                process.terminate()
+        for process in processes.values():  # they save and end
             process.wait()
-        typer.echo("\ninterrupted; the same command goes on from here", err=True)
+        say("\nstopped; the same command goes on from here", err=True)
         raise
     for label, code in codes.items():
         if code:
@@ -82,15 +87,11 @@ def train_side_by_side(folder: Path, epochs: int | None, fresh: bool) -> dict[st
 
 
 def config_path(name: str) -> Path:
-    from importlib import resources
-
-    return Path(str(resources.files("steradian.configs") / name))
+    return Path(str(resources.files("steradian.data") / "bundled" / name))
 
 
 def command(file: str, run: Path, epochs: int | None, fresh: bool) -> list[str]:
     """The command line that starts a training, or goes on with one."""
-    import sys
-
     call = [sys.executable, "-m", "steradian", "train"]
     if (run / "last.ckpt").exists() and not fresh:
         call += ["--resume", str(run)]
@@ -102,7 +103,7 @@ def command(file: str, run: Path, epochs: int | None, fresh: bool) -> list[str]:
     return call
 
 
-def follow(process: Any, label: str, board: Board, run: Path) -> None:
+def follow(process: Any, label: str, board: Board) -> None:
     """Pass the lines of a training on to the board."""
     for line in process.stdout:
         if line.strip():
@@ -113,41 +114,15 @@ class Board:
     """Progress of several trainings: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, epochs: dict[str, int]) -> None:
-        import sys
-
         self.last = dict.fromkeys(epochs, "no output")
-        self.bars: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self.bars = Progress(
-                TextColumn("{task.description:10}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} epochs"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.tasks = {label: self.bars.add_task(label, total=total, note="") for label, total in epochs.items()}
-
-    def __enter__(self) -> Board:
-        if self.bars is not None:
-            self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bars is not None:
-            self.bars.stop()
+        self.progress = Progress(epochs, "epochs")
 
     def show(self, label: str, line: str) -> None:
+        """A line that one of them printed."""
         self.last[label] = line
-        if self.bars is None:
-            typer.echo(f"{label:10} {line}")
-            return
-        import re
-
         found = re.match(r"epoch (\d+)/", line)
-        if found:
+        if self.progress.bars is None:
+            say(f"{label:10} {line}")
+        elif found:
             note = " ".join(re.findall(r"F mae \S+ \S+|E mae \S+ \S+", line))
-            self.bars.update(self.tasks[label], completed=int(found.group(1)), note=note)
+            self.progress.update(label, int(found[1]), note)

@@ -2,80 +2,77 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steradian.config import KeysConfig, UnitsConfig
-from steradian.config.precision import PRESETS
+from steradian.cli import common
+from steradian.cli.common import BUNDLED, check_json, load, parsed_units, read, results, say, show, write_text
+from steradian.config import KeysConfig, dump_config
 
 if TYPE_CHECKING:
     from steradian.evaluation.report import Evaluated
-    from steradian.evaluation.tables import Table
     from steradian.graph.structures import Structure
     from steradian.potential import Potential
 
 __all__ = ["compare", "evaluate"]
 
-BUNDLED = "bundled:"
 SUSPICIOUS = 0.5  # [eV/atom]
 MAX_MODELS = 7  # as many colours as readers can tell apart
 
-DATA_HELP = "Labelled structures: extxyz, npz and others, or bundled:malonaldehyde (its test frames)."
-EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file.", show_default="usual names")]
-ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file.", show_default="usual names")]
-StressKey = Annotated[str | None, typer.Option(help="Name of the stress in the file.", show_default="usual names")]
-TypeKey = Annotated[str, typer.Option(help="Name of the configuration types in the file.")]
-Units = Annotated[str, typer.Option(metavar="ENERGY,LENGTH", help="Units of the file, such as kcal/mol,Angstrom.")]
-EnergyOnly = Annotated[bool, typer.Option("--energy-only", help="The structures carry no forces.")]
-Batch = Annotated[int, typer.Option(min=1, help="Structures predicted at once.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", "--dtype", help="float64, float32, mixed, half or tf32.", show_default="as trained"),
-]
-Worst = Annotated[int, typer.Option(min=1, help="How many of the worst structures are listed.")]
-Seed = Annotated[int, typer.Option(help="Of the rotations and of the bootstrap.")]
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is evaluated and how: structures, labels they must have, and the options of both commands."""
+
+    structures: list[Structure]
+    require: tuple[str, ...]
+    batch: int
+    worst: int
+    rotations: bool
+    seed: int
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model file or folder of a run.", show_default=False)],
-    data: Annotated[str, typer.Argument(help=DATA_HELP, show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, pictures, JSON and npz.")] = None,
+    model: common.Model,
+    data: Annotated[str, typer.Argument(help=common.DATA_HELP, show_default=False)],
+    out: common.Results = None,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
     rotations: Annotated[bool, typer.Option("--rotations", help="Audit rotations and reflections.")] = False,
-    worst: Worst = 10,
+    worst: common.Worst = 10,
     name: Annotated[str | None, typer.Option(help="Name of the model in tables.", show_default="its file")] = None,
-    energy_key: EnergyKey = None,
-    forces_key: ForcesKey = None,
-    stress_key: StressKey = None,
-    config_type_key: TypeKey = "config_type",
-    units: Units = "eV,Angstrom",
-    energy_only: EnergyOnly = False,
-    batch: Batch = 32,
-    device: Device = "cpu",
-    precision: Precision = None,
-    seed: Seed = 0,
+    energy_key: common.EnergyKey = None,
+    forces_key: common.ForcesKey = None,
+    stress_key: common.StressKey = None,
+    config_type_key: common.TypeKey = "config_type",
+    units: common.Units = "",
+    energy_only: common.EnergyOnly = False,
+    batch: common.Batch = 32,
+    device: common.Device = "cpu",
+    precision: common.Precision = None,
+    seed: common.Seed = 0,
 ) -> None:
     """Errors of a model: MAE, RMSE, Q95, Q99 and MAX, in all, per element and per configuration type."""
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key, config_type=config_type_key)
     require = ("energy",) if energy_only else ("energy", "forces")
-    check_writable(out, json)
-    potential = load(model, device, precision)
-    structures = read(data, keys, parsed_units(units), require)
-    found = evaluated(potential, model, name or model_name(model), structures, require, batch, worst, rotations, seed)
+    with results(out, check_json(json)):
+        potential = load(model, device, precision)
+        structures = read(data, keys, parsed_units(units), require)
+        wanted = Wanted(structures, require, batch, worst, rotations, seed)
+        found = evaluated(potential, model, name or model_name(model), wanted)
+        if json is not None:
+            found.report.write_json(json, **extra_entries(found, data))
+        if out is not None:
+            write_folder(out, [found], data)
+            found.report.write_json(out / "errors.json", **extra_entries(found, data))
     show(found.report.tables() + ([found.audit.table()] if found.audit else []))
     if found.audit is not None:
-        typer.echo(found.audit.summary())
+        say(found.audit.summary())
     warn_of_offset(found)
-    if json is not None:
-        found.report.write_json(json, **extra_entries(found, data))
     if out is not None:
-        write_folder(out, [found], data)
-        found.report.write_json(out / "errors.json", **extra_entries(found, data))
-        typer.echo(f"wrote {out / 'report.html'}")
+        say(f"wrote {out / 'report.html'}")
 
 
 def compare(
@@ -83,88 +80,53 @@ def compare(
         list[Path],
         typer.Argument(help="Two or more: model files, folders of runs, or errors-*.npz of earlier evaluations."),
     ],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, pictures, JSON and npz.")] = None,
+    data: Annotated[str | None, typer.Option(help=common.DATA_HELP, show_default=False)] = None,
+    out: common.Results = None,
     rotations: Annotated[bool, typer.Option(help="Audit rotations and reflections of every model.")] = True,
-    worst: Worst = 10,
-    energy_key: EnergyKey = None,
-    forces_key: ForcesKey = None,
-    stress_key: StressKey = None,
-    config_type_key: TypeKey = "config_type",
-    units: Units = "eV,Angstrom",
-    energy_only: EnergyOnly = False,
-    batch: Batch = 32,
-    device: Device = "cpu",
-    precision: Precision = None,
-    seed: Seed = 0,
+    worst: common.Worst = 10,
+    energy_key: common.EnergyKey = None,
+    forces_key: common.ForcesKey = None,
+    stress_key: common.StressKey = None,
+    config_type_key: common.TypeKey = "config_type",
+    units: common.Units = "",
+    energy_only: common.EnergyOnly = False,
+    batch: common.Batch = 32,
+    device: common.Device = "cpu",
+    precision: common.Precision = None,
+    seed: common.Seed = 0,
 ) -> None:
     """Several models on the same structures: differences to the first, and which of them chance could have made."""
     if not 2 <= len(models) <= MAX_MODELS:
         raise ValueError(f"give 2 to {MAX_MODELS} models to compare, not {len(models)}")
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key, config_type=config_type_key)
     require = ("energy",) if energy_only else ("energy", "forces")
-    check_writable(out, None)
     stored = [path.suffix == ".npz" for path in models]
     if data is None and not all(stored):
         raise ValueError("give --data FILE: models are compared on the structures of one file")
-    potentials = [None if old else load(path, device, precision) for path, old in zip(models, stored)]
-    structures = read(data, keys, parsed_units(units), require) if data is not None and not all(stored) else []
+    with results(out):
+        potentials = [None if old else load(path, device, precision) for path, old in zip(models, stored)]
+        structures = read(data, keys, parsed_units(units), require) if data is not None and not all(stored) else []
+        wanted = Wanted(structures, require, batch, worst, rotations, seed)
 
-    from steradian.evaluation.compare import compare as compare_reports
-    from steradian.evaluation.errors import ErrorReport
-    from steradian.evaluation.report import Evaluated
+        from steradian.evaluation.compare import compare as compare_reports
+        from steradian.evaluation.errors import ErrorReport
+        from steradian.evaluation.report import Evaluated
 
-    found = []
-    for path, potential, name in zip(models, potentials, distinct([model_name(path) for path in models])):
-        if potential is None:
-            found.append(Evaluated(ErrorReport.load(path)))
-        else:
-            found.append(evaluated(potential, path, name, structures, require, batch, worst, rotations, seed))
-    comparison = compare_reports(*[each.report for each in found], seed=seed)
+        found = [
+            Evaluated(ErrorReport.load(path)) if potential is None else evaluated(potential, path, name, wanted)
+            for path, potential, name in zip(models, potentials, distinct([model_name(path) for path in models]))
+        ]
+        comparison = compare_reports(*[each.report for each in found], seed=seed)
+        if out is not None:
+            write_folder(out, found, data or "")
+            write_text(out / "comparison.json", {"data": data, **comparison.to_dict()})
     show([comparison.table()])
     for each in found:
         warn_of_offset(each)
         if each.audit is not None:
-            typer.echo(f"{each.report.name}: {each.audit.summary()}")
+            say(f"{each.report.name}: {each.audit.summary()}")
     if out is not None:
-        write_folder(out, found, data or "")
-        write_json(out / "comparison.json", {"data": data, **comparison.to_dict()})
-        typer.echo(f"wrote {out / 'report.html'}")
-
-
-# ------------------------------------------------------------------------------------------------------------- inputs
-
-
-def load(path: Path, device: str, precision: str | None) -> Potential:
-    import torch
-
-    from steradian.build import load_potential
-
-    if precision is not None and precision not in PRESETS:
-        raise ValueError(f"--precision {precision}: choose {', '.join(PRESETS)}")
-    try:
-        place = torch.device(device)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: not available here; try --device cpu") from None
-    return load_potential(path, device=place, precision=precision).for_inference(radial_table=False)
-
-
-def read(data: str, keys: KeysConfig, units: UnitsConfig, require: tuple[str, ...]) -> list[Structure]:
-    """Structures of a file, or the test frames of a bundled set."""
-    from steradian.data.read import read_structures
-
-    if data.startswith(BUNDLED):
-        from steradian.data.load import bundled_file
-
-        return read_structures(bundled_file(data, "test"), require=require)
-    return read_structures(Path(data), keys, units, require=require)
-
-
-def parsed_units(text: str) -> UnitsConfig:
-    """Units from "ENERGY,LENGTH" or "ENERGY"."""
-    energy, comma, length = (part.strip() for part in text.partition(","))
-    return UnitsConfig(energy=energy or "eV", length=length if comma and length else "Angstrom")
+        say(f"wrote {out / 'report.html'}")
 
 
 def model_name(path: Path) -> str:
@@ -181,50 +143,18 @@ def distinct(names: list[str]) -> list[str]:
     ]
 
 
-def check_writable(out: Path | None, json: Path | None) -> None:
-    """Make the folders of the outputs now, so that an evaluation is not lost for want of one.
-
-    Raises:
-        ValueError: a folder cannot be made, or a name is taken by something else.
-    """
-    if json is not None and json.is_dir():
-        raise ValueError(f"--json {json}: is a folder; give the name of a file")
-    for folder in (out, json.parent if json is not None else None):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be used for the results ({error.strerror})") from None
-
-
-# ------------------------------------------------------------------------------------------------------------ results
-
-
-def evaluated(
-    potential: Potential,
-    path: Path,
-    name: str,
-    structures: list[Structure],
-    require: tuple[str, ...],
-    batch: int,
-    worst: int,
-    rotations: bool,
-    seed: int,
-) -> Evaluated:
+def evaluated(potential: Potential, path: Path, name: str, wanted: Wanted) -> Evaluated:
     """Errors, audit, training log and settings of one model."""
-    from dataclasses import replace
-
-    from steradian.config import dump_config
     from steradian.evaluation import plots
     from steradian.evaluation.errors import evaluate as evaluate_potential
     from steradian.evaluation.report import Evaluated
     from steradian.evaluation.rotations import rotation_audit
 
+    structures, batch, seed = wanted.structures, wanted.batch, wanted.seed
     report = evaluate_potential(
-        potential, structures, batch=batch, require=require, name=name, num_worst=worst, progress=True
+        potential, structures, batch=batch, require=wanted.require, name=name, num_worst=wanted.worst, progress=True
     )
-    audit = rotation_audit(potential, structures, seed=seed, batch=batch) if rotations else None
+    audit = rotation_audit(potential, structures, seed=seed, batch=batch) if wanted.rotations else None
     folder = path if path.is_dir() else path.parent
     log, resolved = folder / "metrics.csv", folder / "config.yaml"
     in_run = path.is_dir() or path.name == "model.safetensors"
@@ -254,22 +184,11 @@ def settings_of(potential: Potential) -> dict[str, str]:
     }
 
 
-def show(tables: list[Table]) -> None:
-    """Print tables: with rules and weights in a terminal, as plain text into a file or pipe."""
-    if sys.stdout.isatty():
-        import rich
-
-        for table in tables:
-            rich.print(table.rich())
-    else:
-        typer.echo("\n".join(table.text() for table in tables))
-
-
 def warn_of_offset(found: Evaluated) -> None:
     """Say so where energies are further off than any model can be: the units or the level of theory are others."""
     offset = found.report.total.get("energy_per_atom_mae", 0.0)
     if offset > SUSPICIOUS:
-        typer.echo(
+        say(
             f"warning: the energies of {found.report.name} are off by {offset:.3g} eV per atom; are --units those of "
             "the file, and its energies of the level of theory the model was trained on?",
             err=True,
@@ -283,24 +202,15 @@ def extra_entries(found: Evaluated, data: str) -> dict[str, Any]:
     return entries
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    import json
-
-    from steradian.checkpoint import write_atomically
-
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def write_folder(out: Path, found: list[Evaluated], data: str) -> None:
     """report.html, report.txt, the pictures as PNG, and the errors of every model as npz."""
-    from steradian.checkpoint import write_atomically
     from steradian.evaluation import plots
     from steradian.evaluation.report import write_report
 
     reports = [each.report for each in found]
     write_report(out / "report.html", found, data=data if data.startswith(BUNDLED) else Path(data).name)
     parts = [text for each in found for text in (each.report.text(), each.audit.table().text() if each.audit else "")]
-    write_atomically(out / "report.txt", "\n".join(filter(None, parts)).encode())
+    write_text(out / "report.txt", "\n".join(filter(None, parts)))
     plots.save(plots.parity(reports), out / "parity.png")
     if all(report.arrays.has_forces.any() for report in reports):
         plots.save(plots.violins(reports), out / "force_errors.png")

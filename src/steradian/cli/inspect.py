@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from steradian.cli.common import Model, read, show
+from steradian.config import KeysConfig, UnitsConfig
+from steradian.evaluation.tables import Table, plain
+
 __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Model file or folder of a run.", show_default=False)],
+    model: Model,
     rotations: Annotated[
         str | None,
         typer.Option(
@@ -29,25 +35,15 @@ def inspect(
     potential = load_potential(model)
     rows = describe(model, potential)
     if json:
-        import json as json_module
-
-        typer.echo(json_module.dumps(dict(rows), indent=1, ensure_ascii=False))
+        typer.echo(dumps(dict(rows), indent=1, ensure_ascii=False))
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(show_header=False, title=str(model))
-        for name, value in rows:
-            table.add_row(name, value)
-        Console().print(table)
+        show([Table(plain(str(model)), ("", ""), rows, num_labels=2)])
     if rotations is not None:
         audit(potential, rotations)
 
 
 def describe(path: Path, potential: Any) -> list[tuple[str, str]]:
     """Lines of the table: name and value."""
-    import hashlib
-
     from ase.data import chemical_symbols
 
     file = path / "model.safetensors" if path.is_dir() else path
@@ -91,12 +87,7 @@ def parts(potential: Any) -> dict[str, int]:
 
 
 def audit(potential: Any, data: str) -> None:
-    from rich.console import Console
-
-    from steradian.cli.evaluate import read
-    from steradian.config import KeysConfig, UnitsConfig
     from steradian.evaluation.rotations import rotation_audit
 
     structures = read(data, KeysConfig(), UnitsConfig(), ())
-    found = rotation_audit(potential, structures, num_rotations=8, max_structures=5)
-    Console().print(found.table().rich())
+    show([rotation_audit(potential, structures, num_rotations=8, max_structures=5).table()])

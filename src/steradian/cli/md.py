@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from steradian.cli.evaluate import Precision, load
+from steradian.cli.common import Model, Precision, Progress, load, read_atoms, say
 
 __all__ = ["md"]
 
@@ -26,7 +27,7 @@ class Engine(enum.StrEnum):
 
 
 def md(
-    model: Annotated[Path, typer.Argument(help="Model file or folder of a run.", show_default=False)],
+    model: Model,
     structure: Annotated[Path, typer.Argument(help="Start; any file that ASE reads.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the simulation.")] = Path("md"),
     ensemble: Annotated[Ensemble, typer.Option(help="Velocity Verlet or a thermostat.")] = Ensemble.langevin,
@@ -40,6 +41,9 @@ def md(
         Engine, typer.Option(help="ASE's integrators, or positions that stay on the device; auto: device on a GPU.")
     ] = Engine.auto,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    timestep_reason: Annotated[
+        str, typer.Option(help="Why a time step above 10 fs is meant.", show_default=False)
+    ] = "",
     precision: Precision = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -48,18 +52,12 @@ def md(
 
     steradian md runs/my molecule.xyz --ensemble langevin --temperature 300 --steps 10000 --out md
     """
-    import ase.io
-
     from steradian.evaluation.plots import save
+    from steradian.simulate.analysis import simulation_picture
+    from steradian.simulate.files import RunFiles
     from steradian.simulate.md import MDSettings, choose_device, run_md
-    from steradian.simulate.pictures import simulation_picture
 
-    if not structure.is_file():
-        raise ValueError(f"{structure}: no such file")
-    try:
-        atoms: Any = ase.io.read(structure, index=0)
-    except Exception as error:
-        raise ValueError(f"{structure}: ASE cannot read it ({error})") from None
+    atoms = read_atoms(structure)
     settings = MDSettings(
         ensemble=ensemble.value,
         temperature=temperature,
@@ -67,10 +65,11 @@ def md(
         friction=friction,
         seed=seed,
         save_every=save_every,
+        timestep_reason=timestep_reason,
     )
     place = choose_device(device)
-    with Progress(steps) as progress:
-        try:
+    try:
+        with Progress({"md": steps}, "steps") as progress:
             result = run_md(
                 model if precision is None else load(model, str(place), precision),
                 atoms,
@@ -79,61 +78,33 @@ def md(
                 settings=settings,
                 resume=resume,
                 overwrite=overwrite,
-                report=progress.show,
+                report=Report(progress, steps).line,
                 engine=engine.value,
                 device=place,
             )
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted; the same command with --resume goes on in {out}", err=True)
-            raise
-    target = None if ensemble is Ensemble.nve else temperature
-    save(simulation_picture(out / "md.csv", len(atoms), target), out / "md.png")
-    typer.echo(
-        f"{result.steps} steps, mean temperature {result.temperature:.0f} K, drift of the total energy "
-        f"{1000 * result.drift:.3g} meV per atom and ps"
-    )
-    typer.echo(f"wrote trajectory.extxyz, md.csv and md.png to {out}")
+    except KeyboardInterrupt:
+        step = RunFiles(out).restart_step()
+        if step is not None:
+            say(f"stopped; {out} has a restart point at step {step}: the same command with --resume goes on", err=True)
+        raise
+    nve = ensemble is Ensemble.nve
+    save(simulation_picture(out / "md.csv", len(atoms), None if nve else temperature), out / "md.png")
+    drift = f", drift of the total energy {1000 * result.drift:.3g} meV per atom and ps" if nve else ""
+    say(f"{result.steps} steps, mean temperature {result.temperature:.0f} K{drift}")
+    say(f"wrote trajectory.extxyz, md.csv and md.png to {out}")
 
 
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
+class Report:
+    """Moves a bar on a terminal, prints a line now and then elsewhere."""
 
-    def __init__(self, steps: int) -> None:
-        import sys
-        import time
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps, self.next_line = progress, steps, 0.0
 
-        self.steps, self.started, self.next_line = steps, time.monotonic(), 0.0
-        self.bar: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} steps"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.task = self.bar.add_task("md", total=steps, note="")
-
-    def __enter__(self) -> Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def show(self, step: int, temperature: float, energy: float) -> None:
-        import time
-
+    def line(self, step: int, temperature: float, energy: float) -> None:
+        """Step, temperature [K] and total energy [eV]."""
         note = f"{temperature:.0f} K  {energy:.4f} eV"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, note=note)
-            return
-        elapsed = time.monotonic() - self.started
-        if elapsed >= self.next_line or step == self.steps:
+        self.progress.update("md", step, note)
+        elapsed = time.monotonic() - self.progress.started
+        if self.progress.bars is None and (elapsed >= self.next_line or step == self.steps):
             self.next_line = elapsed + 10.0
-            typer.echo(f"step {step}/{self.steps}  {elapsed:.0f} s  {note}")
+            say(f"step {step}/{self.steps}  {elapsed:.0f} s  {note}")

@@ -88,7 +88,7 @@ def resolve(
         files = [file for path in data for file in data_files(path)]
         several = ", ".join(quoted(file) for file in files)
         overrides.append(f"data.train={several if len(files) == 1 else f'[{several}]'}")
-        if name is None and config is None:
+        if name is None and config is None and not any(entry.startswith("name=") for entry in settings):
             name = (data[0] if data[0].exists() else files[0]).stem
     if name is not None:
         overrides.append(f"name={quoted(name)}")

@@ -1,14 +1,19 @@
-"""Constant folding: functions of weights that are not trained, computed once and kept by the module that owns them."""
+"""Numbers that are computed once: functions of weights that are not trained, kept by the module that owns them, and
+fixed constants as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Folded"]
+__all__ = [
+    "Folded",
+    "constant",
+]
 
 Value = TypeVar("Value")
 
@@ -52,3 +57,12 @@ class Folded:
 
     def __reduce__(self) -> tuple:
         return Folded, ()
+
+
+# ------------------------------------------------------------------------------------------------------- fixed numbers
+
+
+@cache
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a tensor that nobody may change."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -26,9 +26,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from steradian.compiler.allocator import keep_freed_memory
-
-__all__ = ["Code", "cache_folder", "code_of", "function_of", "is_in_use"]
+__all__ = [
+    "Code",
+    "cache_folder",
+    "code_of",
+    "function_of",
+    "is_in_use",
+    "keep_freed_memory",
+]
 
 #: Name of the function in every module.
 FUNCTION = "run"
@@ -269,3 +274,31 @@ def _load(code: bytes, num_arguments: int) -> Callable:
     _ENGINES.append(engine)  # the code lives as long as its engine
     signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * num_arguments)
     return signature(engine.get_function_address(FUNCTION))
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+# of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+#: Most that glibc takes as a threshold: blocks above it always come from the system and go back to it.
+LARGEST_KEPT = 32 * 2**20
+MOST_KEPT = 2**30
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let the C library keep up to 1 GiB of freed blocks of up to 32 MiB; whether it does.
+
+    Only glibc can be told. ``STERADIAN_KEEP_MEMORY=0`` leaves the process as it is, and so does a user's own choice
+    (``MALLOC_...`` or ``GLIBC_TUNABLES`` in the environment).
+    """
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if chosen or os.environ.get("STERADIAN_KEEP_MEMORY", "1") == "0":
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        _ = library.gnu_get_libc_version
+        return bool(library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and library.mallopt(M_TRIM_THRESHOLD, MOST_KEPT))
+    except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked
+        return False

@@ -22,15 +22,16 @@ class KeysConfig(Section):
     numbers: str | None = None
     cell: str | None = None
     config_type: str = "config_type"
+    weight: str | None = Field(None, description="weight of a frame in the loss; null: config_weight or weight")
 
 
 class UnitsConfig(Section):
     """Units of the files. Everything is converted to eV and Å on read."""
 
-    energy: str = "eV"
-    length: str = "Angstrom"
+    energy: str | None = Field(None, description="such as kcal/mol; null: what the file says, else eV")
+    length: str | None = Field(None, description="such as Bohr; null: what the file says, else Angstrom")
     forces: str | None = Field(None, description="ENERGY/LENGTH; null: from energy and length")
-    stress: str = "eV/Angstrom^3"
+    stress: str | None = Field(None, description="such as GPa; null: what the file says, else eV/Angstrom^3")
 
 
 class SplitConfig(Section):
@@ -47,7 +48,9 @@ class SplitConfig(Section):
 class ReferenceEnergiesConfig(Section):
     """Energies of the isolated atoms, taken off before learning."""
 
-    kind: Literal["least_squares", "isolated_atoms", "given", "average", "zero"] = "least_squares"
+    kind: Literal["auto", "least_squares", "isolated_atoms", "given", "average", "zero"] = Field(
+        "auto", description="auto: frames of isolated atoms where the data have them, the other elements fitted"
+    )
     values: dict[str, float] = Field({}, description="element symbol to energy [eV], for kind 'given'")
     file: Path | None = Field(None, description="file with the isolated atoms; null: frames of one atom in the data")
 

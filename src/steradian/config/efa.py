@@ -69,8 +69,8 @@ class O3MPNNConfig(Section):
     """The O(3)-equivariant message-passing network of the EFA paper."""
 
     kind: Literal["o3mpnn"] = "o3mpnn"
-    num_layers: int = Field(2, ge=1)
-    num_channels: int = Field(32, ge=1)
+    num_layers: int = Field(2, ge=1, le=1000)
+    num_channels: int = Field(32, ge=1, le=65536)
     l_max: int = Field(2, ge=0, le=4, description="highest degree of the filters and of the features")
     num_radial: int = Field(32, ge=1, description="Bernstein polynomials of r / (1 + r)")
     cutoff_A: float = Field(5.0, gt=0)

@@ -38,8 +38,8 @@ class MACEConfig(Section):
     """MACE (Batatia et al. 2022)."""
 
     kind: Literal["mace"] = "mace"
-    num_layers: int = Field(2, ge=1)
-    num_channels: int = Field(64, ge=1)
+    num_layers: int = Field(2, ge=1, le=1000)
+    num_channels: int = Field(64, ge=1, le=65536)
     hidden_l: int = Field(1, ge=0, le=3, description="highest degree of the hidden features (L)")
     l_max: int = Field(3, ge=0, le=6, description="highest degree of the spherical harmonics")
     correlation: int | list[int] = Field(3, description="correlation order 1-4, one number or one per layer")
@@ -84,8 +84,8 @@ class NequIPConfig(Section):
     """NequIP (Batzner et al. 2022)."""
 
     kind: Literal["nequip"] = "nequip"
-    num_layers: int = Field(3, ge=1)
-    num_channels: int = Field(32, ge=1, description="features of every irrep")
+    num_layers: int = Field(3, ge=1, le=1000)
+    num_channels: int = Field(32, ge=1, le=65536, description="features of every irrep")
     l_max: int = Field(1, ge=0, le=4, description="highest degree of features and harmonics")
     parity: bool = Field(True, description="features of both parities, or of the harmonics' parity only")
     cutoff_A: float = Field(5.0, gt=0)
@@ -125,8 +125,8 @@ class ViSNetConfig(Section):
     """ViSNet (Wang et al. 2024)."""
 
     kind: Literal["visnet"] = "visnet"
-    num_layers: int = Field(5, ge=1)
-    num_channels: int = Field(256, ge=2)
+    num_layers: int = Field(5, ge=1, le=1000)
+    num_channels: int = Field(256, ge=2, le=65536)
     l_max: int = Field(2, ge=1, le=2, description="highest degree of vectors and harmonics")
     num_heads: int = Field(8, ge=1)
     cutoff_A: float = Field(5.0, gt=0)

@@ -16,6 +16,7 @@ from steradian.config.data import DataConfig
 from steradian.config.hosts import MACEConfig
 from steradian.config.model import ModelConfig
 from steradian.config.section import Section
+from steradian.config.text import parse_yaml, printable, read_text
 from steradian.config.training import TrainingConfig
 
 __all__ = ["ConfigError", "RunConfig", "dump_config", "json_schema", "load_config", "parse_config"]
@@ -66,13 +67,15 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunCo
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if content is None:
         raise ConfigError(f"{path}: the file is empty; start from one of the examples in configs/")
     if not isinstance(content, dict):
@@ -82,13 +85,22 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunCo
 
 def parse_config(content: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "config") -> RunConfig:
     """Validate a nested dictionary; see :func:`load_config`."""
-    content = json.loads(json.dumps(content, default=str))
+    try:
+        content = json.loads(json.dumps(content, default=str))
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a dictionary within itself
+        raise ConfigError(f"{source}: {error}") from None
+    given: dict[str, str] = {}
     for override in overrides:
+        key = override.partition("=")[0].strip()
+        if given.setdefault(key, override) != override:
+            raise ConfigError(f"--set {key} is given twice: {given[key]} and {override}")
         _apply_override(content, override)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -103,9 +115,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: '{parent}' is not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: '{value}' is not a YAML value") from None
+        node[last] = json.loads(json.dumps(parse_yaml(value), default=str))
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -115,7 +127,9 @@ def _explain(error: ValidationError, source: str) -> str:
         name = ".".join(_walk(RunConfig, location)[1])
         if mistake["type"] == "extra_forbidden":
             known = _keys_at(RunConfig, location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            last = str(location[-1])
+            near = [place for place in _places(RunConfig, last) if place != name]
+            near = near or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
             lines.append(f"  {name}: unknown key; {hint}")
         else:
@@ -123,6 +137,7 @@ def _explain(error: ValidationError, source: str) -> str:
             given = mistake.get("input")
             shown = f" (got {given!r})" if isinstance(given, int | float | str | bool | None) else ""
             lines.append(f"  {name}: {message[0].lower()}{message[1:]}{shown}")
+    lines = [printable(line) if len(line) < 400 else f"{printable(line)[:400]} ..." for line in lines]
     count = len(lines)
     return f"{source}: {count} mistake{'s' if count > 1 else ''}\n" + "\n".join(lines)
 
@@ -131,6 +146,17 @@ def _keys_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the section that a validation error's location points to."""
     candidates, _ = _walk(model, location)
     return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _places(model: Any, name: str, prefix: str = "") -> list[str]:
+    """Full names of the keys called ``name`` in the whole tree of sections: a right key in a wrong section."""
+    found = []
+    for section in _sections_in(model):
+        for key, entry in section.model_fields.items():
+            if key == name and prefix:
+                found.append(f"{prefix}{key}")
+            found += _places(entry.annotation, name, f"{prefix}{key}.")
+    return list(dict.fromkeys(found))
 
 
 def _walk(model: Any, location: tuple[Any, ...]) -> tuple[list[type[BaseModel]], list[str]]:

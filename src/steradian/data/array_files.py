@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
-import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ase.data import atomic_numbers
 
 from steradian.config import KeysConfig
-from steradian.data.labels import USUAL_KEYS, RawFrame, missing_label
-from steradian.graph.structures import DataError
+from steradian.config.text import parse_json, read_text
+from steradian.data.labels import USUAL_KEYS, RawFrame, missing_label, units_named
+from steradian.graph.structures import DataError, real_numbers
 
-__all__ = ["deepmd_systems", "read_deepmd", "read_npz", "read_pymatgen_json"]
+__all__ = ["deepmd_systems", "load_npz", "read_deepmd", "read_npz", "read_pymatgen_json"]
 
-BROKEN = (ValueError, EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile)
+BROKEN = (ValueError, EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile, MemoryError, NotImplementedError)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file.
+
+    Raises:
+        DataError: not an npz file, damaged, or holding anything but plain arrays.
+    """
+    arrays = {}
+    try:
+        with path.open("rb") as content:
+            if content.read(6) == b"\x93NUMPY":
+                raise DataError(f"{path}: one array (npy) under the name of an npz file; write it with numpy.savez")
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if not entry.filename.endswith(".npy"):
+                    raise DataError(f"{path}: a zip file with '{entry.filename}' in it, not an npz file of arrays")
+                # Deflate packs at most 1032 to 1: an entry that claims more is damaged, or made to fill the memory.
+                if entry.file_size > 1100 * (entry.compress_size + 100):
+                    raise ValueError("impossible size")
+                with archive.open(entry) as file:
+                    arrays[entry.filename[:-4]] = _load_array(file, entry.file_size, str(path))  # type: ignore[arg-type]
+    except DataError:
+        raise
+    except BROKEN as error:
+        where = f"'{entry.filename[:-4]}' in it cannot be read" if "entry" in locals() else str(error)
+        raise DataError(f"{path}: not a complete npz file (damaged or truncated? {where})") from None
+    return arrays
+
+
+def _load_array(file: BinaryIO, size: int, where: str) -> np.ndarray:
+    """An array of an npy stream of ``size`` bytes; the header is believed only where it agrees with the size.
+
+    Raises:
+        DataError: Python objects. ValueError: damaged.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+    except Exception as error:  # a damaged header fails in the tokenizer, the parser or numpy
+        raise ValueError(f"the header is damaged: {error}") from None
+    if dtype.byteorder == ">":  # nobody writes it; a flipped bit makes it of '<', and nonsense of the numbers
+        raise DataError(f"{where}: stored with the high byte first; damaged, or to be written anew on this machine")
+    if dtype.hasobject:
+        raise DataError(f"{where}: holds Python objects (pickle), which are not read; save plain arrays")
+    count = math.prod(shape)
+    if count * dtype.itemsize > size:
+        raise ValueError(f"the header promises {shape}")
+    array = np.frombuffer(file.read(), dtype=dtype)
+    if len(array) != count:
+        raise ValueError(f"the header promises {shape}")
+    return array.reshape(shape, order="F" if fortran else "C").copy()
 
 
 # ---------------------------------------------------------------------------------------------------------------- npz
@@ -32,7 +86,8 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
     Raises:
         DataError: not an npz file, truncated, positions or numbers missing, shapes that do not fit.
     """
-    arrays = _load_npz(path)
+    arrays = load_npz(path)
+    units = units_named(arrays)
     shown = [f"{name} {list(array.shape)}" for name, array in arrays.items()]
     positions = arrays[_key("positions", keys.positions, arrays, path)]
     numbers = arrays[_key("numbers", keys.numbers, arrays, path)]
@@ -45,7 +100,7 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
         raise DataError(f"{path}: no frames")
     if numbers.shape not in ((size,), (count, size)):
         raise DataError(f"{path}: atomic numbers of shape {numbers.shape} for positions of shape {positions.shape}")
-    numbers = np.broadcast_to(numbers, (count, size))
+    numbers = np.broadcast_to(real_numbers(numbers, "atomic numbers"), (count, size))
     mask = numbers != 0 if (numbers == 0).any() else np.ones((count, size), dtype=bool)
     if "node_mask" in arrays and arrays["node_mask"].shape == (count, size):
         mask = mask & arrays["node_mask"].astype(bool)
@@ -65,22 +120,13 @@ def read_npz(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
             positions=positions[index][atoms],
             cell=np.zeros((3, 3)) if cells is None else cells[index],
             pbc=pbc[index] if cells is not None else np.zeros(3, dtype=bool),
+            units=units,
             labels={
                 # By name: with three atoms a stress or a cell has the shape of forces.
                 name: values[index][atoms] if name in per_atom and values.shape[1:2] == (size,) else values[index]
                 for name, values in labels.items()
             },
         )
-
-
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except BROKEN as error:
-        if "allow_pickle" in str(error):
-            raise DataError(f"{path}: holds Python objects (pickle), which are not read; save plain arrays") from None
-        raise DataError(f"{path}: not a complete npz file (damaged or truncated?)") from None
 
 
 def _key(label: str, key: str | None, arrays: Mapping[str, np.ndarray], path: Path) -> str:
@@ -99,7 +145,14 @@ def _cells(arrays: Mapping[str, np.ndarray], key: str | None, count: int, path: 
         return None
     if key not in arrays:
         raise missing_label("cell", key, arrays, str(path))
-    cell = arrays[key]
+    cell = real_numbers(arrays[key], key)
+    if (cell.shape == (3, 3) and count == 3 and not ((cell == 0).any() and np.linalg.det(cell))) or (
+        cell.shape == (3,) and count == 3 and len(set(cell.tolist())) > 1
+    ):
+        raise DataError(
+            f"{path}: '{key}' of shape {cell.shape} for 3 frames: one cell, or lengths of three boxes? "
+            "write it as [3, 3, 3], the lattice vectors of every frame"
+        )
     if cell.shape in ((3,), (count, 3)) and cell.shape != (3, 3):  # lengths of an orthorhombic cell
         cell = cell[..., None] * np.eye(3)
     if cell.shape in ((9,), (count, 9)):
@@ -137,61 +190,91 @@ def deepmd_systems(path: Path) -> list[Path]:
 def read_deepmd(path: Path) -> Iterator[RawFrame]:
     """Frames of DeePMD npy folders: type.raw, type_map.raw and set.*/coord.npy (or coord.npy beside type.raw).
 
-    DeePMD's virial is minus the stress times the volume; a file ``nopbc`` or a missing box.npy means not periodic.
+    Mixed type (``set.*/real_atom_types.npy``) is read too. DeePMD's virial is minus the stress times the volume; a
+    file ``nopbc`` or a missing box.npy means not periodic.
 
     Raises:
         DataError: missing or damaged files, shapes that do not fit.
     """
     for system in deepmd_systems(path):
-        numbers = _deepmd_numbers(system)
-        sets = sorted(folder for folder in system.glob("set.*") if folder.is_dir()) or [system]
-        for folder in sets:
-            yield from _deepmd_set(folder, numbers, (system / "nopbc").exists())
+        for folder in sorted(folder for folder in system.glob("set.*") if folder.is_dir()) or [system]:
+            yield from _deepmd_set(folder, system)
 
 
-def _deepmd_numbers(system: Path) -> np.ndarray:
+def _deepmd_symbols(system: Path) -> np.ndarray:
+    """Atomic numbers of the types of a system."""
     type_map = system / "type_map.raw"
     if not type_map.exists():
         raise DataError(f"{system}: no type_map.raw; write the element symbols in it, in the order of the types")
-    symbols = type_map.read_text(encoding="utf-8").split()
+    symbols = _text(type_map).split()
     unknown = [symbol for symbol in symbols if atomic_numbers.get(symbol, 0) == 0]
     if unknown:
         raise DataError(f"{type_map}: unknown element '{unknown[0]}'")
+    return np.array([atomic_numbers[symbol] for symbol in symbols], dtype=np.int64)
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: not a file")
     try:
-        types = [int(word) for word in (system / "type.raw").read_text(encoding="utf-8").split()]
-        return np.array([atomic_numbers[symbols[kind]] for kind in types])
-    except (ValueError, IndexError):
-        raise DataError(f"{system / 'type.raw'}: expected whole numbers from 0 to {len(symbols) - 1}") from None
+        return read_text(path)
+    except ValueError as error:
+        raise DataError(error) from None
 
 
-def _deepmd_set(folder: Path, numbers: np.ndarray, isolated: bool) -> Iterator[RawFrame]:
+def _deepmd_types(file: Path, symbols: np.ndarray) -> np.ndarray:
+    words = _text(file).split()
+    known = {str(kind) for kind in range(len(symbols))}
+    if not words or not known.issuperset(words):
+        raise DataError(f"{file}: expected whole numbers from 0 to {len(symbols) - 1}")
+    return symbols[np.array(words, dtype=np.int64)]
+
+
+def _deepmd_set(folder: Path, system: Path) -> Iterator[RawFrame]:
+    symbols = _deepmd_symbols(system)
+    numbers = _deepmd_types(system / "type.raw", symbols)
     arrays = {}
-    for name in ("coord", "energy", "force", "box", "virial"):
+    for name in ("coord", "energy", "force", "box", "virial", "real_atom_types"):
         file = folder / f"{name}.npy"
-        if file.exists():
+        if file.is_file():
             try:
-                arrays[name] = np.load(file, allow_pickle=False)
+                with file.open("rb") as content:
+                    arrays[name] = _load_array(content, file.stat().st_size, str(file))
+            except DataError:
+                raise
             except BROKEN:
                 raise DataError(f"{file}: not a complete npy file (damaged or truncated?)") from None
     if "coord" not in arrays:
         raise DataError(f"{folder}: no coord.npy")
-    count, size = len(arrays["coord"]), len(numbers)
-    for name, width in (("coord", 3 * size), ("force", 3 * size), ("box", 9), ("virial", 9), ("energy", 1)):
-        if name in arrays and arrays[name].size != count * width:
-            raise DataError(f"{folder / name}.npy: shape {arrays[name].shape} for {count} frames of {size} atoms")
-    periodic = "box" in arrays and not isolated
+    count, size = len(np.atleast_1d(arrays["coord"])), len(numbers)
+    widths = {"coord": 3 * size, "force": 3 * size, "box": 9, "virial": 9, "energy": 1, "real_atom_types": size}
+    for name, array in arrays.items():
+        if len(np.atleast_1d(array)) != count or array.size != count * widths[name]:
+            raise DataError(f"{folder / name}.npy: shape {array.shape} for {count} frames of {size} atoms")
+    rows = np.broadcast_to(numbers, (count, size))
+    if "real_atom_types" in arrays:
+        rows = _mixed_numbers(arrays["real_atom_types"].reshape(count, size), symbols, folder)
+    periodic = "box" in arrays and not (system / "nopbc").exists()
     for index in range(count):
+        atoms = rows[index] > 0
         labels: dict[str, Any] = {name: arrays[name][index] for name in ("energy", "virial") if name in arrays}
         if "force" in arrays:
-            labels["force"] = arrays["force"][index].reshape(size, 3)
+            labels["force"] = arrays["force"][index].reshape(size, 3)[atoms]
         yield RawFrame(
             where=f"{folder}, frame {index}",
-            numbers=numbers,
-            positions=arrays["coord"][index].reshape(size, 3),
+            numbers=rows[index][atoms],
+            positions=arrays["coord"][index].reshape(size, 3)[atoms],
             cell=arrays["box"][index].reshape(3, 3) if periodic else np.zeros((3, 3)),
             pbc=np.full(3, periodic),
             labels=labels,
         )
+
+
+def _mixed_numbers(types: np.ndarray, symbols: np.ndarray, folder: Path) -> np.ndarray:
+    """Mixed type (deepmd/npy/mixed): types of every frame, -1 where a frame has fewer atoms; 0 stands for those."""
+    if types.dtype.kind not in "iu" or types.min() < -1 or types.max() >= len(symbols):
+        raise DataError(f"{folder / 'real_atom_types.npy'}: expected whole numbers from -1 to {len(symbols) - 1}")
+    return np.append(symbols, 0)[types]
 
 
 # ----------------------------------------------------------------------------------------------------------- pymatgen
@@ -203,29 +286,37 @@ def read_pymatgen_json(path: Path) -> Iterator[RawFrame]:
     Their ``virial_stress`` is left out: its unit and the order of its components are not stated.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise DataError(f"{path}: not valid JSON (damaged or truncated?)") from None
+        content = parse_json(read_text(path))
+    except ValueError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(str(path)) else f"{path}: {message}") from None
     if not isinstance(content, list) or not all(isinstance(entry, dict) and "structure" in entry for entry in content):
         raise DataError(f"{path}: expected a list of entries with 'structure' and 'outputs'")
     for index, entry in enumerate(content):
         where = f"{path}, frame {index}"
         try:
             yield _pymatgen_frame(entry, where)
-        except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"{where}: {error} is missing or has the wrong form") from None
+        except DataError:
+            raise
+        except KeyError as error:
+            raise DataError(f"{where}: {error} is missing or an unknown element") from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: not a pymatgen structure ({error})") from None
 
 
 def _pymatgen_frame(entry: dict[str, Any], where: str) -> RawFrame:
     sites = entry["structure"]["sites"]
+    mixed = [index for index, site in enumerate(sites) if len(site["species"]) != 1]
+    if mixed:
+        raise DataError(f"{where}: site {mixed[0]} is shared by several elements; only ordered structures are read")
     outputs = entry.get("outputs", {})
     labels = {name: outputs[name] for name in ("energy", "forces") if name in outputs}
     labels["config_type"] = entry.get("group", "")
     return RawFrame(
         where=where,
         numbers=np.array([atomic_numbers[site["species"][0]["element"]] for site in sites]),
-        positions=np.array([site["xyz"] for site in sites]),
-        cell=np.array(entry["structure"]["lattice"]["matrix"]),
+        positions=[site["xyz"] for site in sites],
+        cell=entry["structure"]["lattice"]["matrix"],
         pbc=np.ones(3, dtype=bool),
         labels=labels,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,9 +14,10 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from steradian.config import DataConfig, KeysConfig, SplitConfig, UnitsConfig
-from steradian.data.labels import keep_uniform_labels
+from steradian.config.text import parse_json, read_text
+from steradian.data.array_files import load_npz
+from steradian.data.labels import is_isolated_atom, keep_uniform_labels
 from steradian.data.read import read_structures
-from steradian.data.statistics import is_isolated_atom
 from steradian.graph.structures import DataError, Structure
 
 __all__ = ["Dataset", "bundled_file", "frame_key", "load_dataset", "split_indices"]
@@ -44,7 +45,7 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
     """Read and split the data of a configuration.
 
     Validation and test frames come from their own files where given, else they are split off the training files.
-    Isolated atoms always stay in the training frames where they give the reference energies.
+    Isolated atoms always count as training frames: they serve the reference energies.
 
     Args:
         require: labels every training and validation frame must have. Test frames must have energies; another label
@@ -61,8 +62,14 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
     for label in require:
         if test and any(getattr(frame, label) is None for frame in test):
             reader.warnings.append(f"test: no {label}; the errors of {label} are left out")
-    keep_atoms = config.reference_energies.kind == "isolated_atoms" and config.reference_energies.file is None
-    fixed = [index for index, frame in enumerate(frames) if keep_atoms and is_isolated_atom(frame)]
+    fixed = [index for index, frame in enumerate(frames) if is_isolated_atom(frame)]
+    if len(fixed) == len(frames):
+        raise DataError(f"data.train: {len(frames)} isolated atoms and no other frame: add frames with neighbours")
+    if len(frames) == len(fixed) + 1 and not (validation and (test or not config.split.test)):
+        raise DataError(
+            "data.train: one frame cannot be split into training and validation frames: give more frames, or a file "
+            "of other frames as data.validation"
+        )
     indices = split_indices(
         len(frames), config.split, fixed=fixed, has_validation=bool(validation), has_test=bool(test)
     )
@@ -73,7 +80,7 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
     }
     if not splits["train"]:
         raise DataError("the split leaves no training frames; give data.validation (a file) or more frames")
-    _check_elements(splits)
+    _check_elements(splits, config.reference_energies.kind in ("auto", "isolated_atoms"))
     _note_duplicates(splits, reader.warnings)
     provenance = {
         "files": reader.files,
@@ -105,12 +112,14 @@ class _Reader:
         if not names:
             raise DataError(f"data.{role}: an empty list of files")
         frames: list[Structure] = []
-        for name in names:
+        for name in [file for given in names for file in files_of(given)]:
             bundled = name.startswith("bundled:")
             path = bundled_file(name, role) if bundled else Path(name)
             keys = KeysConfig() if bundled else self.config.keys
             units = UnitsConfig() if bundled else self.config.units
-            read = read_structures(path, keys, units, require=require, ignore_cell=self.config.ignore_cell)
+            notes: list[str] = []
+            read = read_structures(path, keys, units, require=require, ignore_cell=self.config.ignore_cell, notes=notes)
+            self.warnings += [f"{role}: {note}" for note in notes]
             digest = sha256(path)
             for other in self.files:
                 if other["sha256"] == digest:
@@ -121,6 +130,24 @@ class _Reader:
             self.files.append({"role": role, "path": name, "sha256": digest, "frames": len(read)})
             frames += read
         return frames
+
+
+def files_of(name: str) -> list[str]:
+    """The files that a name means: itself, what a pattern (``*.xyz``) matches, or the XYZ and npz files of a folder.
+
+    Raises:
+        DataError: a pattern that matches nothing.
+    """
+    path = Path(name)
+    if path.is_dir() and not any(path.rglob("type.raw")):
+        suffixes = (".xyz", ".extxyz", ".npz", ".db", ".traj")
+        return sorted(str(file) for file in path.iterdir() if file.suffix.lower() in suffixes) or [name]
+    if not path.exists() and any(letter in name for letter in "*?["):
+        found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise DataError(f"{name}: no file matches")
+        return found
+    return [name]
 
 
 def bundled_file(name: str, role: str = "train") -> Path:
@@ -213,7 +240,7 @@ def _from_index_file(
         values = np.asarray(content.get(name, []) if name in used else [])
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
             raise DataError(f"{path}: '{name}' must be a list of whole numbers")
-        parts[name] = [int(index) for index in values]
+        parts[name] = values.tolist()
         for index in parts[name]:
             if not 0 <= index < count:
                 raise DataError(f"{path}: index {index} of '{name}' is outside 0 to {count - 1}")
@@ -226,16 +253,15 @@ def _from_index_file(
 
 
 def _index_arrays(path: Path) -> dict[str, Any]:
+    where = "data.split.index_file"
+    if path.exists() and not path.is_file():
+        raise DataError(f"{where}: {path} is not a file")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                content: dict[str, Any] = {name: file[name] for name in file.files}
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = load_npz(path) if path.suffix == ".npz" else parse_json(read_text(path))
     except OSError as error:
-        raise DataError(f"data.split.index_file: {path} cannot be read ({error.strerror or 'damaged'})") from None
-    except Exception:
-        raise DataError(f"data.split.index_file: {path} is neither npz nor JSON (damaged or truncated?)") from None
+        raise DataError(f"{where}: {path} cannot be read ({error.strerror or 'damaged'})") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {path} is neither npz nor JSON ({error})") from None
     if not isinstance(content, dict) or "train" not in content:
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise DataError(f"data.split.index_file: {path} has no 'train' (found: {found})")
@@ -266,9 +292,15 @@ def _note_duplicates(splits: dict[str, list[Structure]], warnings: list[str]) ->
             warnings.append(f"{second}: {shared} of {len(keys[second])} frames are exact copies of frames of {first}")
 
 
-def _check_elements(splits: dict[str, list[Structure]]) -> None:
+def _check_elements(splits: dict[str, list[Structure]], without_atoms: bool) -> None:
+    """Every element must be learnt from a training frame, which isolated atoms that serve E0 are not."""
     elements = {
-        name: set(np.unique(np.concatenate([frame.numbers for frame in split])).tolist()) if split else set()
+        name: {
+            int(z)
+            for frame in split
+            if not (without_atoms and name == "train" and is_isolated_atom(frame))
+            for z in np.unique(frame.numbers)
+        }
         for name, split in splits.items()
     }
     for name in ("validation", "test"):

@@ -7,11 +7,20 @@ from pathlib import Path
 
 from steradian.config import KeysConfig, UnitsConfig
 from steradian.data.array_files import deepmd_systems, read_deepmd, read_npz, read_pymatgen_json
-from steradian.data.ase_files import read_ase, read_ase_db, read_extxyz
+from steradian.data.ase_files import READABLE, read_ase, read_ase_db
+from steradian.data.extxyz import read_extxyz
 from steradian.data.labels import RawFrame, keep_uniform_labels, nearest, to_structures
-from steradian.graph.structures import DataError, Structure
+from steradian.graph.structures import LABELS, DataError, Structure
 
 __all__ = ["read_raw", "read_structures"]
+
+# Formats that users bring and that are not read, by suffix.
+FOREIGN = {
+    ".h5": "HDF5", ".hdf5": "HDF5", ".hdf": "HDF5", ".lmdb": "LMDB", ".mdb": "LMDB", ".aselmdb": "LMDB",
+    ".pt": "a PyTorch file", ".pth": "a PyTorch file", ".pkl": "a pickle", ".pickle": "a pickle", ".npy": "one array",
+    ".csv": "a table", ".parquet": "a table", ".tfrecord": "TFRecord", ".zip": "an archive", ".tar": "an archive",
+    ".tgz": "an archive", ".safetensors": "a model", ".yaml": "a configuration", ".yml": "a configuration",
+}  # fmt: skip
 
 
 def read_structures(
@@ -21,6 +30,7 @@ def read_structures(
     *,
     require: Sequence[str] = ("energy", "forces"),
     ignore_cell: bool = False,
+    notes: list[str] | None = None,
 ) -> list[Structure]:
     """Read, convert to eV and Å, and check all frames of a file or folder.
 
@@ -35,17 +45,18 @@ def read_structures(
     Args:
         require: labels that every frame must have. Others are kept where every frame has them.
         ignore_cell: treat every frame as not periodic.
+        notes: gets a line for everything that was left out or decided.
 
     Raises:
         DataError: one line with file, frame and way out: a missing or damaged file, a label that is not there, wrong
             shapes, numbers that are not finite, unknown elements or units.
     """
     keys, units = keys or KeysConfig(), units or UnitsConfig()
-    unknown = [label for label in require if label not in ("energy", "forces", "stress")]
+    unknown = [label for label in require if label not in LABELS]
     if unknown:
         raise ValueError(f"unknown label '{unknown[0]}'; labels are energy, forces and stress")
     frames = read_raw(path, keys)
-    structures = to_structures(frames, keys, units, require=require, ignore_cell=ignore_cell)
+    structures = to_structures(frames, keys, units, require=require, ignore_cell=ignore_cell, notes=notes)
     return keep_uniform_labels(structures, require)
 
 
@@ -55,6 +66,8 @@ def read_raw(path: Path | str, keys: KeysConfig | None = None) -> list[RawFrame]
     _check_exists(path)
     try:
         frames = list(_frames(path, keys or KeysConfig()))
+    except DataError as error:
+        raise DataError(error if str(path) in str(error) else f"{path}: {error}") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
     if not frames:
@@ -64,6 +77,8 @@ def read_raw(path: Path | str, keys: KeysConfig | None = None) -> list[RawFrame]
 
 def _check_exists(path: Path) -> None:
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: a pipe or a device; data are read from files and folders")
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
         return
@@ -84,12 +99,18 @@ def _frames(path: Path, keys: KeysConfig) -> Iterator[RawFrame]:
         if not deepmd_systems(path):
             raise DataError(f"{path}: a folder without DeePMD data (no type.raw below it); give a file instead")
         return read_deepmd(path)
-    if suffix in (".xyz", ".extxyz"):
+    packed = suffix in (".gz", ".bz2", ".xz") and len(path.suffixes) > 1
+    if (path.suffixes[-2].lower() if packed else suffix) in (".xyz", ".extxyz"):
         return read_extxyz(path)
     if suffix == ".npz":
         return read_npz(path, keys)
     if suffix == ".db":
         return read_ase_db(path)
-    if suffix == ".json" and path.read_bytes()[:1] == b"[":
+    with path.open("rb") as file:
+        start = file.read(512)
+    foreign = "HDF5" if start.startswith(b"\x89HDF\r\n\x1a\n") else FOREIGN.get(suffix)
+    if suffix == ".json" and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         return read_pymatgen_json(path)
+    if foreign:
+        raise DataError(f"{path}: {foreign} is not read; convert it to extxyz or npz. What can be read: {READABLE}")
     return read_ase(path)

@@ -8,12 +8,22 @@ from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
+from scipy.spatial.distance import pdist
 
 from steradian.config import KeysConfig, ReferenceEnergiesConfig, UnitsConfig
+from steradian.data.labels import is_isolated_atom
+from steradian.data.read import read_structures
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.structures import DataError, Structure
 
-__all__ = ["DatasetStatistics", "compute_statistics", "is_isolated_atom", "reference_energies", "split_isolated_atoms"]
+__all__ = [
+    "DatasetStatistics",
+    "compute_statistics",
+    "fitted_energies",
+    "interaction_energies",
+    "reference_energies",
+    "split_isolated_atoms",
+]
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,6 @@ class DatasetStatistics:
         return cls(**content)
 
 
-def is_isolated_atom(structure: Structure) -> bool:
-    """One atom that is not periodic, or whose config_type says so (writers often put it into a large periodic box).
-
-    Any other single atom in a periodic cell is a crystal.
-    """
-    named = structure.config_type.replace("_", "").lower() in ("isolatedatom", "isolatedatoms")
-    return len(structure) == 1 and (named or not structure.periodic)
-
-
 def split_isolated_atoms(structures: Sequence[Structure]) -> tuple[dict[int, float], list[Structure]]:
     """Energies of the isolated atoms of a list, atomic number to energy [eV], and the other frames.
 
@@ -86,7 +87,8 @@ def split_isolated_atoms(structures: Sequence[Structure]) -> tuple[dict[int, flo
             raise DataError(f"the isolated atom {symbol} has no energy")
         if abs(references.setdefault(number, structure.energy) - structure.energy) > 1e-6:
             raise DataError(
-                f"two energies of the isolated atom {symbol}: {references[number]:.6f} and {structure.energy:.6f} eV"
+                f"two energies of the isolated atom {symbol}: {references[number]:.6f} and {structure.energy:.6f} eV; "
+                "keep one, or set data.reference_energies.kind: least_squares"
             )
     return references, rest
 
@@ -101,8 +103,9 @@ def reference_energies(
 
     Kinds: ``isolated_atoms`` reads them from ``config.file`` or from the frames of one atom in the data (which then
     leave the training set); ``least_squares`` fits energy/N = sum of fractions x E0 (minimum norm where compositions do
-    not determine every element); ``average`` gives every element the mean energy per atom; ``given`` takes
-    ``config.values``; ``zero`` takes nothing off.
+    not determine every element); ``auto`` takes isolated atoms where the data have them and fits the other elements;
+    ``average`` gives every element the mean energy per atom; ``given`` takes ``config.values``; ``zero`` takes nothing
+    off. An element that occurs in isolated atoms only is none of the model's: it has seen no neighbour of it.
 
     Raises:
         DataError: no frames, energies missing, or an element without E0.
@@ -110,15 +113,22 @@ def reference_energies(
     if not structures:
         raise DataError("no frames to take reference energies from")
     frames = list(structures)
-    elements = sorted({int(z) for structure in frames for z in np.unique(structure.numbers)})
-    if config.kind == "isolated_atoms":
+    references: dict[int, float] = {}
+    report = {"given": "given in the configuration", "zero": "zero"}.get(config.kind, "")
+    atoms_known = config.file is not None or any(map(is_isolated_atom, frames))
+    if config.kind == "isolated_atoms" or (config.kind == "auto" and atoms_known):
         references, report, frames = _from_isolated_atoms(frames, config, keys, units)
-    elif config.kind == "given":
-        references, report = _given(config), "given in the configuration"
+    elements = sorted({int(z) for structure in frames for z in np.unique(structure.numbers)})
+    unseen = [chemical_symbols[z] for z in sorted(references) if z not in elements]
+    if unseen and config.file is None:
+        report += f"; {', '.join(unseen)} in no other frame, so not an element of the model"
+    if config.kind == "given":
+        references = _given(config)
     elif config.kind == "zero":
-        references, report = dict.fromkeys(elements, 0.0), "zero"
-    else:
-        references, report = _fitted(frames, elements, average=config.kind == "average")
+        references = dict.fromkeys(elements, 0.0)
+    elif config.kind != "isolated_atoms" and not references.keys() >= set(elements):
+        references, fit = fitted_energies(frames, elements, references, average=config.kind == "average")
+        report = f"{report}; the others: {fit}" if report else fit
     missing = [chemical_symbols[z] for z in elements if z not in references]
     if missing:
         known = ", ".join(chemical_symbols[z] for z in sorted(references)) or "none"
@@ -140,10 +150,9 @@ def _from_isolated_atoms(
                 "no isolated atoms in the training data: set data.reference_energies.file, or kind: least_squares"
             )
         if not rest:
-            raise DataError("the training data hold nothing but isolated atoms")
-        return references, f"isolated atoms, {len(references)} frames of the training data", rest
-    from steradian.data.read import read_structures
-
+            raise DataError("the training data hold nothing but isolated atoms: add frames with neighbours")
+        symbols = ", ".join(chemical_symbols[z] for z in sorted(references))
+        return references, f"isolated atoms in the training data: {symbols}", rest
     read = read_structures(config.file, keys or KeysConfig(), units or UnitsConfig(), require=("energy",))
     references, others = split_isolated_atoms([_without_cell(frame) if len(frame) == 1 else frame for frame in read])
     if others:
@@ -168,25 +177,39 @@ def _given(config: ReferenceEnergiesConfig) -> dict[int, float]:
     return references
 
 
-def _fitted(frames: Sequence[Structure], elements: list[int], *, average: bool) -> tuple[dict[int, float], str]:
+def fitted_energies(
+    frames: Sequence[Structure],
+    elements: Sequence[int],
+    known: Mapping[int, float] | None = None,
+    *,
+    average: bool = False,
+) -> tuple[dict[int, float], str]:
+    """Least squares of energy/N = sum of fractions x E0 over the elements not ``known``, and a line about the fit.
+
+    Raises:
+        DataError: a frame without energy.
+    """
+    known = known or {}
     energies = _energies(frames)
     counts = np.array([[np.count_nonzero(frame.numbers == z) for z in elements] for frame in frames], dtype=np.float64)
     sizes = counts.sum(axis=1)
-    per_atom = energies / sizes
+    fractions = counts / sizes[:, None]
+    is_free = np.array([z not in known for z in elements])
+    per_atom = energies / sizes - fractions[:, ~is_free] @ np.array([known[z] for z in elements if z in known])
     if average:
         mean = float(per_atom.mean())
         rms = float(np.sqrt(np.mean((per_atom - mean) ** 2)))
         return dict.fromkeys(elements, mean), f"average energy per atom; residual {1000 * rms:.3f} meV/atom (RMS)"
-    fractions = counts / sizes[:, None]
-    solution, _, rank, _ = np.linalg.lstsq(fractions, per_atom, rcond=1e-10)
-    rms = float(np.sqrt(np.mean((per_atom - fractions @ solution) ** 2)))
+    solution, _, rank, _ = np.linalg.lstsq(fractions[:, is_free], per_atom, rcond=1e-10)
+    rms = float(np.sqrt(np.mean((per_atom - fractions[:, is_free] @ solution) ** 2)))
     report = f"least squares over {len(frames)} frames; residual {1000 * rms:.3f} meV/atom (RMS)"
-    if rank < len(elements):
+    if rank < len(solution):
         report += (
-            f"; under-determined (the compositions fix {rank} of {len(elements)} elements, minimum norm taken): "
+            f"; under-determined (the compositions fix {rank} of {len(solution)} elements, minimum norm taken): "
             "energies are meaningful for mixtures of the training compositions only"
         )
-    return dict(zip(elements, (float(value) for value in solution))), report
+    free = [z for z in elements if z not in known]
+    return {**known, **dict(zip(free, (float(value) for value in solution)))}, report
 
 
 def _energies(frames: Sequence[Structure]) -> np.ndarray:
@@ -194,6 +217,22 @@ def _energies(frames: Sequence[Structure]) -> np.ndarray:
     if missing:
         raise DataError(f"{missing} of {len(frames)} training frames have no energy; reference energies need all")
     return np.array([frame.energy for frame in frames], dtype=np.float64)
+
+
+def interaction_energies(frames: Sequence[Structure], references: Mapping[int, float]) -> list[float]:
+    """Energy per atom after the reference energies [eV], of every frame that has an energy."""
+    return [
+        (frame.energy - sum(references[int(z)] for z in frame.numbers)) / len(frame)
+        for frame in frames
+        if frame.energy is not None
+    ]
+
+
+def _num_edges(frame: Structure, cutoff: float) -> int:
+    try:
+        return len(neighbor_pairs(frame.positions, frame.cell, frame.pbc, cutoff)[0])
+    except DataError as error:
+        raise DataError(f"{frame.where}: {error}" if frame.where else str(error)) from None
 
 
 def compute_statistics(
@@ -209,28 +248,30 @@ def compute_statistics(
 
     Args:
         cutoff: [Å], for the number of neighbours.
-        config: how to get reference energies; default least squares.
+        config: how to get reference energies.
         keys, units: how to read ``config.file``.
         num_edges: edges of every frame returned, where they are known already; else neighbour lists are made here.
 
     Raises:
-        DataError: see :func:`reference_energies`.
+        DataError: see :func:`reference_energies`; no atom with a neighbour.
     """
     references, report, frames = reference_energies(structures, config or ReferenceEnergiesConfig(), keys, units)
     atoms = sum(len(frame) for frame in frames)
-    if num_edges is None:
-        num_edges = (len(neighbor_pairs(frame.positions, frame.cell, frame.pbc, cutoff)[0]) for frame in frames)
-    interaction = [
-        (frame.energy - sum(references[int(z)] for z in frame.numbers)) / len(frame)
-        for frame in frames
-        if frame.energy is not None
-    ]
+    total_edges = sum(_num_edges(frame, cutoff) for frame in frames) if num_edges is None else sum(num_edges)
+    if total_edges == 0:
+        lengths = [pdist(frame.positions).min() for frame in frames if len(frame) > 1]
+        found = f"the two closest are {min(lengths):.4g} Å apart" if lengths else "every frame is a single atom"
+        raise DataError(
+            f"no atom of the training frames has a neighbour within {cutoff:g} Å ({found}): raise"
+            " model.host.cutoff_A, or set data.units.length to the unit of the file"
+        )
+    interaction = interaction_energies(frames, references)
     squares = [np.square(frame.forces).ravel() for frame in frames if frame.forces is not None]
     force_rms = float(np.sqrt(np.concatenate(squares).mean())) if squares else 0.0
     statistics = DatasetStatistics(
         elements=tuple(sorted(references)),
         atom_references=references,
-        avg_num_neighbors=float(sum(num_edges)) / atoms,
+        avg_num_neighbors=float(total_edges) / atoms,
         energy_shift=float(np.mean(interaction)) if interaction else 0.0,
         force_rms=force_rms or 1.0,
         energy_std=float(np.std(interaction)) if interaction else 0.0,

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from ase.data import chemical_symbols, covalent_radii
+from ase.data import chemical_symbols
 
 from steradian.config import ReferenceEnergiesConfig
 from steradian.data.load import frame_key
-from steradian.data.statistics import reference_energies
-from steradian.graph.neighbors import neighbor_pairs
+from steradian.data.plausibility import plausibility, shortest_distance
+from steradian.data.statistics import interaction_energies, reference_energies, split_isolated_atoms
 from steradian.graph.structures import DataError, Structure, formula
 
 __all__ = ["Summary", "summarize"]
 
 MAX_NOTES = 10
+FITTED = ReferenceEnergiesConfig(kind="least_squares")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Summary:
         force_rms: root mean square of the force components, or None.
         shortest_distance: between two atoms of any frame, or None.
         duplicates: frames that are exact copies of earlier ones (to 1e-6 Å).
+        plausibility: labels against what is usual in eV and Å; its warnings are among the notes.
         notes: suspicious frames and labels, one line each.
     """
 
@@ -54,6 +56,7 @@ class Summary:
     force_rms: float | None
     shortest_distance: float | None
     duplicates: int
+    plausibility: dict[str, Any]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +64,8 @@ class Summary:
         return asdict(self)
 
 
-def summarize(structures: Sequence[Structure]) -> Summary:
-    """Look at every frame once.
+def summarize(structures: Sequence[Structure], *, declared: bool = False) -> Summary:
+    """Look at every frame once; ``declared``: the units were declared, so no other ones are guessed.
 
     Suspicious are: energies per atom or largest forces far outside the others (more than ten robust standard
     deviations from the median), forces that are all exactly zero, forces that do not sum to zero, atoms closer than
@@ -76,7 +79,8 @@ def summarize(structures: Sequence[Structure]) -> Summary:
     sizes = [len(structure) for structure in structures]
     numbers = np.concatenate([structure.numbers for structure in structures])
     elements = Counter(chemical_symbols[int(z)] for z in numbers)
-    notes: list[str] = []
+    usual = plausibility(structures, _isolated_references(structures), declared=declared)
+    notes = list(usual.warnings)
     energies = _interaction_energies(structures)
     if energies is not None:
         notes += _outliers("energy per atom", energies, "eV, after reference energies")
@@ -104,8 +108,16 @@ def summarize(structures: Sequence[Structure]) -> Summary:
         force_rms=float(np.sqrt(np.mean(np.concatenate(known) ** 2))) if known else None,
         shortest_distance=shortest,
         duplicates=_duplicates(structures, notes),
+        plausibility=usual.to_dict(),
         notes=notes,
     )
+
+
+def _isolated_references(structures: Sequence[Structure]) -> dict[int, float] | None:
+    """Reference energies of the isolated atoms among the frames, where they are there for every element."""
+    references, rest = split_isolated_atoms([frame for frame in structures if frame.energy is not None])
+    elements = {int(z) for frame in rest for z in frame.numbers}
+    return references if references.keys() >= elements else None
 
 
 def _interaction_energies(structures: Sequence[Structure]) -> dict[int, float] | None:
@@ -113,12 +125,8 @@ def _interaction_energies(structures: Sequence[Structure]) -> dict[int, float] |
     labelled = [index for index, frame in enumerate(structures) if frame.energy is not None]
     if not labelled:
         return None
-    references, _, _ = reference_energies([structures[index] for index in labelled], ReferenceEnergiesConfig())
-    values = {}
-    for index in labelled:
-        frame = structures[index]
-        values[index] = float(frame.energy - sum(references[int(z)] for z in frame.numbers)) / len(frame)  # type: ignore[operator]
-    return values
+    references, _, _ = reference_energies([structures[index] for index in labelled], FITTED)
+    return dict(zip(labelled, interaction_energies(structures, references)))
 
 
 def _outliers(name: str, values: dict[int, float], unit: str) -> list[str]:
@@ -185,22 +193,17 @@ def _distances(structures: Sequence[Structure], notes: list[str]) -> float | Non
     shortest, close = np.inf, []
     for index, frame in enumerate(structures):
         try:
-            receivers, senders, shifts = neighbor_pairs(frame.positions, frame.cell, frame.pbc, 3.0)
+            pair = shortest_distance(frame, 3.0)
         except DataError as error:
             close.append(f"frame {index}: {error}")
             continue
-        if not len(receivers):
+        if pair is None:
             continue
-        vectors = frame.positions[senders] + shifts @ frame.cell - frame.positions[receivers]
-        lengths = np.linalg.norm(vectors, axis=1)
-        radii = covalent_radii[frame.numbers]
-        ratio = lengths / (radii[senders] + radii[receivers])
-        worst = int(np.argmin(ratio))
-        shortest = min(shortest, float(lengths.min()))
-        if ratio[worst] < 0.5:
-            i, j = int(receivers[worst]), int(senders[worst])
+        length, ratio, i, j = pair
+        shortest = min(shortest, length)
+        if ratio < 0.5:
             symbols = f"{chemical_symbols[frame.numbers[i]]}-{chemical_symbols[frame.numbers[j]]}"
-            close.append(f"frame {index}: atoms {i} and {j} ({symbols}) are {lengths[worst]:.3f} Å apart")
+            close.append(f"frame {index}: atoms {i} and {j} ({symbols}) are {length:.3f} Å apart")
     notes += close[:MAX_NOTES]
     if len(close) > MAX_NOTES:
         notes.append(f"... and {len(close) - MAX_NOTES} more frames with atoms too close")

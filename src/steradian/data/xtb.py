@@ -79,6 +79,8 @@ class Recipe:
         for name in ("temperature", "frames", "timestep", "friction", "stride"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.multiplicity is not None and self.multiplicity < 1:
+            raise DataError(f"multiplicity must be 1 (singlet) or more, not {self.multiplicity}")
         if self.equilibration < 0:
             raise DataError(f"equilibration must not be negative, not {self.equilibration}")
 
@@ -181,6 +183,9 @@ class _State:
     def extend(self, recipe: Recipe) -> None:
         """Run the equilibration, where not done yet, and the next segment of frames."""
         if not self.equilibrated:
+            # A fresh calculator here, too: one that is warm from the relaxation would move a whole run and one that
+            # was killed before its first segment to different frames.
+            self.atoms.calc = _new_calculator(recipe)
             _run_dynamics(self, recipe, round(recipe.equilibration / recipe.timestep))
             self.equilibrated = True
         # The fresh calculator is part of the definition of a trajectory, see SEGMENT.
@@ -247,6 +252,7 @@ def _start(recipe: Recipe) -> _State:
     from ase.optimize import BFGS
 
     atoms = starting_geometry(recipe.molecule)
+    _check_electrons(atoms, recipe)
     atoms.calc = _new_calculator(recipe)
     with _explained(recipe, "relaxing the geometry"):
         if len(atoms) > 1 and not BFGS(atoms, logfile=None).run(fmax=0.02, steps=500):
@@ -257,11 +263,22 @@ def _start(recipe: Recipe) -> _State:
     return _State(atoms, generator)
 
 
+def _check_electrons(atoms: Atoms, recipe: Recipe) -> None:
+    """Refuse charges and multiplicities that the molecule cannot have; tblite takes any number."""
+    electrons = int(atoms.numbers.sum()) - recipe.charge
+    if abs(recipe.charge) > max(4, len(atoms)) or electrons < 1:
+        raise DataError(f"a charge of {recipe.charge} on {len(atoms)} atoms ({recipe.molecule}); check --charge")
+    unpaired = (recipe.multiplicity or 1 + electrons % 2) - 1
+    if unpaired > electrons or (electrons - unpaired) % 2:
+        raise DataError(
+            f"multiplicity {recipe.multiplicity} is impossible with {electrons} electrons: it is "
+            f"{'even' if electrons % 2 else 'odd'} (charge {recipe.charge})"
+        )
+
+
 def _run_dynamics(state: _State, recipe: Recipe, steps: int) -> None:
     from ase.md.langevin import Langevin
 
-    if state.atoms.calc is None:
-        state.atoms.calc = _new_calculator(recipe)
     dynamics = Langevin(
         state.atoms,
         recipe.timestep * units.fs,

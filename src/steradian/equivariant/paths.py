@@ -1,7 +1,7 @@
 """Products of two features with one learned number per coupling path and channel.
 
 ``z[i3, f] = sum over paths k[path, f] sum_{m1 m2} C[l1 m1, l2 m2 -> l3 m3] x[i1 m1, f] y[i2 m2, f]`` with the
-coefficients of :mod:`steradian.equivariant.couplings`. The products are formed path by path first (by a polynomial or
+coefficients of :mod:`steradian.equivariant.harmonics`. The products are formed path by path first (by a polynomial or
 a sum over neighbours), and the numbers k multiply last, where everything is a number per atom.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steradian.equivariant.couplings import coupling
-from steradian.equivariant.dense import Dense, lecun_normal
+from steradian.equivariant.harmonics import coupling
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
+from steradian.equivariant.linear import Dense, lecun_normal
 from steradian.graph import Edges
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast

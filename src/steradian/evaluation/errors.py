@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import rich.console
+import rich.markup
 import torch
 from ase.data import chemical_symbols
 from rich.progress import track
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import one_line, read_arrays, write_atomically
 from steradian.config import BatchConfig
 from steradian.evaluation.metrics import (
     METRICS,
@@ -29,13 +30,11 @@ from steradian.evaluation.metrics import (
     figures,
     metric_name,
 )
-from steradian.evaluation.tables import Table, format_number
+from steradian.evaluation.tables import Table, format_number, plain
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.neighbors import make_graph
+from steradian.graph.structures import Structure
 from steradian.units import KCAL_PER_MOL, STRESS
-
-if TYPE_CHECKING:
-    from steradian.graph.structures import Structure
 
 __all__ = ["ErrorReport", "WorstStructure", "evaluate"]
 
@@ -283,15 +282,18 @@ class ErrorReport:
         Raises:
             ValueError: the file cannot be read or holds something else.
         """
+        stored = read_arrays(path)
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                meta = json.loads(str(stored["meta"]))
-                arrays = ErrorArrays(**{name: stored[name] for name in ErrorArrays.__dataclass_fields__})
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except (KeyError, ValueError):
-            raise ValueError(f"{path}: not a file of errors written by 'steradian evaluate'") from None
-        return cls(arrays, meta["name"], meta["seconds"], meta["batch"], info=meta.get("info", {}))
+            meta = json.loads(str(stored.pop("meta")))
+            arrays = ErrorArrays(**{name: stored[name] for name in ErrorArrays.__dataclass_fields__})
+            arrays.check()
+            return cls(
+                arrays, str(meta["name"]), float(meta["seconds"]), str(meta["batch"]), info=dict(meta.get("info", {}))
+            )
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: not a file of errors written by 'steradian evaluate' ({one_line(error)})"
+            ) from None
 
 
 FORCE_HEADS = ["MAE [meV/Å]", "RMSE", "Q95", "Q99", "MAX"]
@@ -362,7 +364,7 @@ def evaluate(
     try:
         shown = track(
             structures,
-            description=f"evaluating {name}",
+            description=rich.markup.escape(f"evaluating {plain(name)}"),
             console=console,
             transient=True,
             disable=not (progress and console.is_terminal),

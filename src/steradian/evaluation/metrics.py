@@ -64,6 +64,12 @@ UNITS = {
     "stress": "eV/Å^3",
 }
 Array = NDArray[np.float64]
+PER_ATOM = {"numbers", "force_error", "force_reference"}
+SHAPES = {"force_error": (3,), "force_reference": (3,), "stress_error": (3, 3)}
+KINDS = {"config_type": "U", "atom_counts": "iu", "numbers": "iu"}
+KINDS |= dict.fromkeys(("has_energy", "has_forces", "has_stress"), "b")
+"""Arrays with one row per atom (the others: per structure), and shapes of rows that are not numbers,
+and kinds of values that are not floating-point numbers (letters of numpy)."""
 
 
 def metric_name(quantity: str, statistic: str) -> str:
@@ -189,6 +195,27 @@ class ErrorArrays:
     force_reference: Array
     stress_error: Array
 
+    def check(self) -> None:
+        """Refuse arrays that do not belong together.
+
+        Raises:
+            ValueError: names the first.
+        """
+        num_structures = len(self.atom_counts)
+        if self.atom_counts.dtype.kind not in KINDS["atom_counts"] or (self.atom_counts < 0).any():
+            raise ValueError("atom_counts are no counts")
+        num_atoms = int(self.atom_counts.sum())
+        for name, values in vars(self).items():
+            rows = num_atoms if name in PER_ATOM else num_structures
+            shape = (rows, *SHAPES.get(name, ()))
+            if values.shape != shape:
+                raise ValueError(f"{name} has shape {list(values.shape)}, not {list(shape)}")
+            kind = KINDS.get(name, "f")
+            if values.dtype.kind not in kind or (kind == "f" and not np.isfinite(values).all()):
+                raise ValueError(f"{name} holds other values than it should")
+        if ((self.numbers < 1) | (self.numbers > 118)).any():
+            raise ValueError("numbers are no atomic numbers")
+
     @property
     def num_structures(self) -> int:
         return len(self.atom_counts)
@@ -204,9 +231,8 @@ class ErrorArrays:
         starts = np.cumsum(self.atom_counts) - self.atom_counts
         pieces = [np.arange(starts[i], starts[i] + self.atom_counts[i]) for i in indices]
         atoms = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-        per_atom = {"numbers", "force_error", "force_reference"}
         return ErrorArrays(
-            **{name: values[atoms if name in per_atom else indices] for name, values in vars(self).items()}
+            **{name: values[atoms if name in PER_ATOM else indices] for name, values in vars(self).items()}
         )
 
     def sample(self, quantity: str, atoms: NDArray[np.bool_] | None = None) -> ErrorSample:

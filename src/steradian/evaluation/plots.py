@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from steradian.checkpoint import write_atomically
 from steradian.evaluation.errors import ErrorReport
 from steradian.evaluation.metrics import METRICS
-from steradian.evaluation.tables import format_number
+from steradian.evaluation.tables import format_number, plain
 
 __all__ = [
     "COLORS",
@@ -110,6 +110,11 @@ def color_of(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
+def shown_name(name: str) -> str:
+    """The name of a model in a picture, where dollars would be formulas."""
+    return plain(name).replace("$", r"\$")
+
+
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
@@ -131,7 +136,7 @@ def parity(reports: Sequence[ErrorReport]) -> Figure:
         forces = 1e3 * arrays.force_reference[labelled].ravel()
         errors = 1e3 * arrays.force_error[labelled].ravel()
         _parity_panel(axes[row, 1], forces / 1e3, (forces + errors) / 1e3, color, "force component", "eV/Å")
-        axes[row, 0].set_title(report.name, fontweight="bold")
+        axes[row, 0].set_title(shown_name(report.name), fontweight="bold")
     return figure
 
 
@@ -222,7 +227,7 @@ def violins(reports: Sequence[ErrorReport]) -> Figure:
         for (marker, size), value in zip(MARKS.values(), (*np.quantile(norms, [0.5, 0.95, 0.99]), norms[-1])):
             axes.plot(np.log10(value), place, marker, color=_darker(color, 0.25), ms=size, mew=1.6)
     _decade_ticks(axes)
-    axes.set_yticks(places, [report.name for report in reports])
+    axes.set_yticks(places, [shown_name(report.name) for report in reports])
     axes.set_ylim(0.45, len(reports) + 0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -259,7 +264,7 @@ def cumulative_errors(reports: Sequence[ErrorReport]) -> Figure:
         smallest = min(smallest, 1 / norms.size)
         edges.append((norms[int(0.02 * norms.size)], norms[-1]))
         keep = _thinned(norms.size)
-        axes.plot(norms[keep], share[keep], color=color_of(index), label=report.name)
+        axes.plot(norms[keep], share[keep], color=color_of(index), label=shown_name(report.name))
         quantiles = np.quantile(norms, [0.95, 0.99])
         axes.plot(quantiles, [0.05, 0.01], "o", color=color_of(index), ms=5, mec="white", mew=0.8, zorder=4)
         axes.plot(norms[-1], share[-1], "x", color=color_of(index), ms=5.5, mew=1.6, zorder=4)
@@ -305,7 +310,7 @@ def element_bars(reports: Sequence[ErrorReport]) -> Figure:
         found = [report.per_element.get(symbol, {}) for symbol in elements]
         mean = np.array([1e3 * values.get("forces_vector_mae", np.nan) for values in found])
         q95 = np.array([1e3 * values.get("forces_q95", np.nan) for values in found])
-        handles.append(axes.bar(places, mean, width * 0.88, color=color_of(index), label=report.name))
+        handles.append(axes.bar(places, mean, width * 0.88, color=color_of(index), label=shown_name(report.name)))
         half = 0.44 * width
         axes.vlines(places, mean, q95, color=color_of(index), linewidth=0.9)
         axes.hlines(q95, places - half, places + half, color=color_of(index), linewidth=2.2)
@@ -385,7 +390,7 @@ def learning_curves(logs: Mapping[str, Metrics], over: str = "epoch") -> Figure:
             if name in metrics:
                 x, y = metrics[name]
                 few = {"marker": "o", "ms": 3} if len(x) < 15 else {}
-                panel.plot(x, factor * y, color=color_of(index), label=model, linewidth=1.3, **few)
+                panel.plot(x, factor * y, color=color_of(index), label=shown_name(model), linewidth=1.3, **few)
         panel.set(yscale="log", title=label, xlabel=over)
         _log_axis(panel, "y")
     handles, names = axes[0].get_legend_handles_labels()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from torch import Tensor
 from steradian.evaluation.tables import Table, format_number
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.neighbors import make_graph
-
-if TYPE_CHECKING:
-    from steradian.graph.structures import Structure
+from steradian.graph.structures import Structure
 
 __all__ = ["RotationAudit", "RotationFigures", "random_orthogonal", "rotation_audit"]
 

@@ -12,7 +12,12 @@ import rich.box
 import rich.table
 import rich.text
 
-__all__ = ["Table", "format_number", "format_percent"]
+__all__ = ["Table", "format_number", "format_percent", "plain"]
+
+
+def plain(text: str) -> str:
+    """Text from files and command lines with its control characters spelled out: no terminal obeys them."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
 
 
 def format_number(value: float, digits: int = 3) -> str:
@@ -59,11 +64,11 @@ class Table:
     def rich(self) -> rich.table.Table:
         """For ``rich.print``."""
         table = rich.table.Table(
-            title=self.title,
+            title=rich.text.Text(plain(self.title)),
             title_justify="left",
             title_style="bold",
             box=rich.box.SIMPLE_HEAD,
-            caption=self.note or None,
+            caption=rich.text.Text(plain(self.note)) if self.note else None,
             caption_justify="left",
             pad_edge=False,
         )
@@ -72,7 +77,7 @@ class Table:
             # A narrow terminal wraps cells, it never cuts one.
             table.add_column(rich.text.Text(column), justify="left" if words else "right", overflow="fold")
         for index, row in enumerate(self.rows):
-            cells = [rich.text.Text(cell) for cell in row]  # Text: brackets in labels are no markup
+            cells = [rich.text.Text(plain(cell)) for cell in row]  # Text: brackets in labels are no markup
             table.add_row(*cells, style={"head": "bold", "faint": "dim"}.get(self._kind(index)))
         return table
 
@@ -81,7 +86,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned plain text, ending with a line break."""
-        lines = [list(self.columns), *[list(row) for row in self.rows]]
+        lines = [list(self.columns), *[[plain(cell) for cell in row] for row in self.rows]]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
 
         def aligned(line: list[str]) -> str:
@@ -92,8 +97,8 @@ class Table:
             return "  ".join(cells).rstrip()
 
         ruler = "  ".join("-" * width for width in widths)
-        body = [self.title, "", aligned(lines[0]), ruler, *map(aligned, lines[1:])]
-        note = textwrap.wrap(self.note, max(len(ruler), 60))
+        body = [plain(self.title), "", aligned(lines[0]), ruler, *map(aligned, lines[1:])]
+        note = textwrap.wrap(plain(self.note), max(len(ruler), 60))
         return "\n".join([*body, *(["", *note] if note else [])]) + "\n"
 
     def html(self) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steradian.compiler.checked import OF_GRADIENTS, MismatchError, allowed, difference, differs
 from steradian.config.precision import ROLES
-from steradian.execution.graphs import first_line, say
+from steradian.execution.recording import first_line, say
 from steradian.polynomials.backend import (
     GPU_BACKENDS,
     backend_on,

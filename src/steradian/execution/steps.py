@@ -1,6 +1,6 @@
 """Steps over graphs and batches, prepared once per size of the input: predictions, or a loss and its gradients.
 
-A batch is filled up to a bucket (:mod:`~steradian.execution.padding`), written into tensors that stay where they are,
+A batch is filled up to a bucket (:mod:`~steradian.execution.batches`), written into tensors that stay where they are,
 and the step of the bucket is replayed (a CUDA graph). On its first use a step is checked against the same function
 called on the same batch; where it cannot be made or does not pass, one line says why, and the function is called from
 then on.
@@ -15,16 +15,38 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from steradian.execution.buffers import GraphBuffers, StepCache, tensors_of
-from steradian.execution.check import MismatchError, check_gradients, check_loss, check_prediction, weights_state
-from steradian.execution.dataset import DeviceData
-from steradian.execution.graphs import CudaRecorder, Recorded, Recorder, first_line, map_tensors, record, say
-from steradian.execution.padding import Buckets, Sizes, pad_graph
+from steradian.execution.batches import Buckets, DeviceData, Sizes, pad_graph, real_part
+from steradian.execution.recording import (
+    CudaRecorder,
+    GraphBuffers,
+    MismatchError,
+    Recorded,
+    Recorder,
+    StepCache,
+    check_gradients,
+    check_loss,
+    check_prediction,
+    first_line,
+    map_tensors,
+    record,
+    say,
+    tensors_of,
+    weights_state,
+)
 from steradian.graph import Graph, Prediction
 from steradian.operators.base import declares
 from steradian.potential import Potential
 
-__all__ = ["GradientStep", "Mode", "PredictionStep", "Step", "Steps", "resolve_mode", "with_gradients"]
+__all__ = [
+    "GradientStep",
+    "Mode",
+    "PredictionStep",
+    "Runner",
+    "Step",
+    "Steps",
+    "resolve_mode",
+    "with_gradients",
+]
 
 Mode = Literal["auto", "eager", "cuda_graph"]
 
@@ -382,3 +404,60 @@ def with_gradients(found: LossAndGradients, weights: Sequence[nn.Parameter], sca
     used = [(weight, gradient) for weight, gradient in zip(weights, found.gradients) if gradient is not None]
     ready: Tensor = _Ready.apply(loss, [gradient for _, gradient in used], *(weight for weight, _ in used))
     return ready
+
+
+# --------------------------------------------------------------------------------------------------------- a potential
+
+
+class Runner:
+    """Energies, forces and stresses of graphs of any size; see :mod:`steradian.execution.steps`.
+
+    Args:
+        potential: weights may change between calls, in place; its device, format or training mode too.
+        mode: ``auto`` (recorded on a GPU, called elsewhere), ``eager`` or ``cuda_graph``.
+        forces, stress: what to give.
+        buckets: sizes; None for steps of a quarter.
+        keep: how many steps are kept ready.
+        recorder: what records, in place of CUDA graphs (for tests).
+
+    Not supported: graphs spread over processes, and what EFA does in crystals (it asks for the lattice); for both the
+    potential is called as it is.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        mode: str = "auto",
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        buckets: Buckets | None = None,
+        keep: int = 8,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.potential, self._options = potential, {"forces": forces, "stress": stress}
+        self._steps = Steps(
+            PredictionStep(potential, **self._options), mode, buckets=buckets, keep=keep, recorder=recorder
+        )
+
+    @property
+    def mode(self) -> str:
+        """``eager`` or ``cuda_graph``."""
+        return self._steps.mode
+
+    @property
+    def reason(self) -> str | None:
+        """Why the potential is called as it is, where preparing a step failed."""
+        return self._steps.reason
+
+    def __call__(self, graph: Graph) -> Prediction:
+        """Predict a batch of any size; new tensors. In training mode the derivatives cannot be differentiated again."""
+        if not self._steps.can_serve(graph):
+            return self.potential(graph.to(self.potential.device), **self._options)
+        found, _ = self._steps(graph)
+        return real_part(found, Sizes.of(graph))
+
+    def static(self, graph: Graph, warm_up: int = 3) -> Callable[[], Prediction]:
+        """A function of the present contents of a graph that the caller changes in place; see :meth:`Steps.static`."""
+        run = self._steps.static(graph, warm_up)
+        return lambda: run()[0]

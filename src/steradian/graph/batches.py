@@ -57,7 +57,7 @@ class GraphDataset(Dataset[Graph]):
             try:
                 graph = make_graph(self.structures[index], self.cutoff, dtype=self.dtype)
             except DataError as error:
-                raise DataError(f"frame {index}: {error}") from None
+                raise DataError(str(error) if self.structures[index].where else f"frame {index}: {error}") from None
             if self.cache:
                 self._graphs[index] = graph
         return graph

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.graph.sharing import Share
-from steradian.graph.topology import Pairs, Topology
+from steradian.graph.topology import Pairs, Share, Topology
 
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 

@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase.data import chemical_symbols
 
+from steradian.config.text import printable
+
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["DataError", "Structure", "formula"]
+__all__ = ["LABELS", "DataError", "Structure", "checked_label", "formula", "real_numbers", "stress_matrix"]
 
 MAX_NUMBER = 118
+LABELS = ("energy", "forces", "stress")
 
 
 class DataError(ValueError):
     """Data that cannot be used; one line that names the file, the frame and the way out."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(printable(message).splitlines()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,7 @@ class Structure:
         stress: ``[3, 3]`` Cauchy stress [eV/Å^3], positive under tension (ASE's sign), or None.
         config_type: label for tables of errors per kind of frame.
         weight: weight of the frame in the loss.
+        where: file and frame it was read from, for messages.
 
     Raises:
         DataError: wrong shapes, an unknown element, numbers that are not finite, a periodic direction without a
@@ -50,6 +57,7 @@ class Structure:
     stress: np.ndarray | None = None
     config_type: str = ""
     weight: float = 1.0
+    where: str = ""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -71,19 +79,9 @@ class Structure:
             raise DataError(f"a cell of shape {cell.shape}; expected three lattice vectors, (3, 3)")
         put("cell", cell if self.pbc.any() else np.zeros((3, 3)))
         self._check_cell()
-        if self.energy is not None:
-            energy = _array(self.energy, "energy")
-            if energy.size != 1:
-                raise DataError(f"an energy of shape {energy.shape}; expected one number per frame")
-            put("energy", float(energy.reshape(())))
-        if self.forces is not None:
-            put("forces", _array(self.forces, "forces"))
-            if self.forces.shape != (count, 3):
-                raise DataError(f"forces of shape {self.forces.shape} for {count} atoms; expected ({count}, 3)")
-        if self.stress is not None:
-            put("stress", _array(self.stress, "stress"))
-            if self.stress.shape != (3, 3):
-                raise DataError(f"a stress of shape {self.stress.shape}; expected (3, 3)")
+        for label in LABELS:
+            if getattr(self, label) is not None:
+                put(label, checked_label(label, getattr(self, label), count))
         if not np.isfinite(self.weight) or self.weight < 0:
             raise DataError(f"a weight of {self.weight}; weights are finite and not negative")
 
@@ -112,11 +110,15 @@ class Structure:
         Args:
             labels: values that replace what the calculator holds (``energy``, ``forces``, ``stress`` in ASE's
                 Voigt order or as 3 x 3, ``config_type``, ``weight``).
+
+        Raises:
+            DataError: also where the results belong to other atoms: one calculator for a list of Atoms holds the
+                results of the last one only.
         """
-        values: dict[str, Any] = {}
-        if atoms.calc is not None:
-            results = getattr(atoms.calc, "results", {})
-            values = {name: results[name] for name in ("energy", "forces", "stress") if results.get(name) is not None}
+        results = getattr(atoms.calc, "results", None) or {}
+        values: dict[str, Any] = {name: results[name] for name in LABELS if results.get(name) is not None}
+        if set(values) - set(labels or {}):
+            _check_owner(atoms)
         values["config_type"] = str(atoms.info.get("config_type", ""))
         values.update(labels or {})
         if values.get("stress") is not None:
@@ -155,7 +157,7 @@ def stress_matrix(values: object) -> np.ndarray:
     Raises:
         DataError: another count of numbers.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = real_numbers(values, "stress")
     if array.size == 9:
         return array.reshape(3, 3)
     if array.size == 6:
@@ -164,17 +166,58 @@ def stress_matrix(values: object) -> np.ndarray:
     raise DataError(f"a stress of shape {array.shape}; expected 6 (Voigt), 9 or 3 x 3 numbers")
 
 
+def checked_label(label: str, value: object, count: int) -> Any:
+    """A label of a frame of ``count`` atoms in its right shape: a float, ``[N, 3]`` or ``[3, 3]``.
+
+    Raises:
+        DataError: another shape, something that is no number, NaN or infinity.
+    """
+    array = _array(value, label)
+    if label == "energy":
+        if array.size != 1:
+            raise DataError(f"an energy of shape {array.shape}; expected one number per frame")
+        return float(array.reshape(()))
+    if label == "forces" and array.shape != (count, 3):
+        raise DataError(f"forces of shape {array.shape} for {count} atoms; expected ({count}, 3)")
+    if label == "stress" and array.shape != (3, 3):
+        raise DataError(f"a stress of shape {array.shape}; expected (3, 3)")
+    return array
+
+
+def _check_owner(atoms: Atoms) -> None:
+    """Raise where the stored results were computed for other atoms; some calculators do not remember for which."""
+    owner = getattr(atoms.calc, "atoms", None)
+    if owner is None:
+        return
+    for name in ("numbers", "positions", "cell", "pbc"):
+        if not np.array_equal(np.asarray(getattr(owner, name)), np.asarray(getattr(atoms, name))):
+            raise DataError(
+                f"the calculator's results belong to other atoms (other {name}: one calculator for several Atoms, or "
+                "atoms moved since): call get_forces() on each just before, or give labels="
+            )
+
+
 def formula(numbers: np.ndarray) -> str:
     """Chemical formula in alphabetical order, such as ``C3H4O2``."""
     symbols = sorted((chemical_symbols[z], int(count)) for z, count in zip(*np.unique(numbers, return_counts=True)))
     return "".join(symbol + (str(count) if count > 1 else "") for symbol, count in symbols)
 
 
-def _array(value: object, name: str) -> np.ndarray:
+def real_numbers(value: object, name: str) -> np.ndarray:
+    """A float64 array of a value. Raises DataError for text, truth values, complex numbers, dates and objects."""
     try:
-        array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise DataError(f"{name} that are not numbers") from None
+        array = np.asarray(value)
+        entries = np.asarray(value, dtype=object).ravel() if isinstance(value, list | tuple) else ()
+    except (TypeError, ValueError, OverflowError):  # rows of different lengths
+        raise DataError(f"'{name}' does not hold numbers in one shape") from None
+    if array.dtype.kind not in "iuf" or any(isinstance(entry, bool | np.bool_) for entry in entries):
+        kind = {"b": "truth values", "c": "complex numbers", "M": "dates", "m": "times", "U": "text", "S": "text"}
+        raise DataError(f"'{name}' does not hold numbers but {kind.get(array.dtype.kind, 'something else')}")
+    return np.array(array, dtype=np.float64)
+
+
+def _array(value: object, name: str) -> np.ndarray:
+    array = real_numbers(value, name)
     if not np.isfinite(array).all():
         first = np.argwhere(~np.isfinite(array))[0]
         place = f" of atom {first[0]}" if array.ndim == 2 and name in ("positions", "forces") else ""

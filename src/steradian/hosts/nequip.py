@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steradian.compiler.activations import silu
 from steradian.config import NequIPConfig
-from steradian.equivariant.activations import silu
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import O3MPNNConfig
-from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import Degrees, natural_degrees
+from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import constant
+from steradian.compiler.activations import silu
+from steradian.compiler.folding import constant
 from steradian.config import ViSNetConfig
-from steradian.equivariant.activations import silu
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
@@ -288,7 +288,8 @@ class ViSNetLayer(nn.Module):
             weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
         attention = attention * weight.unsqueeze(1)
         values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.links.senders, shared])
-        return (values.view(len(attention), self.num_heads, -1) * attention.unsqueeze(2)).view(len(attention), -1)
+        per_head = values.view(-1, self.num_heads, self.num_channels // self.num_heads)
+        return (per_head * attention.unsqueeze(2)).view(-1, self.num_channels)
 
     def _carried(self, vectors: Tensor | None, weights: Tensor, rows: LinkGeometry) -> Tensor:
         """Vector messages summed at the receivers, ``[N, size, C]``."""

@@ -15,7 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from steradian.build import load_potential
 from steradian.config import PrecisionConfig
 from steradian.execution.backend_benchmark import prepare_backend
-from steradian.execution.runner import Runner
+from steradian.execution.steps import Runner
 from steradian.graph import Graph, Prediction
 from steradian.graph.neighbors import make_graph
 from steradian.graph.skin import Capacity, DeviceList, HostList

@@ -16,18 +16,14 @@ train, move and are copied with the model.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steradian.checkpoint import ModelFileError, write_atomically
+from steradian.checkpoint import ModelFileError, read_tensors, write_tensors
 from steradian.config import EFAConfig, MARAConfig
 from steradian.graph import Edges
 from steradian.interfaces.attach_base import AttachError, ForeignAtoms, MixingSlot, Package, Seen, Slot
@@ -62,10 +58,11 @@ class GatedLayer(nn.Module):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook in front of the layer: computes alpha."""
-        features = self.package.features(layer, args, kwargs, self.spec)
-        alpha = self.operator(features, self.package.edges(layer, args, kwargs, self.spec, self.seen))
+        given = self.package.given(args, kwargs)
+        features = self.package.features(layer, given, self.spec)
+        alpha = self.operator(features, self.package.edges(given, self.spec, self.seen))
         self.alpha = alpha.detach()
-        self._pending = self.package.on_all_rows(alpha, args, kwargs)
+        self._pending = self.package.on_all_rows(alpha, given)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Hook behind the radial weights (or the cutoff): multiplies them by alpha."""
@@ -97,8 +94,8 @@ class MixedLayer(nn.Module):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook in front of the layer: keeps features and atoms."""
-        features = self.package.features(layer, args, kwargs, self.spec)
-        self._pending = (features, self.package.atoms(args, kwargs, self.seen))
+        given = self.package.given(args, kwargs)
+        self._pending = (self.package.features(layer, given, self.spec), self.package.atoms(given, self.seen))
 
     def after(self, end: nn.Module, args: Any, output: Any) -> Any:
         """Hook behind the layer: adds the operator's update to the layer's own."""
@@ -260,8 +257,7 @@ def save_attached(path: Path | str, model: nn.Module) -> None:
         "operators": [config.model_dump(mode="json") for config in attachment.configs],
         "layers": sorted(indices),  # type: ignore[type-var]
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in attachment.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={"steradian_attached": json.dumps(header)}))
+    write_tensors(path, attachment.state_dict(), "steradian_attached", header)
 
 
 def load_attached(
@@ -278,16 +274,7 @@ def load_attached(
         ModelFileError: missing, damaged, or of another kind of model.
         AttachError: see :func:`attach`.
     """
-    path = Path(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: cannot be read ({error})") from None
-    if "steradian_attached" not in metadata:
-        raise ModelFileError(f"{path}: holds no attached operators")
-    header = json.loads(metadata["steradian_attached"])
+    weights, header = read_tensors(path, "steradian_attached", "one of attached operators")
     name = package_of(model).name
     if header["package"] != name:
         raise ModelFileError(f"{path}: written for a model of {header['package']}, this one is of {name}")

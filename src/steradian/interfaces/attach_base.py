@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steradian.graph.topology import Topology
 from steradian.operators.base import SlotSpec
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "AttachError",
     "ForeignAtoms",
     "ForeignEdges",
+    "Given",
     "MixingSlot",
     "Package",
     "Seen",
     "Slot",
+    "Watcher",
     "channels_last",
     "degrees_of",
     "entries_of",
@@ -61,15 +65,41 @@ class MixingSlot:
     spec: SlotSpec
 
 
+Given = Mapping[str, Any]
+"""Arguments of a layer by name."""
+
+
 @dataclass
 class Seen:
-    """What hooks on the whole model have seen in the present call."""
+    """What hooks on the whole model have seen in the present call, and facts that hold for all calls."""
 
     values: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def forget(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook behind the whole model: tensors with a history would keep it alive, and cannot be copied."""
         self.values = {}
+
+
+class Watcher:
+    """Keeps what a module is given, or gives, in the present call (a class, so models with hooks copy and pickle).
+
+    Args:
+        seen: where to.
+        arguments: names of the module's arguments in order, to be kept under these names.
+    """
+
+    def __init__(self, seen: Seen, *arguments: str) -> None:
+        self.seen, self.arguments = seen, arguments
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook in front of the module."""
+        given = dict(zip(self.arguments, args)) | kwargs
+        self.seen.values |= {name: given[name] for name in self.arguments if name in given}
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook behind the module: keeps what it gives, under the first name."""
+        self.seen.values[self.arguments[0]] = output
 
 
 @dataclass(frozen=True)
@@ -89,15 +119,37 @@ class ForeignEdges:
 
 @dataclass(frozen=True)
 class ForeignAtoms:
-    """What an operator between all atoms sees of a batch of molecules; see :class:`steradian.graph.Edges`."""
+    """What an operator between all atoms sees of a batch of molecules; see :class:`steradian.graph.Edges`.
+
+    Attributes:
+        positions: ``[N, 3]`` [Å].
+        topology: of the atoms alone, without edges.
+    """
 
     positions: Tensor
-    system: Tensor
-    num_systems: int
-    num_atoms: int
+    topology: Topology
     cell: None = None
     pbc: None = None
     share: None = None
+
+    @staticmethod
+    def of(positions: Tensor, system: Tensor, num_systems: int) -> ForeignAtoms:
+        """Atoms ``[N, 3]`` of systems ``[N]``."""
+        none = system.new_zeros(0)
+        return ForeignAtoms(positions, Topology(none, none, len(system), system=system, num_systems=num_systems))
+
+    @property
+    def system(self) -> Tensor:
+        """``[N]`` index of the system of each atom."""
+        return self.topology.system
+
+    @property
+    def num_systems(self) -> int:
+        return self.topology.num_systems
+
+    @property
+    def num_atoms(self) -> int:
+        return self.topology.num_atoms
 
 
 class Package(ABC):
@@ -126,17 +178,23 @@ class Package(ABC):
         return []
 
     @abstractmethod
-    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """A layer's arguments by name.
+
+        Raises:
+            AttachError: a call that cannot be served.
+        """
+
+    @abstractmethod
+    def features(self, layer: nn.Module, given: Given, spec: SlotSpec) -> Tensor:
         """Node features ``[N, D, C]``, from a layer's arguments."""
 
     @abstractmethod
-    def edges(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> ForeignEdges:
+    def edges(self, given: Given, spec: SlotSpec, seen: Seen) -> ForeignEdges:
         """The edges, from a layer's arguments."""
 
     @abstractmethod
-    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
+    def atoms(self, given: Given, seen: Seen) -> ForeignAtoms:
         """All atoms, strained where the model strains them.
 
         Raises:
@@ -151,7 +209,7 @@ class Package(ABC):
     def added(self, output: Any, addition: Tensor, end: nn.Module, spec: SlotSpec) -> Any:
         """What a layer returns, with ``[N, D', C]`` added to the local update."""
 
-    def on_all_rows(self, alpha: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def on_all_rows(self, alpha: Tensor, given: Given) -> Tensor:
         """alpha for every row of the weights, where there are more rows than edges."""
         return alpha
 

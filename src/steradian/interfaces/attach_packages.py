@@ -17,10 +17,12 @@ from steradian.interfaces.attach_base import (
     AttachError,
     ForeignAtoms,
     ForeignEdges,
+    Given,
     MixingSlot,
     Package,
     Seen,
     Slot,
+    Watcher,
     channels_last,
     degrees_of,
     entries_of,
@@ -105,28 +107,26 @@ class MaceTorch(Package):
 
     def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
         cutoff = getattr(model.radial_embedding, "cutoff_fn", None)
-        watcher = _VectorWatcher(seen, int(getattr(cutoff, "p", 6)))
+        seen.facts["power"] = int(getattr(cutoff, "p", 6))
+        harmonics: Any = model.spherical_harmonics
         return [
-            model.register_forward_pre_hook(_DataWatcher(seen), with_kwargs=True),
-            model.spherical_harmonics.register_forward_pre_hook(watcher),  # type: ignore[union-attr]
+            # the model puts strained positions into the batch that it is given
+            model.register_forward_pre_hook(Watcher(seen, "data").before, with_kwargs=True),
+            harmonics.register_forward_pre_hook(Watcher(seen, "x").before, with_kwargs=True),
         ]
 
-    @staticmethod
-    def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         given = dict(zip(("node_attrs", "node_feats", "edge_attrs", "edge_feats", "edge_index"), args)) | kwargs
         if given.get("lammps_class") is not None:
             raise AttachError("ghost atoms of LAMMPS (ML-IAP) are not served: an operator needs all features of a step")
         return given
 
-    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
-        return channels_last(self._given(args, kwargs)["node_feats"], spec, _layout(layer) != "ir_mul")
+    def features(self, layer: nn.Module, given: Given, spec: SlotSpec) -> Tensor:
+        return channels_last(given["node_feats"], spec, _layout(layer) != "ir_mul")
 
-    def edges(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> ForeignEdges:
-        given = self._given(args, kwargs)
+    def edges(self, given: Given, spec: SlotSpec, seen: Seen) -> ForeignEdges:
         senders, receivers = given["edge_index"]
-        vectors = -seen.values["vectors"].to(given["node_feats"].dtype)
+        vectors = -seen.values["x"].to(given["node_feats"].dtype)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
         return ForeignEdges(
             senders=senders,
@@ -134,15 +134,15 @@ class MaceTorch(Package):
             vectors=vectors,
             lengths=lengths,
             radial=given["edge_feats"],
-            envelope=polynomial_envelope(lengths, spec.cutoff, seen.values["power"]),
+            envelope=polynomial_envelope(lengths, spec.cutoff, seen.facts["power"]),
             num_atoms=len(given["node_feats"]),
         )
 
-    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
+    def atoms(self, given: Given, seen: Seen) -> ForeignAtoms:
         data = seen.values["data"]
         if "unit_shifts" in data and bool(data["unit_shifts"].any()):
             raise AttachError(MOLECULES_ONLY)
-        return ForeignAtoms(data["positions"], data["batch"], len(data["ptr"]) - 1, len(data["batch"]))
+        return ForeignAtoms.of(data["positions"], data["batch"], len(data["ptr"]) - 1)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return channels_last(output, leaving(spec), _layout(end) != "ir_mul")
@@ -154,26 +154,6 @@ class MaceTorch(Package):
 def _product_irreps(product: nn.Module) -> Any:
     """Irreps that a product block returns; where cuequivariance runs its linear map, those are of its class."""
     return product.linear.irreps_out  # type: ignore[union-attr]
-
-
-class _DataWatcher:
-    """Keeps the batch of the present call; the model puts strained positions into it."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen.values = {"data": args[0] if args else kwargs["data"]}
-
-
-class _VectorWatcher:
-    """Keeps the vectors of the present call (a class, so that a model with hooks can be copied and pickled)."""
-
-    def __init__(self, seen: Seen, power: int) -> None:
-        self.seen, self.power = seen, power
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.seen.values |= {"vectors": args[0], "power": self.power}
 
 
 def _layout(block: nn.Module) -> str:
@@ -225,39 +205,34 @@ class Nequip(Package):
         outs = [layer.irreps_out["node_features"] for layer in layers]  # type: ignore[index]
         return [MixingSlot(layer, layer, widths_out(out, slot.spec)) for layer, slot, out in zip(layers, slots, outs)]
 
-    @staticmethod
-    def _data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         data = args[0] if args else kwargs["data"]
         if "lmp_mliap_data" in data:
             raise AttachError("ghost atoms of LAMMPS (ML-IAP) are not served: an operator needs all features of a step")
         return data
 
-    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
-        return channels_last(self._data(args, kwargs)["node_features"], spec)
+    def features(self, layer: nn.Module, given: Given, spec: SlotSpec) -> Tensor:
+        return channels_last(given["node_features"], spec)
 
-    def edges(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> ForeignEdges:
-        data = self._data(args, kwargs)
-        receivers, senders = data["edge_index"]
-        features = data["node_features"]
+    def edges(self, given: Given, spec: SlotSpec, seen: Seen) -> ForeignEdges:
+        receivers, senders = given["edge_index"]
+        features = given["node_features"]
         return ForeignEdges(
             senders=senders,
             receivers=receivers,
-            vectors=data["edge_vectors"].to(features.dtype),
-            lengths=data["edge_lengths"].view(-1).to(features.dtype),
-            radial=data["edge_embedding"],
-            envelope=data["edge_cutoff"].view(-1),
+            vectors=given["edge_vectors"].to(features.dtype),
+            lengths=given["edge_lengths"].view(-1).to(features.dtype),
+            radial=given["edge_embedding"],
+            envelope=given["edge_cutoff"].view(-1),
             num_atoms=len(features),
         )
 
-    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
-        data = self._data(args, kwargs)
-        if "edge_cell_shift" in data and bool(data["edge_cell_shift"].any()):
+    def atoms(self, given: Given, seen: Seen) -> ForeignAtoms:
+        if "edge_cell_shift" in given and bool(given["edge_cell_shift"].any()):
             raise AttachError(MOLECULES_ONLY)
-        positions, num_atoms = data["pos"].to(data["node_features"].dtype), len(data["pos"])
-        system = data.get("batch", torch.zeros(num_atoms, dtype=torch.long, device=positions.device))
-        return ForeignAtoms(positions, system, len(data["num_atoms"]) if "batch" in data else 1, num_atoms)
+        positions, num_atoms = given["pos"].to(given["node_features"].dtype), len(given["pos"])
+        system = given.get("batch", torch.zeros(num_atoms, dtype=torch.long, device=positions.device))
+        return ForeignAtoms.of(positions, system, len(given["num_atoms"]) if "batch" in given else 1)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return channels_last(output["node_features"], leaving(spec))
@@ -315,24 +290,20 @@ class PygViSNet(Package):
 
     def watch(self, model: nn.Module, seen: Seen) -> list[RemovableHandle]:
         (block,) = found(model, "torch_geometric.nn.models.visnet", "ViSNetBlock")
+        atoms, radial = Watcher(seen, "z", "pos", "batch"), Watcher(seen, "radial")
         return [
-            block.register_forward_pre_hook(_AtomWatcher(seen), with_kwargs=True),
-            block.distance_expansion.register_forward_hook(_RadialWatcher(seen)),  # type: ignore[union-attr]
+            block.register_forward_pre_hook(atoms.before, with_kwargs=True),
+            block.distance_expansion.register_forward_hook(radial.after),  # type: ignore[union-attr]
         ]
 
-    @staticmethod
-    def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         return dict(zip(("x", "vec", "edge_index", "r_ij", "f_ij", "d_ij"), args)) | kwargs
 
-    def features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec) -> Tensor:
-        given = self._given(args, kwargs)
+    def features(self, layer: nn.Module, given: Given, spec: SlotSpec) -> Tensor:
         scalars = given["x"].unsqueeze(1)
         return scalars if len(spec.degrees) == 1 else torch.cat([scalars, given["vec"]], dim=1)
 
-    def edges(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], spec: SlotSpec, seen: Seen
-    ) -> ForeignEdges:
-        given = self._given(args, kwargs)
+    def edges(self, given: Given, spec: SlotSpec, seen: Seen) -> ForeignEdges:
         between = given["edge_index"][0] != given["edge_index"][1]
         senders, receivers = given["edge_index"][:, between]
         lengths = given["r_ij"][between]
@@ -346,9 +317,9 @@ class PygViSNet(Package):
             num_atoms=len(given["x"]),
         )
 
-    def atoms(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> ForeignAtoms:
-        positions, system = seen.values["positions"], seen.values["system"]
-        return ForeignAtoms(positions, system, int(system.max()) + 1 if len(system) else 0, len(system))
+    def atoms(self, given: Given, seen: Seen) -> ForeignAtoms:
+        positions, system = seen.values["pos"], seen.values["batch"]
+        return ForeignAtoms.of(positions, system, int(system.max()) + 1 if len(system) else 0)
 
     def update(self, output: Any, end: nn.Module, spec: SlotSpec) -> Tensor:
         return torch.cat([output[0].unsqueeze(1), output[1]], dim=1)
@@ -357,28 +328,7 @@ class PygViSNet(Package):
         scalars, vectors, *others = output
         return (scalars + addition[:, 0], vectors + addition[:, 1:], *others)
 
-    def on_all_rows(self, alpha: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        edge_index = self._given(args, kwargs)["edge_index"]
+    def on_all_rows(self, alpha: Tensor, given: Given) -> Tensor:
+        edge_index = given["edge_index"]
         between = edge_index[0] != edge_index[1]
         return alpha.new_ones(len(between)).index_put((between.nonzero().squeeze(1),), alpha)
-
-
-class _RadialWatcher:
-    """Keeps the radial basis of the present call."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.seen.values |= {"radial": output}
-
-
-class _AtomWatcher:
-    """Keeps positions and systems of the present call."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("z", "pos", "batch"), args)) | kwargs
-        self.seen.values = {"positions": given["pos"], "system": given["batch"]}

@@ -19,15 +19,15 @@ from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig
 from steradian.config.efa import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.equivariant.couplings import to_cartesian_order
-from steradian.equivariant.dense import MLP, Dense
+from steradian.equivariant.harmonics import to_cartesian_order
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
+from steradian.equivariant.linear import MLP, Dense
 from steradian.equivariant.paths import Paths
+from steradian.equivariant.sphere import LEBEDEV_DEGREES
 from steradian.hosts.o3mpnn import O3MPNN, O3Layer
-from steradian.operators.efa.efa import EuclideanFastAttention
 from steradian.operators.efa.mixer import EFAMixer
+from steradian.operators.efa.operator import EuclideanFastAttention
 from steradian.potential import Potential
-from steradian.sphere.grids import LEBEDEV_DEGREES
 
 __all__ = [
     "attention_config",

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from steradian.equivariant.sphere import SphereGrid
 from steradian.graph import Edges
 from steradian.graph.topology import Topology
-from steradian.sphere.grids import SphereGrid
 
 __all__ = [
     "AttentionMaps",

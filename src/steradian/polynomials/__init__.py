@@ -20,6 +20,7 @@ from steradian.compiler.checked import FirstUse, allowed, difference, is_static
 from steradian.compiler.folding import Folded
 from steradian.graph.topology import Rows
 from steradian.polynomials.backend import backend_for, set_backend, use_backend
+from steradian.polynomials.cuequivariance import evaluate_cuequivariance
 from steradian.polynomials.polynomial import Operand, Polynomial, Terms
 from steradian.polynomials.program import RowIndices
 from steradian.polynomials.reference import evaluate_reference, sample
@@ -122,8 +123,6 @@ def _on_gpu(
         checked = partial(evaluate_triton, dtype=wide)
         final = partial(evaluate_triton, dtype=dtype)
     else:
-        from steradian.polynomials.cuequivariance import evaluate_cuequivariance
-
         given = [value.to(wide) for value in inputs]
         checked = final = evaluate_cuequivariance
     plain, target = [_plain(index) for index in gathers], _plain(scatter)

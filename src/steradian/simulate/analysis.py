@@ -1,10 +1,15 @@
-"""What a trajectory says: drift, radial distribution function, statistics of the forces."""
+"""What a trajectory says: drift, radial distribution function, statistics of the forces, a picture."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-__all__ = ["energy_drift", "force_statistics", "radial_distribution"]
+import numpy as np
+from matplotlib.figure import Figure
+
+from steradian.evaluation.plots import COLORS, FAINT
+
+__all__ = ["energy_drift", "force_statistics", "radial_distribution", "simulation_picture"]
 
 
 def energy_drift(times_fs: np.ndarray, total_energies: np.ndarray, num_atoms: int) -> float:
@@ -74,3 +79,21 @@ def force_statistics(forces: np.ndarray, window: int = 1) -> dict[str, np.ndarra
     weights = np.ones(min(window, len(norms)))
     share = np.convolve(np.ones(len(norms)), weights, mode="same")
     return {name: np.convolve(values, weights, mode="same") / share for name, values in figures.items()}
+
+
+def simulation_picture(log: Path, num_atoms: int, target: float | None) -> Figure:
+    """Temperature, and total energy per atom relative to the start, against time; from ``md.csv``."""
+    table = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
+    time_ps = table["time_fs"] / 1000
+    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(time_ps, table["temperature_K"], color=COLORS[0], linewidth=1.0)
+    if target is not None:
+        top.axhline(target, color=FAINT, linestyle="--", linewidth=0.9)
+    top.set_ylabel("temperature [K]")
+    bottom.plot(time_ps, 1000 * (table["total_eV"] - table["total_eV"][0]) / num_atoms, color=COLORS[1], linewidth=1.0)
+    bottom.set_ylabel("total energy − start\n[meV/atom]")
+    bottom.set_xlabel("time [ps]")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

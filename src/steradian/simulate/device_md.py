@@ -25,7 +25,7 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.execution.backend_benchmark import prepare_backend
-from steradian.execution.graphs import record
+from steradian.execution.recording import record
 from steradian.graph import Graph, Prediction
 from steradian.graph.skin import Capacity, DeviceList, HostList, Needs
 from steradian.operators.base import declares

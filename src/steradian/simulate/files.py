@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,20 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import FolderInUseError, explained, held, read_json, write_json
 from steradian.simulate.settings import MDSettings, SimulationError
 
 __all__ = ["LOG_COLUMNS", "RunFiles"]
 
 LOG_COLUMNS = ("step", "time_fs", "potential_eV", "kinetic_eV", "total_eV", "temperature_K")
+PIECE = 1 << 22  # bytes of a trajectory that are hashed at once
 
 
 class RunFiles:
     """``trajectory.extxyz``, ``md.csv``, ``restart.json`` and ``settings.json`` in a folder.
 
-    Frames and lines are appended and flushed to the disk; a restart point remembers how long both files were, so what
-    was written after it is cut away when a run goes on from there.
+    Frames and lines are appended and flushed to the disk; a restart point remembers how long both files were and their
+    hashes. A run that goes on from there cuts away what was written after it, and refuses what is not as it was.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,26 +39,46 @@ class RunFiles:
         self.log = folder / "md.csv"
         self.restart = folder / "restart.json"
         self.settings = folder / "settings.json"
+        self.picture = folder / "md.png"
+        self._hashes = {"trajectory": hashlib.sha256(), "log": hashlib.sha256()}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from simulating in the folder, which goes again if no run begins.
+
+        Raises:
+            SimulationError: another process does.
+            OSError: the folder cannot be made or written to.
+        """
+        try:
+            with held(self.folder, "simulating"):
+                yield
+        except FolderInUseError as error:
+            raise SimulationError(f"{error}, or choose another folder with --out") from None
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            SimulationError: with the ways out.
+        """
+        if self.restart.exists() and not overwrite:
+            raise SimulationError(f"{self.folder} holds a run already: add --resume to go on with it, or --overwrite")
 
     def stored_engine(self) -> str | None:
         """Which engine ran here, or None where no run is."""
-        if not self.settings.exists():
-            return None
-        return str(json.loads(self.settings.read_text()).get("engine", "ase"))
+        return str(self._read(self.settings).get("engine", "ase")) if self.settings.exists() else None
 
-    def begin(self, settings: MDSettings, engine: str, overwrite: bool) -> None:
-        """An empty run.
+    def restart_step(self) -> int | None:
+        """The step from which the run goes on, or None where no run is."""
+        return int(self._read(self.restart)["step"]) if self.restart.exists() else None
 
-        Raises:
-            SimulationError: a run is there already.
-        """
-        if self.settings.exists() and not overwrite:
-            raise SimulationError(f"{self.folder} holds a run already: add --resume to go on with it, or --overwrite")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in (self.trajectory, self.log, self.restart):
-            file.unlink(missing_ok=True)
-        write_atomically(self.settings, json.dumps(asdict(settings) | {"engine": engine}, indent=1).encode())
-        self.log.write_text(",".join(LOG_COLUMNS) + "\n")
+    def begin(self, settings: MDSettings, engine: str) -> None:
+        """An empty run; a run that was there is gone."""
+        for file in (self.restart, self.settings, self.trajectory, self.log, self.picture):
+            file.unlink(missing_ok=True)  # without its restart point it is no run any more, whatever interrupts
+        write_json(self.settings, asdict(settings) | {"engine": engine})
+        self._append("log", ",".join(LOG_COLUMNS) + "\n")
 
     def save_frame(
         self, atoms: Atoms, step: int, settings: MDSettings, *, energy: float, kinetic: float, forces: np.ndarray
@@ -68,14 +92,16 @@ class RunFiles:
         text = io.StringIO()
         ase.io.write(text, frame, format="extxyz")
         row = (step, time, energy, kinetic, energy + kinetic, atoms.get_temperature())
-        for path, content in (
-            (self.trajectory, text.getvalue()),
-            (self.log, ",".join(map(repr, map(float, row))) + "\n"),
-        ):
-            with open(path, "a", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+        self._append("trajectory", text.getvalue())
+        self._append("log", ",".join(map(repr, map(float, row))) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        path, content = getattr(self, name), text.encode()
+        with explained(path), open(path, "ab") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._hashes[name].update(content)
 
     def save_restart(self, atoms: Atoms, step: int, state: dict[str, Any]) -> None:
         """Replace the restart point; ``state`` is what an engine needs beside positions and momenta."""
@@ -87,36 +113,79 @@ class RunFiles:
             "cell": np.asarray(atoms.cell).tolist(),
             "pbc": atoms.pbc.tolist(),
             **state,
-            "trajectory_bytes": self.trajectory.stat().st_size,
-            "log_bytes": self.log.stat().st_size,
         }
-        write_atomically(self.restart, json.dumps(content).encode())
+        for name, found in self._hashes.items():
+            content[f"{name}_bytes"] = getattr(self, name).stat().st_size
+            content[f"{name}_sha256"] = found.hexdigest()
+        write_json(self.restart, content)
 
     def restore(self, atoms: Atoms, settings: MDSettings, engine: str) -> dict[str, Any]:
         """Put the atoms back to the restart point, cut what was written after it; returns all that it holds.
 
         Raises:
-            SimulationError: no run, or one with other settings, atoms or engine.
+            SimulationError: no run, one with other settings, atoms or engine, or files that are not as they were.
         """
         if not self.restart.exists() or not self.settings.exists():
             raise SimulationError(f"{self.folder}: no run to resume there (it has no restart.json)")
-        stored = {"engine": "ase"} | json.loads(self.settings.read_text())
+        stored = {"engine": "ase"} | self._read(self.settings)
         present = asdict(settings) | {"engine": engine}
+        del present["timestep_reason"]
         changed = [name for name, value in present.items() if stored.get(name) != value]
         if changed:
             raise SimulationError(
                 f"{self.folder} was run with another {', '.join(changed)}; resume with the same settings"
             )
-        state: dict[str, Any] = json.loads(self.restart.read_text())
-        if state["numbers"] != atoms.numbers.tolist():
-            raise SimulationError(f"{self.folder} was run with other atoms; give the structure it started from")
-        atoms.set_cell(state["cell"])
-        atoms.set_pbc(state["pbc"])
-        atoms.set_positions(state["positions"])
-        atoms.set_momenta(state["momenta"])
-        for path, size in ((self.trajectory, state["trajectory_bytes"]), (self.log, state["log_bytes"])):
-            os.truncate(path, size)
+        state = self._read(self.restart)
+        try:
+            if state["numbers"] != atoms.numbers.tolist():
+                raise SimulationError(f"{self.folder} was run with other atoms; give the structure it started from")
+            atoms.set_cell(state["cell"])
+            atoms.set_pbc(state["pbc"])
+            atoms.set_positions(state["positions"])
+            atoms.set_momenta(state["momenta"])
+            for name in self._hashes:
+                self._check(name, int(state[f"{name}_bytes"]), state.get(f"{name}_sha256"), int(state["step"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SimulationError):
+                raise
+            raise SimulationError(f"{self.restart}: damaged, it cannot be used ({error})") from None
+        for name in self._hashes:
+            os.truncate(getattr(self, name), state[f"{name}_bytes"])
         return state
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except ValueError as error:
+            raise SimulationError(f"{error}; restore it from a copy, or start anew with --overwrite") from None
+
+    def _check(self, name: str, size: int, digest: str | None, step: int) -> None:
+        """Hash a file up to the restart point and compare.
+
+        Raises:
+            SimulationError: it is shorter, or not what was written.
+        """
+        path: Path = getattr(self, name)
+        found, last = hashlib.sha256(), b""
+        present = path.stat().st_size if path.exists() else 0
+        with open(path if present else os.devnull, "rb") as stream:
+            while piece := stream.read(min(PIECE, size - stream.tell())) if stream.tell() < size else b"":
+                found.update(piece)
+                if steps := re.findall(rb"step=(\d+)" if name == "trajectory" else rb"(?m)^(\d+)\.0,", piece):
+                    last = steps[-1]
+        way_out = "restore it from a copy, or start anew with --overwrite"
+        if present < size:
+            left = f"what is left goes up to step {last.decode()}" if last else "nothing of it is left"
+            raise SimulationError(
+                f"{path} was cut: {present} of the {size} bytes that it had at the restart point (step {step}), "
+                f"{left}; {way_out}"
+            )
+        if digest is not None and found.hexdigest() != digest:
+            raise SimulationError(
+                f"{path}: damaged or changed, its content up to the restart point (step {step}) is not what was "
+                f"written; {way_out}"
+            )
+        self._hashes[name] = found
 
     def read_log(self) -> dict[str, np.ndarray]:
         """Columns of the log."""

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from ase import units
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from steradian.simulate.settings import MDSettings
+from steradian.simulate.settings import MDSettings
 
 __all__ = ["Integrator", "State", "kinetic_energy"]
 

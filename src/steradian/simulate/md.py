@@ -65,9 +65,20 @@ class _Run:
     def wanted(self, step: int) -> bool:
         return self.saves(step) or self.restarts(step)
 
-    def check(self, step: int, temperature: float, energy: float) -> None:
+    def check(self, step: int, temperature: float, energy: float, forces: np.ndarray) -> None:
+        """Refuse a step that nothing may be written of.
+
+        Raises:
+            SimulationError: energy, forces or positions are not finite, or the atoms are far too hot.
+        """
         limit = TOO_HOT * self.settings.temperature + OFFSET
-        if not math.isfinite(energy) or not np.isfinite(self.atoms.positions).all() or not temperature < limit:
+        finite = math.isfinite(energy) and np.isfinite(self.atoms.positions).all() and np.isfinite(forces).all()
+        if not finite and step == 0:
+            raise SimulationError(
+                "the model gives no finite energy and forces for the start: are two atoms at one place, or is the "
+                "structure unlike those it was trained on?"
+            )
+        if step and not (finite and temperature < limit):
             raise SimulationError(
                 f"the simulation broke down at step {step} ({temperature:.0f} K, {energy:.3g} eV): use a "
                 "shorter time step, relax the structure first, or train on structures like these"
@@ -107,21 +118,28 @@ def run_md(
 
     Raises:
         SimulationError: the start is not finite or has no atoms, the folder is in use, settings differ from those of
-            the run to resume, the atoms fly apart, or there is no such device or engine.
+            the run to resume, files of that run are damaged, the atoms fly apart, or there is no such device or engine.
+        OSError: the folder cannot be written to; names it and the way out.
         KeyboardInterrupt: passed on; what is written stays valid.
     """
     settings = settings or MDSettings()
     files = RunFiles(Path(folder))
     check_start(atoms)
     place = choose_device(device, potential)
-    chosen = _engine(engine, place, files if resume else None)
-    if not isinstance(potential, Potential):
-        potential = load_potential(potential, device=place)
-    copy = atoms.copy()
-    copy.calc = None
-    run = _Run(potential.to(place), copy, files, steps, settings, report)
-    start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume, overwrite)
-    log = files.read_log()
+    with files.held():
+        chosen = _engine(engine, place, files if resume else None)
+        if not resume:
+            files.check_free(overwrite)
+        if not isinstance(potential, Potential):
+            potential = load_potential(potential, device=place)
+        copy = atoms.copy()
+        copy.calc = None
+        run = _Run(potential.to(place), copy, files, steps, settings, report)
+        try:
+            start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume)
+        except DataError as error:  # positions that no list of neighbours can be made of
+            raise SimulationError(f"the simulation broke down: {error}") from None
+        log = files.read_log()
     drift = energy_drift(log["time_fs"], log["total_eV"], len(atoms))
     return MDResult(files.folder, max(start, steps), drift, float(log["temperature_K"].mean()))
 
@@ -158,12 +176,13 @@ def _draw_velocities(atoms: Atoms, settings: MDSettings, random: np.random.Rando
     if np.any(atoms.get_velocities()) or not settings.temperature > 0:
         return
     MaxwellBoltzmannDistribution(atoms, temperature_K=settings.temperature, rng=random)
-    Stationary(atoms)
+    if len(atoms) > 1:  # all that a single atom does is to move as a whole
+        Stationary(atoms)
     if not atoms.pbc.any() and len(atoms) > 2:
         ZeroRotation(atoms)
 
 
-def _run_ase(run: _Run, resume: bool, overwrite: bool) -> int:
+def _run_ase(run: _Run, resume: bool) -> int:
     """The run with ASE's integrators; returns the step at which it started."""
     atoms, settings, files = run.atoms, run.settings, run.files
     random = np.random.RandomState(settings.seed)
@@ -174,21 +193,22 @@ def _run_ase(run: _Run, resume: bool, overwrite: bool) -> int:
         random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
         start = int(state["step"])
     else:
-        files.begin(settings, "ase", overwrite)
         start = 0
         _draw_velocities(atoms, settings, random)
+        run.check(0, 0.0, atoms.get_potential_energy(), atoms.get_forces())
+        files.begin(settings, "ase")
         _save_ase_frame(run, 0)
         files.save_restart(atoms, 0, _random_state(random))
     for step in range(start, run.steps):
         # one step per integrator call: its own counters hold no state that a restart would lose
         _integrator(atoms, random, settings).run(1)
         done = step + 1
-        if run.saves(done) or done == run.steps:
+        if run.wanted(done):
             temperature = float(atoms.get_temperature())
-            run.check(done, temperature, atoms.get_potential_energy())
+            run.check(done, temperature, atoms.get_potential_energy(), atoms.get_forces())
             if run.saves(done):
                 _save_ase_frame(run, done)
-            if run.report is not None:
+            if run.report is not None and (run.saves(done) or done == run.steps):
                 run.report(done, temperature, atoms.get_total_energy())
         if run.restarts(done):
             atoms.calc.forget_list()  # a resumed run makes its list here too, so edges keep their order
@@ -217,7 +237,7 @@ def _integrator(atoms: Atoms, random: np.random.RandomState, settings: MDSetting
     return Langevin(atoms, timestep, temperature_K=settings.temperature, friction=friction, rng=random, fixcm=False)
 
 
-def _run_on_device(run: _Run, resume: bool, overwrite: bool) -> int:
+def _run_on_device(run: _Run, resume: bool) -> int:
     """The run with positions that stay on the device; returns the step at which it started."""
     atoms, settings, files = run.atoms, run.settings, run.files
     model, start = run.potential.for_inference(), 0
@@ -232,13 +252,11 @@ def _run_on_device(run: _Run, resume: bool, overwrite: bool) -> int:
         _draw_velocities(atoms, settings, np.random.RandomState(settings.seed))
         engine = DeviceMD(model, [atoms], settings, device=model.device)
         first = engine.start()
-        files.begin(settings, "device", overwrite)
+        run.check(0, 0.0, float(first.energy[0]), first.forces)
+        files.begin(settings, "device")
         _take(run, first, engine)
-    try:
-        for snapshot in engine.run(start, run.steps, run.wanted):
-            _take(run, snapshot, engine)
-    except DataError as error:
-        raise SimulationError(f"the simulation broke down: {error}") from None
+    for snapshot in engine.run(start, run.steps, run.wanted):
+        _take(run, snapshot, engine)
     return start
 
 
@@ -249,8 +267,7 @@ def _take(run: _Run, snapshot: Snapshot, engine: DeviceMD) -> None:
     atoms.set_velocities(snapshot.velocities)
     energy, kinetic = float(snapshot.energy[0]), float(snapshot.kinetic[0])
     temperature = float(atoms.get_temperature())
-    if step:
-        run.check(step, temperature, energy)
+    run.check(step, temperature, energy, snapshot.forces)
     if run.saves(step):
         run.files.save_frame(atoms, step, run.settings, energy=energy, kinetic=kinetic, forces=snapshot.forces)
     if run.report is not None and step and (run.saves(step) or step == run.steps):

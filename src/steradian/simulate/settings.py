@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from ase import Atoms
 
+from steradian.graph.structures import DataError, Structure
+
 __all__ = ["ENSEMBLES", "MDSettings", "SimulationError", "check_start"]
 
 ENSEMBLES = ("nve", "langevin", "bussi")
+#: [fs] above it no bond of a molecule is followed any more, so a longer time step is nearly always a mistake of units
+LONGEST_TIMESTEP = 10.0
 
 
 class SimulationError(ValueError):
@@ -30,6 +35,10 @@ class MDSettings:
         save_every: steps between frames of the trajectory and lines of the log.
         restart_every: steps between restart points.
         skin: of the neighbour list [Å].
+        timestep_reason: why the time step is longer than :data:`LONGEST_TIMESTEP`; not compared.
+
+    Raises:
+        SimulationError: a value that cannot be.
     """
 
     ensemble: Literal["nve", "langevin", "bussi"] = "langevin"
@@ -40,10 +49,14 @@ class MDSettings:
     save_every: int = 10
     restart_every: int = 100
     skin: float = 0.5
+    timestep_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.ensemble not in ENSEMBLES:
             raise SimulationError(f"ensemble must be nve, langevin or bussi, not '{self.ensemble}'")
+        for name in ("timestep", "temperature", "friction", "skin"):
+            if not math.isfinite(getattr(self, name)):
+                raise SimulationError(f"{name} must be a finite number, not {getattr(self, name)}")
         for name in ("timestep", "save_every", "restart_every"):
             if getattr(self, name) <= 0:
                 raise SimulationError(f"{name} must be positive, not {getattr(self, name)}")
@@ -52,13 +65,19 @@ class MDSettings:
                 raise SimulationError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.ensemble == "bussi" and not self.friction:
             raise SimulationError("bussi needs a positive friction, the inverse of its relaxation time")
+        if self.timestep > LONGEST_TIMESTEP and not self.timestep_reason:
+            raise SimulationError(
+                f"a time step of {self.timestep:g} fs is longer than the vibrations of atoms (usual: 0.5 to 2 fs); if "
+                "it is meant, say why with --timestep-reason TEXT"
+            )
 
 
 def check_start(atoms: Atoms) -> None:
     """Refuse a start that no simulation can begin with.
 
     Raises:
-        SimulationError: there are no atoms, or a position, velocity or lattice vector is not finite.
+        SimulationError: there are no atoms, a position, velocity or lattice vector is not finite, or the cell has no
+            height along a periodic direction.
     """
     if not len(atoms):
         raise SimulationError("no atoms to simulate")
@@ -68,3 +87,7 @@ def check_start(atoms: Atoms) -> None:
             raise SimulationError(f"the {name} of atom {atom} is not finite (NaN or infinity): mend the structure")
     if not np.isfinite(atoms.cell[:]).all():
         raise SimulationError("the cell is not finite (NaN or infinity): mend the structure")
+    try:
+        Structure(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
+    except DataError as error:
+        raise SimulationError(f"the start cannot be simulated: {error}") from None

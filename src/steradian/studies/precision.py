@@ -17,17 +17,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms, units
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from steradian.config.precision import PRESETS, ROLES, WIDE_ROLES, PrecisionConfig
+from steradian.evaluation.plots import COLORS
 from steradian.evaluation.rotations import rotation_audit
 from steradian.evaluation.tables import Table, format_number
 from steradian.graph import Graph, batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from steradian.interfaces.ase import SteradianCalculator
 from steradian.potential import Potential
+from steradian.simulate.analysis import energy_drift
 
 __all__ = ["PrecisionRow", "PrecisionStudy", "StudySettings", "precision_study"]
 
@@ -168,8 +174,6 @@ class PrecisionStudy:
 
     def picture(self) -> Figure:
         """Force error of every role and format, and of the presets against their time."""
-        from steradian.evaluation.plots import COLORS
-
         figure = Figure(figsize=(9.0, 4.2))
         left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
         formats = list(dict.fromkeys(row.format for row in self.rows if row.kind == "role"))
@@ -323,13 +327,6 @@ def _with_consequences(
 
 def _drift(model: Potential, structure: Structure, settings: StudySettings, md_steps: int) -> float:
     """Slope of the total energy of an NVE run [eV per atom and ps]."""
-    from ase import Atoms, units
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
-    from ase.md.verlet import VelocityVerlet
-
-    from steradian.interfaces.ase import SteradianCalculator
-    from steradian.simulate.analysis import energy_drift
-
     atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
     atoms.calc = SteradianCalculator(model, device=model.device, skin=0.5, radial_table=False)
     random = np.random.RandomState(settings.seed)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from steradian.config import TrainingConfig
 from steradian.execution.backend_benchmark import prepare_backend
-from steradian.execution.dataset import DeviceData, room_for
-from steradian.execution.graphs import CudaRecorder, Recorder, say
-from steradian.execution.padding import Buckets, Sizes
+from steradian.execution.batches import Buckets, DeviceData, Sizes, room_for
+from steradian.execution.recording import CudaRecorder, Recorder, say
 from steradian.execution.steps import GradientStep, PredictionStep, Steps, resolve_mode, with_gradients
 from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.potential import Potential

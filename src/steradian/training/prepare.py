@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scipy.spatial.distance import pdist
-
 from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
+from steradian.data.labels import is_isolated_atom
 from steradian.data.load import load_dataset
-from steradian.data.statistics import DatasetStatistics, compute_statistics, is_isolated_atom
+from steradian.data.plausibility import plausibility
+from steradian.data.statistics import DatasetStatistics, compute_statistics
 from steradian.evaluation.metrics import METRICS
 from steradian.graph.batches import BatchSampler, GraphDataset
 from steradian.graph.structures import DataError, Structure
@@ -99,6 +99,8 @@ def prepare(
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
     rows = plan_rows(config, sets, statistics, potential, counts, device_line(process, config.training))
+    usual = plausibility(frames, statistics.atom_references, declared=config.data.units.energy is not None)
+    rows += [*usual.rows, *(("warning", warning) for warning in usual.warnings)]
     rows += [("note", warning) for warning in provenance.get("warnings", [])]
     if saved is not None and saved["format"] == WITHOUT_HASH:
         rows.append(("note", f"{directory.state} is of an earlier version and has no check sum: taken as it is"))
@@ -129,10 +131,10 @@ def training_statistics(
         frames: of the training set. graphs: of the same frames.
 
     Raises:
-        ConfigError: no atom has a neighbour.
+        DataError: no atom has a neighbour.
     """
     references = config.data.reference_energies
-    leaves_atoms_out = references.kind == "isolated_atoms"
+    leaves_atoms_out = references.kind in ("auto", "isolated_atoms")
     counts = [
         count
         for frame, count in zip(frames, graphs.num_edges.tolist())
@@ -141,13 +143,6 @@ def training_statistics(
     statistics, chosen = compute_statistics(
         frames, graphs.cutoff, references, keys=config.data.keys, units=config.data.units, num_edges=counts
     )
-    if not sum(counts):
-        lengths = [pdist(frame.positions).min() for frame in chosen if len(frame) > 1]
-        found = f"the two closest are {min(lengths):.4g} Å apart" if lengths else "every frame is a single atom"
-        raise ConfigError(
-            f"no atom of the training frames has a neighbour within {graphs.cutoff:g} Å ({found}): raise"
-            " model.host.cutoff_A, or set data.units.length to the unit of the file"
-        )
     taken = {id(frame) for frame in chosen}
     return statistics, [index for index, frame in enumerate(frames) if id(frame) in taken]
 

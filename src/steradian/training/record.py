@@ -11,9 +11,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import FolderInUseError, held, write_atomically
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
 from steradian.training.state import ResumeError
 
@@ -42,7 +42,6 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = path / ".lock"
         self.staging = path / ".new"
         self._place(path)
 
@@ -86,28 +85,16 @@ class RunDirectory:
 
         Raises:
             RunExistsError: another process trains there.
-            ConfigError: the folder cannot be made.
+            OSError: the folder cannot be made; names it and the way out.
         """
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.lock, "w")  # noqa: SIM115 (open as long as the folder is held)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write the run there ({error.strerror})") from None
-        with file:
-            if not _locked(file):
-                raise RunExistsError(
-                    f"{self.path}: another process is training there; wait for it, or choose another name with"
-                    " --set name=NEW"
-                )
-            try:
-                yield
-            finally:
-                shutil.rmtree(self.staging, ignore_errors=True)
-                self.lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the first that is not empty ends it
-                    for folder in missing:
-                        folder.rmdir()
+            with held(self.path, "training"):
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(self.staging, ignore_errors=True)
+        except FolderInUseError as error:
+            raise RunExistsError(f"{error}, or choose another name with --set name=NEW") from None
 
     def start(self, config: RunConfig, overwrite: bool) -> None:
         """Begin a new run beside the one that the folder may hold, and write its configuration.
@@ -261,21 +248,6 @@ class Loggers:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _locked(file: TextIO) -> bool:
-    """Lock a file until it is closed; True also where there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _line(values: list[Any]) -> str:

@@ -22,7 +22,7 @@ from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
-from steradian.hosts.mace.element_pairs import make_repulsion, make_transform
+from steradian.hosts.mace.elements import make_repulsion, make_transform
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.precision import WithRole
 from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork

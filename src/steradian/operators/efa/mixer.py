@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from steradian.config import EFAConfig
-from steradian.equivariant.dense import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.irreps import all_degrees, max_degree, natural_degrees
+from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, union
 from steradian.graph import Edges
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
-from steradian.operators.efa.efa import EuclideanFastAttention
-from steradian.operators.efa.systems import keep_layout
+from steradian.operators.efa.operator import EuclideanFastAttention, Systems
 
 __all__ = ["EFAMixer", "efa_factory"]
 
@@ -70,10 +69,9 @@ class EFAMixer(GlobalMixer):
     def global_update(self, features: Tensor, local_update: Tensor, positions: Tensor, edges: Edges) -> Tensor:
         x = features if self.source == "input" else local_update
         if isinstance(self.attention, EuclideanFastAttention):
-            if edges.topology.knows_sizes:
-                keep_layout(edges.system, edges.topology.sizes)
             entering = change_degrees(x, self.degrees, self.degrees_in)
-            h = self.attention(entering, positions, edges.system, edges.num_systems, edges.cell, edges.pbc, edges.share)
+            systems = Systems(edges.topology.sizes, edges.topology.is_static)
+            h = self.attention(entering, positions, systems, edges.cell, edges.pbc, edges.share)
         else:
             h = self.attention(x)
         total, _ = add_features(self.dense(h), self.degrees_h, x, self.degrees)

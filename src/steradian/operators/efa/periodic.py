@@ -10,26 +10,131 @@ which by Poisson's formula is the sum over all images of ``∫ g_n(k) sin(k r) /
 damped beyond the inverse width of the shell. It is exactly periodic, invariant under translations and rotations (of
 atoms and cell), the same per atom in a supercell, and smooth as the cell changes, because a wave vector enters with
 weight zero. The number of wave vectors grows with the volume, so the cost grows with the square of the size.
+
+Steps, of which each is a function below: which wave vectors the cell has (:func:`lattice_vectors`, whole numbers, not
+differentiated), where they lie for this strain and how far apart they are (:func:`reciprocal_cell`), how much each one
+counts for each frequency (:func:`shell_weights`), with which harmonics of its direction (:func:`parity_harmonics`), and
+the sums over atoms with these waves (:func:`steradian.operators.efa.attention.attend_block`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from steradian.compiler.capture import constant
+from steradian.compiler.folding import constant
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
-from steradian.graph.sharing import Share
-from steradian.operators.efa.attention import Waves, attend_one_system
+from steradian.graph.topology import Share
+from steradian.operators.efa.attention import Waves, attend_block
+from steradian.operators.efa.paper import QKV
 from steradian.radial import safe_norm
 
-__all__ = ["lattice_vectors", "reciprocal_attention", "shell_weights", "waves_of_cells"]
+__all__ = ["lattice_vectors", "parity_harmonics", "reciprocal_attention", "reciprocal_cell", "shell_weights"]
+
+
+def reciprocal_attention(
+    atoms: QKV,
+    cell: Tensor,
+    frequencies: Tensor,
+    width: float,
+    *,
+    longest: float | None = None,
+    degree_scaling: list[float] | None = None,
+    share: Share | None = None,
+    low: torch.dtype | None = None,
+) -> Tensor:
+    """Attention of every atom of a crystal to all atoms and their images.
+
+    Args:
+        atoms: queries, keys, values; positions [Å] anywhere.
+        cell: ``[3, 3]`` lattice vectors as rows [Å], differentiable; periodic in all three directions.
+        frequencies: ``[F / 2]`` [1/Å].
+        width: half width of the shells of wave numbers [1/Å].
+        longest: the largest frequency [1/Å] where it is known: asking a GPU takes time.
+        degree_scaling: integrate the product with the harmonics of the wave vector up to ``len - 1``, whose squares sum
+            to the squared factor of their degree.
+        share, low: as in :class:`steradian.operators.efa.attention.Waves`.
+
+    Returns:
+        ``[N, L, D_v, F_v]``: one result, or one per harmonic, those of even degree first.
+
+    Raises:
+        ValueError: the cell has no volume.
+    """
+    longest = float(frequencies.detach().max()) if longest is None else longest
+    integers = lattice_vectors(cell, longest + width)
+    vectors, to_fractions, volume = reciprocal_cell(cell, integers)
+    lengths = safe_norm(vectors)
+    # each listed vector stands for its opposite too, except zero; (2π)^3 / V is the share of k-space of one vector
+    counted = 1 + integers.any(1).to(cell)
+    density = shell_weights(lengths, frequencies, width) * ((2 * math.pi) ** 3 / volume * counted).unsqueeze(-1)
+    even, odd = density.unsqueeze(0), None
+    if degree_scaling is not None:
+        directions = unit_vectors(vectors, lengths)
+        even, odd = (values.unsqueeze(-1) * density for values in parity_harmonics(directions, degree_scaling))
+    waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, share=share, low=low)
+    # a wave of the lattice does not see by which lattice vector an atom was moved, and small phases have more digits
+    inside = atoms.positions - torch.floor(atoms.positions @ to_fractions).detach() @ cell
+    queries, keys, values, x = (tensor.unsqueeze(0) for tensor in atoms._replace(positions=inside))
+    out = attend_block(queries, keys, values.flatten(2), x, waves)
+    return out.reshape(len(inside), waves.num_results, *atoms.values.shape[1:])
+
+
+# -------------------------------------------------------------------------------------------- wave vectors of a lattice
+
+
+def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
+    """``[K, 3]`` integers m of the wave vectors ``2 pi m cell^-T`` shorter than ``longest`` [1/Å]; zero comes first.
+
+    Of two opposite vectors one is listed. Cells seen lately are known by their numbers.
+
+    Args:
+        cell: ``[3, 3]`` lattice vectors as rows [Å].
+        longest: [1/Å].
+
+    Raises:
+        ValueError: the cell has no volume.
+    """
+    numbers = cell.detach().to("cpu", torch.float64).numpy()
+    return torch.from_numpy(_lattice_vectors(numbers.tobytes(), longest)).to(cell.device)
+
+
+@lru_cache(maxsize=64)
+def _lattice_vectors(numbers: bytes, longest: float) -> np.ndarray:
+    cell = np.frombuffer(numbers).reshape(3, 3)
+    if not abs(np.linalg.det(cell)) > 0:
+        raise ValueError("a periodic system needs three independent lattice vectors")
+    # m_a = k . a / 2π: no wave vector shorter than K has a component beyond K |a| / 2π
+    reach = np.floor(longest * np.linalg.norm(cell, axis=1) / (2 * math.pi)).astype(int)
+    axes = [np.arange(0, reach[0] + 1), np.arange(-reach[1], reach[1] + 1), np.arange(-reach[2], reach[2] + 1)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    first = (grid[:, 0] > 0) | ((grid[:, 0] == 0) & ((grid[:, 1] > 0) | ((grid[:, 1] == 0) & (grid[:, 2] > 0))))
+    vectors = 2 * math.pi * grid @ np.linalg.inv(cell).T
+    chosen = grid[first & (np.linalg.norm(vectors, axis=1) < longest)]
+    return np.concatenate([np.zeros((1, 3), dtype=chosen.dtype), chosen])
+
+
+def reciprocal_cell(cell: Tensor, integers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Wave vectors ``[K, 3]`` [1/Å], the matrix that turns positions into fractions of the cell, and the volume [Å^3].
+
+    Differentiable by the cell. The inverse is written out: a library would ask a GPU whether there is one.
+
+    Args:
+        cell: ``[3, 3]`` lattice vectors a, b, c as rows [Å].
+        integers: ``[K, 3]`` of :func:`lattice_vectors`.
+    """
+    a, b, c = cell.unbind(0)
+    across = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=1)
+    volume = (a * across[:, 0]).sum()
+    inverse = across / volume  # its columns are the reciprocal vectors over 2π
+    return 2 * math.pi * integers.to(cell) @ inverse.T, inverse, volume.abs()
+
+
+# ----------------------------------------------------------------------------------------------- how much a wave counts
 
 
 def shell_weights(wave_numbers: Tensor, frequencies: Tensor, width: float) -> Tensor:
@@ -58,123 +163,17 @@ def _gauss_legendre(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(nodes.tolist()), tuple(weights.tolist())
 
 
-def _degrees(highest: int) -> list[int]:
-    """Degree of every component of the harmonics."""
-    return [degree for degree in range(highest + 1) for _ in range(2 * degree + 1)]
-
-
-def _inverse(cell: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of a matrix ``[3, 3]`` and its volume, without asking whether there is one: a GPU would be waited for."""
-    a, b, c = cell.unbind(0)
-    across = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=1)
-    volume = (a * across[:, 0]).sum()
-    return across / volume, volume.abs()
-
-
-_WAVES: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def waves_of_cells(cells: Tensor, systems: Sequence[int], longest: float) -> dict[int, Tensor]:
-    """:func:`lattice_vectors` of some systems, from cells ``[S, 3, 3]``; kept as long as these live unchanged.
-
-    Raises:
-        ValueError: a cell has no volume.
-    """
-    state = (tuple(systems), longest, None if cells.is_inference() else cells._version)
-    known = _WAVES.get(cells)
-    if known is None or known[0] != state:
-        on_host = cells.detach().cpu()
-        made = {number: lattice_vectors(on_host[number], longest).to(cells.device) for number in systems}
-        if cells.requires_grad or cells.is_inference():  # a tensor of one step, or one whose changes cannot be seen
-            return made
-        known = _WAVES[cells] = state, made
-    found: dict[int, Tensor] = known[1]
-    return found
-
-
-def lattice_vectors(cell: Tensor, longest: float) -> Tensor:
-    """``[K, 3]`` integers m of the wave vectors ``2 pi m cell^-T`` shorter than ``longest`` [1/Å]; zero comes first.
-
-    Of two opposite vectors one is listed.
+def parity_harmonics(directions: Tensor, degree_scaling: list[float]) -> list[Tensor]:
+    """``[A, K]`` harmonics of even degree and ``[O, K]`` of odd degree; the squares of a degree sum to the square of
+    its factor.
 
     Args:
-        cell: ``[3, 3]`` lattice vectors as rows [Å].
-
-    Raises:
-        ValueError: the cell has no volume.
+        directions: ``[K, 3]`` unit vectors (or zero).
+        degree_scaling: a factor per degree, from 0.
     """
-    matrix = cell.detach().cpu().double().numpy()
-    if not abs(np.linalg.det(matrix)) > 0:
-        raise ValueError("a periodic system needs three independent lattice vectors")
-    reach = np.floor(longest * np.linalg.norm(matrix, axis=1) / (2 * math.pi)).astype(int)
-    axes = [np.arange(0, reach[0] + 1), np.arange(-reach[1], reach[1] + 1), np.arange(-reach[2], reach[2] + 1)]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    first = (grid[:, 0] > 0) | ((grid[:, 0] == 0) & ((grid[:, 1] > 0) | ((grid[:, 1] == 0) & (grid[:, 2] > 0))))
-    vectors = 2 * math.pi * grid @ np.linalg.inv(matrix).T
-    chosen = grid[first & (np.linalg.norm(vectors, axis=1) < longest)]
-    return torch.from_numpy(np.concatenate([np.zeros((1, 3), dtype=chosen.dtype), chosen])).to(cell.device)
-
-
-def _scaled_harmonics(vectors: Tensor, lengths: Tensor, degree_scaling: list[float]) -> list[Tensor]:
-    """Harmonics of the wave vectors, ``[A, K]`` those of even degree and ``[O, K]`` those of odd degree."""
-    degrees, device = _degrees(len(degree_scaling) - 1), vectors.device
+    degrees = [degree for degree in range(len(degree_scaling)) for _ in range(2 * degree + 1)]
     factors = tuple(degree_scaling[degree] * (2 * degree + 1) ** -0.5 for degree in degrees)
-    functions = spherical_harmonics(unit_vectors(vectors, lengths), len(degree_scaling) - 1).T
-    functions = functions * constant(factors, vectors.dtype, device).unsqueeze(-1)
-    chosen = [tuple(place for place, degree in enumerate(degrees) if degree % 2 == parity) for parity in (0, 1)]
-    return [functions.index_select(0, constant(rows, torch.int64, device)) for rows in chosen]
-
-
-def reciprocal_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    cell: Tensor,
-    frequencies: Tensor,
-    width: float,
-    *,
-    size: int | None = None,
-    degree_scaling: list[float] | None = None,
-    share: Share | None = None,
-    low: torch.dtype | None = None,
-    integers: Tensor | None = None,
-) -> Tensor:
-    """Attention of every atom of a crystal to all atoms and their images.
-
-    Args:
-        queries, keys: ``[N, D, F]``, F even.
-        values: ``[N, D_v, F_v]``.
-        positions: ``[N, 3]`` [Å], anywhere.
-        cell: ``[3, 3]`` lattice vectors as rows [Å], differentiable; periodic in all three directions.
-        frequencies: ``[F / 2]`` [1/Å].
-        width: half width of the shells of wave numbers [1/Å].
-        size: numbers per query that the square root is taken of; None for D F.
-        degree_scaling: integrate the product with the harmonics of the wave vector up to ``len - 1``, whose squares sum
-            to the squared factor of their degree.
-        share: sum keys and values over processes.
-        low: as in :func:`steradian.operators.efa.attention.rotary_attention`.
-        integers: what :func:`lattice_vectors` gives for the cell, where it is known already.
-
-    Returns:
-        ``[N, D_v, F_v]``, or with harmonics ``[N, A, D_v, F_v]``, those of even degree first.
-
-    Raises:
-        ValueError: the cell has no volume.
-    """
-    if integers is None:
-        integers = lattice_vectors(cell, float(frequencies.detach().max()) + width)
-    inverse, volume = _inverse(cell)
-    inside = positions - torch.floor(positions @ inverse).detach() @ cell  # small phases have more digits
-    integers = integers.to(cell)
-    vectors = 2 * math.pi * integers @ inverse.T
-    lengths = safe_norm(vectors)
-    counted = 1 + integers.any(1).to(cell)  # for the opposite vector
-    density = shell_weights(lengths, frequencies, width) * ((2 * math.pi) ** 3 / volume * counted).unsqueeze(-1)
-    even, odd = density.unsqueeze(0), None
-    if degree_scaling is not None:
-        even, odd = (values.unsqueeze(-1) * density for values in _scaled_harmonics(vectors, lengths, degree_scaling))
-    waves = Waves(vectors, torch.ones_like(lengths[:1]), even, odd, symmetric=True, share=share, low=low)
-    scale = (size or queries.shape[1] * queries.shape[2]) ** -0.5
-    out = attend_one_system(queries * scale, keys, values, inside, waves)
-    return out.squeeze(1) if degree_scaling is None else out
+    functions = spherical_harmonics(directions, len(degree_scaling) - 1).T
+    functions = functions * constant(factors, directions.dtype, directions.device).unsqueeze(-1)
+    places = [tuple(place for place, degree in enumerate(degrees) if degree % 2 == parity) for parity in (0, 1)]
+    return [functions.index_select(0, constant(chosen, torch.int64, directions.device)) for chosen in places]

@@ -1,6 +1,6 @@
-"""Linear attention through plane waves: the sums over atoms of Euclidean fast attention, differentiable at any order.
+"""The sums over atoms of Euclidean fast attention in plain PyTorch, differentiable at any order, in two orders.
 
-Everything is a contraction of one form,
+**Linear.** Everything is a contraction of one form,
 
 .. math:: T = \\sum_i \\sum_{m τ n a e} t_{i,mτn} \\, x_{i,na} \\, S_{mτna,e} \\, y_{i,e} ,
 
@@ -9,8 +9,17 @@ components and both channels of a pair), values y and their sums S over the atom
 application (dT/dy) and both contractions (dT/dx, dT/dt) are enough for the attention, and the derivatives of each are
 made of the others. ``z = t x`` exists for one block of atoms at a time.
 
+**Pair by pair**, for systems so small that this is cheaper: the linear order costs ``4 M D D_v`` per atom, the pairwise
+one about ``2 M n`` per pair of atoms (n = D / channels of a pair). Scores are formed for a tile of atoms at a time:
+
+.. math:: s_{ij} = \\sum_n \\Big(\\sum_μ l_{i,nμ} r_{j,nμ}\\Big) \\Big(\\sum_a q_{i,na} k_{j,na}\\Big), \\quad
+          y_i = \\sum_j s_{ij} v_j
+
+with waves l and r (μ runs over grid points, cosine and sine), weights of the points in r.
+
 Atoms are the last axis, so that elementwise work runs over contiguous memory; B systems of equal (padded) size lie in
-front: ``t [B, m, 2, n, N]``, ``x [B, n, a, N]``, ``y [B, e, N]``, ``S [B, m 2 n a, e]``.
+front: ``t [B, m, 2, n, N]``, ``x [B, n, a, N]``, ``y [B, e, N]``, ``S [B, m 2 n a, e]``. In the pairwise order pairs n
+are joined to the batch: ``l, r [B n, 2 m, N]``, ``q, k [B n, a, N]``.
 """
 
 from __future__ import annotations
@@ -21,12 +30,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from steradian.operators.efa.triton import triton_sums
-
-__all__ = ["PLAIN", "Sums", "apply_moments", "moments", "plane_waves", "way_for"]
+__all__ = ["PLAIN", "PlainSums", "Sums", "apply_moments", "attend_pairs", "moments", "pairs_are_cheaper", "plane_waves"]
 
 NUMBERS_PER_BLOCK = 1 << 18
 """Numbers of z that exist at a time: one block fits into the second-level cache."""
+NUMBERS_PER_TILE = 1 << 20
+"""Scores (of all pairs of channels) that exist at a time."""
+ELEMENTWISE = 60, 134
+"""Measured: what elementwise work on a product t x and on a score costs, in multiply-adds of a product of matrices."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -64,16 +75,12 @@ def moments(waves: Tensor, keys: Tensor, values: Tensor, way: Sums | None = None
 
     Another way to compute may want its own shapes.
     """
-    if getattr(way, "own_derivatives", False) and way is not None:
-        return way.moments(values, [(waves, keys)])
-    return _Moments.apply(way or PLAIN, values, waves, keys)
+    return _Linear.apply(way or PLAIN, "moments", values, waves, keys)
 
 
 def apply_moments(sums: Tensor, *pairs: Tensor, way: Sums | None = None) -> Tensor:
     """``y_i = sum t_i q_i S``, ``[B, e, N]``, summed over the given waves and queries ``t1, q1, t2, q2, ...``."""
-    if getattr(way, "own_derivatives", False) and way is not None:
-        return way.apply(sums, _pairs(pairs))
-    return _Apply.apply(way or PLAIN, sums, *pairs)
+    return _Linear.apply(way or PLAIN, "apply", sums, *pairs)
 
 
 class _Waves(torch.autograd.Function):
@@ -125,6 +132,9 @@ def _product(pairs: Sequence[Pair], block: slice) -> Tensor:
 class PlainSums:
     """In PyTorch."""
 
+    #: Atoms are padded to a multiple of this.
+    aligned = 1
+
     def moments(self, values: Tensor, pairs: Sequence[Pair]) -> Tensor:
         out = None
         for block in _blocks(pairs):
@@ -146,7 +156,9 @@ class PlainSums:
         outputs = [torch.empty_like(tensor) if asked else None for tensor, asked in zip(flat, wanted)]
         for block in _blocks(pairs):
             batch, num_points, _, num_pairs, _ = pairs[0][0].shape
-            contracted = torch.bmm(sums, values[..., block]).view(batch, num_points, 2, num_pairs, -1, _length(block))
+            contracted = torch.bmm(sums, values[..., block]).view(
+                batch, num_points, 2, num_pairs, -1, block.stop - block.start
+            )
             for number, (waves, features) in enumerate(pairs):
                 by_waves, by_features = outputs[2 * number : 2 * number + 2]
                 if by_waves is not None:
@@ -161,43 +173,22 @@ class PlainSums:
 PLAIN = PlainSums()
 
 
-def way_for(keys: Tensor, num_values: int, low: torch.dtype | None = None) -> Sums:
-    """How sums of keys ``[B, n, a, N]`` with so many values are formed: by Triton on a GPU in up to 32 bits where it is
-    installed and agrees with the plain way, else plainly.
+class _Linear(torch.autograd.Function):
+    """``moments`` of values, or ``apply`` to sums: T is linear in both, so each is the derivative of the other."""
 
-    Args:
-        keys, num_values: as above.
-        low: format that factors are rounded to on a GPU, if not theirs.
-    """
-    return triton_sums(keys, num_values, low) or PLAIN
-
-
-class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, way: Sums, values: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.way = way
-        ctx.save_for_backward(values, *flat)
-        return way.moments(values, _pairs(flat))
+    def forward(ctx: Any, way: Sums, kind: str, given: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.way, ctx.kind = way, kind
+        ctx.save_for_backward(given, *flat)
+        return way.moments(given, _pairs(flat)) if kind == "moments" else way.apply(given, _pairs(flat))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, *flat = ctx.saved_tensors
-        by_values = _Apply.apply(ctx.way, gradient, *flat) if ctx.needs_input_grad[1] else None
-        return None, by_values, *_by_pairs(ctx.way, values, gradient, flat, ctx.needs_input_grad[2:])
-
-
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, way: Sums, sums: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.way = way
-        ctx.save_for_backward(sums, *flat)
-        return way.apply(sums, _pairs(flat))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        sums, *flat = ctx.saved_tensors
-        by_sums = _Moments.apply(ctx.way, gradient, *flat) if ctx.needs_input_grad[1] else None
-        return None, by_sums, *_by_pairs(ctx.way, gradient, sums, flat, ctx.needs_input_grad[2:])
+        given, *flat = ctx.saved_tensors
+        other = "apply" if ctx.kind == "moments" else "moments"
+        by_given = _Linear.apply(ctx.way, other, gradient, *flat) if ctx.needs_input_grad[2] else None
+        values, sums = (given, gradient) if ctx.kind == "moments" else (gradient, given)
+        return None, None, by_given, *_by_pairs(ctx.way, values, sums, flat, ctx.needs_input_grad[3:])
 
 
 def _by_pairs(
@@ -242,8 +233,8 @@ class _Contract(torch.autograd.Function):
                 origin += [2 * number, -1]
         if not new:
             return (None,) * (4 + len(flat))
-        by_values = _Apply.apply(way, sums, *new) if ctx.needs_input_grad[2] else None
-        by_sums = _Moments.apply(way, values, *new) if ctx.needs_input_grad[3] else None
+        by_values = _Linear.apply(way, "apply", sums, *new) if ctx.needs_input_grad[2] else None
+        by_sums = _Linear.apply(way, "moments", values, *new) if ctx.needs_input_grad[3] else None
         wanted = [index >= 0 and ctx.needs_input_grad[4 + index] for index in origin]
         by_inputs: list[Tensor | None] = [None] * len(flat)
         for index, found in zip(origin, _by_pairs(way, values, sums, new, wanted)):
@@ -252,5 +243,87 @@ class _Contract(torch.autograd.Function):
         return (None, None, by_values, by_sums, *by_inputs)
 
 
-def _length(block: slice) -> int:
-    return block.stop - block.start
+# --------------------------------------------------------------------------------------------------------- pair by pair
+
+
+def pairs_are_cheaper(num_atoms: int, num_waves: int, num_pairs: int, width: int, num_values: int) -> bool:
+    """Whether the pairwise order needs less work than the linear one.
+
+    Args:
+        num_atoms: N of a system.
+        num_waves: 2 m, cosines and sines.
+        num_pairs, width: n and a of queries and keys.
+        num_values: e.
+    """
+    linear = 2 * num_waves * num_pairs * width * (num_values + ELEMENTWISE[0])
+    pairwise = num_atoms * (num_pairs * (num_waves + width + ELEMENTWISE[1]) + num_values)
+    return pairwise < linear
+
+
+def attend_pairs(left: Tensor, right: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``[B, e, N]`` from ``[B n, 2 m, N]`` twice, ``[B n, a, N]`` twice and ``[B, e, N]``; differentiable twice."""
+    batch, _, num_atoms = values.shape
+    num_pairs = len(left) // batch
+    systems = max(1, NUMBERS_PER_TILE // max(1, num_pairs * num_atoms**2))
+    if systems >= batch:
+        return _Pairs.apply(left, right, queries, keys, values)
+    groups = zip(*(x.split(systems * num_pairs) for x in (left, right, queries, keys)), values.split(systems))
+    return torch.cat([_Pairs.apply(*group) for group in groups])
+
+
+def _tiles(left: Tensor) -> Iterator[slice]:
+    """Atoms i of every tile."""
+    rows, _, num_atoms = left.shape
+    size = NUMBERS_PER_TILE // max(1, rows * num_atoms)
+    size = num_atoms if size >= num_atoms else max(8, size // 8 * 8)
+    for start in range(0, num_atoms, size):
+        yield slice(start, min(start + size, num_atoms))
+
+
+def _factors(left: Tensor, right: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of the scores of a tile, ``[B n, I, N]``."""
+    return torch.bmm(left.transpose(1, 2), right), torch.bmm(queries.transpose(1, 2), keys)
+
+
+class _Pairs(torch.autograd.Function):
+    """The backward forms the tiles again; it is made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right, queries, keys, values)
+        out = torch.empty_like(values)
+        for atoms in _tiles(left):
+            waves, products = _factors(left[..., atoms], right, queries[..., atoms], keys)
+            scores = waves.mul_(products).unflatten(0, (len(values), -1)).sum(1)
+            out[..., atoms] = torch.bmm(values, scores.transpose(1, 2))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, queries, keys, values = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        parts: list[list[Tensor]] = [[] for _ in wanted]
+        for atoms in _tiles(left):
+            wave, q, g = left[..., atoms], queries[..., atoms], gradient[..., atoms]
+            waves, products = _factors(wave, right, q, keys)
+            by_scores = torch.bmm(g.transpose(1, 2), values).unsqueeze(1)  # [B, 1, I, N]
+            if wanted[0] or wanted[1]:
+                by_waves = _times(products, by_scores)
+                parts[0].append(torch.bmm(right, by_waves.transpose(1, 2)))
+                parts[1].append(torch.bmm(wave, by_waves))
+            if wanted[2] or wanted[3]:
+                by_products = _times(waves, by_scores)
+                parts[2].append(torch.bmm(keys, by_products.transpose(1, 2)))
+                parts[3].append(torch.bmm(q, by_products))
+            if wanted[4]:
+                parts[4].append(torch.bmm(g, (waves * products).unflatten(0, (len(values), -1)).sum(1)))
+        # by the tile's own atoms i: one tile beside the other; by the atoms j that all tiles see: their sum
+        return tuple(
+            None if not part else torch.cat(part, dim=2) if number in (0, 2) else sum(part[1:], part[0])
+            for number, part in enumerate(parts)
+        )
+
+
+def _times(factors: Tensor, by_scores: Tensor) -> Tensor:
+    """``[B n, I, N]`` of every pair of channels times ``[B, 1, I, N]`` of its system."""
+    return (factors.unflatten(0, (len(by_scores), -1)) * by_scores).flatten(0, 1)

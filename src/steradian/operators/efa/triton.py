@@ -1,7 +1,14 @@
-"""The sums of Euclidean fast attention through Triton as operators of PyTorch, differentiable at any order.
+"""The sums of Euclidean fast attention on a GPU: kernels in Triton, as operators of PyTorch.
 
-``steradian::efa_moments``, ``efa_apply`` and ``efa_contract`` have each other as derivatives; they can be traced
-(``make_fx``, ``torch.compile``) and captured in CUDA graphs. Blocks are chosen from shapes alone.
+The same three sums, in the same layout, as :class:`steradian.operators.efa.sums.PlainSums`, with its derivatives: waves
+t ``[B, W, N]`` (W = points x 2 x pairs), features x ``[B, F, N]`` (F = pairs x width), values y ``[B, e, N]``,
+sums S ``[B, W width, e]``. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values
+and their sums is stored. ``steradian::efa_moments``, ``efa_apply`` and ``efa_contract`` can be traced (``make_fx``,
+``torch.compile``) and captured in CUDA graphs. Blocks are chosen from shapes alone.
+
+Factors are rounded to FORMAT right before they are multiplied, in units for UNITS (the same, except in Triton's
+interpreter). Sums are WIDE: float32, or float64. Matrix units truncate when they add, so what they add up is taken over
+into another sum now and then. All sums have a fixed order: there are no atomic operations.
 """
 
 from __future__ import annotations
@@ -11,19 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from steradian.compiler.checked import allowed, register_operator
+from steradian.operators.efa.sums import PLAIN
 from steradian.polynomials.backend import may_serve, on_its_device, triton_serves
 
-__all__ = ["ALIGNED", "FLOAT32_PRODUCTS", "TritonSums", "triton_sums"]
+__all__ = ["FLOAT32_PRODUCTS", "TritonSums", "apply_kernel", "contract_kernel", "moments_kernel", "triton_sums"]
 
 BLOCK = 64
 """Rows, atoms and values of a tile (values: fewer where there are fewer)."""
 RUN = 8
 """Tiles that matrix units add up by themselves."""
-ALIGNED = 16
-"""Atoms are padded to a multiple of this, so that rows can be read in vectors."""
 PROGRAMS = 512
 """Long loops are cut into parts until there are about so many programs (an H200 has 132 multiprocessors)."""
 FLOAT32_PRODUCTS = "tf32x3"
@@ -35,7 +43,7 @@ FORMATS = ("ieee", "tf32x3", "tf32", "bfloat16", "float16")
 
 class TritonSums:
     """Sums in the layout of the plain ones: t ``[B, m, 2, n, N]``, x ``[B, n, a, N]``, y ``[B, e, N]``,
-    S ``[B, m 2 n a, e]``. Results are float32 (float64 for float64); they carry their own derivatives.
+    S ``[B, m 2 n a, e]``. Results are float32 (float64 for float64).
 
     Args:
         products: format of the factors: ``ieee`` (as given), ``tf32x3``, ``tf32``, ``bfloat16``, ``float16``.
@@ -44,8 +52,8 @@ class TritonSums:
         ValueError: another format.
     """
 
-    #: Results are differentiable without the functions of :mod:`steradian.operators.efa.sums`.
-    own_derivatives = True
+    #: Atoms are padded to a multiple of this, so that rows can be read in vectors.
+    aligned = 16
 
     def __init__(self, products: str = "ieee") -> None:
         if products not in FORMATS:
@@ -64,16 +72,151 @@ class TritonSums:
         self, values: Tensor, sums: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """dT/dt and dT/dx of every pair in turn, where wanted."""
-        return _spread(_contract(values, sums, _flat(pairs), list(wanted), self.products), wanted)
+        found = iter(_contract(values, sums, _flat(pairs), list(wanted), self.products))
+        return [next(found) if asked else None for asked in wanted]
 
 
 def _flat(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
-def _spread(found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Any]:
-    remaining = iter(found)
-    return [next(remaining) if asked else None for asked in wanted]
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load(values, row, atom, atoms, known, WIDE: tl.constexpr):
+    """``values[row, atom]`` of ``[rows, atoms]``, zero where not known."""
+    return tl.load(values + (row * atoms + atom), mask=known, other=0.0).to(WIDE)
+
+
+@triton.jit
+def _product(t, x, row, atom, features, width, atoms, known, WIDE: tl.constexpr):
+    """z of a tile: row j is row j // width of the waves times row j % features of the features."""
+    wave = _load(t, (row // width)[:, None], atom[None, :], atoms, known, WIDE)
+    return wave * _load(x, (row % features)[:, None], atom[None, :], atoms, known, WIDE)
+
+
+@triton.jit
+def moments_kernel(
+    t, x, y, s, waves, features, values, atoms, width,
+    ADD: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr,
+    INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``S[j, e] = sum_i z[j, i] y[e, i]``, or added to what is there."""
+    batch = tl.program_id(2).to(tl.int64)
+    t, x, y = t + batch * waves * atoms, x + batch * features * atoms, y + batch * values * atoms
+    s += batch * waves * width * values
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(INDEX)
+    value = (tl.program_id(1) * VALUES + tl.arange(0, VALUES)).to(INDEX)
+    known_row, known_value = (row < waves * width)[:, None], (value < values)[None, :]
+    total = tl.zeros((ROWS, VALUES), dtype=WIDE)
+    for start in range(0, atoms, ATOMS * RUN):
+        part = tl.zeros((ROWS, VALUES), dtype=WIDE)
+        for first in range(start, tl.minimum(start + ATOMS * RUN, atoms), ATOMS):
+            atom = (first + tl.arange(0, ATOMS)).to(INDEX)
+            z = _product(t, x, row, atom, features, width, atoms, known_row & (atom < atoms)[None, :], WIDE)
+            known = known_value & (atom < atoms)[:, None]
+            right = _load(y, value[None, :], atom[:, None], atoms, known, WIDE)
+            part = tl.dot(
+                z.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE
+            )
+        total += part
+    place = s + (row[:, None] * values + value[None, :])
+    if ADD:
+        total += tl.load(place, mask=known_row & known_value, other=0.0)
+    tl.store(place, total, mask=known_row & known_value)
+
+
+@triton.jit
+def apply_kernel(
+    t, x, s, y, waves, features, values, atoms, width, batches, rows_of_part,
+    ADD: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr, RUN: tl.constexpr,
+    INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y[e, i] = sum_j S[j, e] z[j, i]``, or added to what is there; ``y [parts, B, e, N]`` for parts of the rows."""
+    batch, part_ = (tl.program_id(2) % batches).to(tl.int64), tl.program_id(2) // batches
+    t, x, s = t + batch * waves * atoms, x + batch * features * atoms, s + batch * waves * width * values
+    y += (part_.to(tl.int64) * batches + batch) * values * atoms
+    atom = (tl.program_id(0) * ATOMS + tl.arange(0, ATOMS)).to(INDEX)
+    value = (tl.program_id(1) * VALUES + tl.arange(0, VALUES)).to(INDEX)
+    known_atom, known_value = (atom < atoms)[None, :], (value < values)[:, None]
+    begin = part_ * rows_of_part
+    end = tl.minimum(begin + rows_of_part, waves * width)
+    total = tl.zeros((VALUES, ATOMS), dtype=WIDE)
+    for start in range(begin, end, ROWS * RUN):
+        part = tl.zeros((VALUES, ATOMS), dtype=WIDE)
+        for first in range(start, tl.minimum(start + ROWS * RUN, end), ROWS):
+            row = (first + tl.arange(0, ROWS)).to(INDEX)
+            z = _product(t, x, row, atom, features, width, atoms, (row < end)[:, None] & known_atom, WIDE)
+            left = _load(s, row[None, :], value[:, None], values, known_value & (row < end)[None, :], WIDE)
+            part = tl.dot(
+                left.to(FORMAT).to(UNITS), z.to(FORMAT).to(UNITS), part, input_precision=PRECISION, out_dtype=WIDE
+            )
+        total += part
+    place = y + (value[:, None] * atoms + atom[None, :])
+    if ADD:
+        total += tl.load(place, mask=known_value & known_atom, other=0.0)
+    tl.store(place, total, mask=known_value & known_atom)
+
+
+@triton.jit
+def _contracted(
+    s, y, row, atom, values, atoms, known_row, ROWS: tl.constexpr, ATOMS: tl.constexpr, VALUES: tl.constexpr,
+    INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``U = S y`` of some rows and atoms."""
+    total = tl.zeros((ROWS, ATOMS), dtype=WIDE)
+    for start in range(0, values, VALUES):
+        value = (start + tl.arange(0, VALUES)).to(INDEX)
+        left = _load(s, row[:, None], value[None, :], values, known_row[:, None] & (value < values)[None, :], WIDE)
+        known = (value < values)[:, None] & (atom < atoms)[None, :]
+        right = _load(y, value[:, None], atom[None, :], atoms, known, WIDE)
+        total = tl.dot(
+            left.to(FORMAT).to(UNITS), right.to(FORMAT).to(UNITS), total, input_precision=PRECISION, out_dtype=WIDE
+        )
+    return total
+
+
+@triton.jit
+def contract_kernel(
+    t, x, y, s, by_t, by_x, waves, features, values, atoms, width, pairs, batches, points_of_part,
+    BY_WAVES: tl.constexpr, BY_FEATURES: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, ATOMS: tl.constexpr,
+    VALUES: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``U = S y``, then the sums of its products with x over the width, ``by_t [chunks, B, W, N]``, and with t over the
+    points, ``by_x [parts, B, F, N]``. A program has some pairs and a chunk of the width, and loops over a part of the
+    points (cosines and sines apart)."""
+    batch, part = (tl.program_id(2) % batches).to(tl.int64), tl.program_id(2) // batches
+    chunks = tl.cdiv(width, WIDTH)
+    chunk, block = tl.program_id(1) % chunks, tl.program_id(1) // chunks
+    t, x, s = t + batch * waves * atoms, x + batch * features * atoms, s + batch * waves * width * values
+    y += batch * values * atoms
+    by_t += (chunk.to(tl.int64) * batches + batch) * waves * atoms
+    by_x += (part.to(tl.int64) * batches + batch) * features * atoms
+    atom = (tl.program_id(0) * ATOMS + tl.arange(0, ATOMS)).to(INDEX)
+    local = tl.arange(0, PAIRS * WIDTH).to(INDEX)
+    pair, own = block * PAIRS + local // WIDTH, chunk * WIDTH + local % WIDTH
+    known_row = (pair < pairs) & (own < width)
+    known = known_row[:, None] & (atom < atoms)[None, :]
+    feature = pair * width + own
+    right = _load(x, feature[:, None], atom[None, :], atoms, known, WIDE)
+    by_feature = tl.zeros((PAIRS * WIDTH, ATOMS), dtype=WIDE)
+    block_pair = (block * PAIRS + tl.arange(0, PAIRS)).to(INDEX)
+    known_wave = (block_pair < pairs)[:, None] & (atom < atoms)[None, :]
+    for point in range(part * points_of_part, tl.minimum((part + 1) * points_of_part, waves // pairs)):
+        contracted = _contracted(
+            s, y, point * features + feature, atom, values, atoms, known_row,
+            PAIRS * WIDTH, ATOMS, VALUES, INDEX, WIDE, FORMAT, UNITS, PRECISION,
+        )  # fmt: skip
+        if BY_FEATURES:
+            by_feature += contracted * _load(t, (point * pairs + pair)[:, None], atom[None, :], atoms, known, WIDE)
+        if BY_WAVES:
+            by_wave = tl.sum(tl.reshape(contracted * right, (PAIRS, WIDTH, ATOMS)), 1)
+            place = (point * pairs + block_pair)[:, None] * atoms + atom[None, :]
+            tl.store(by_t + place, by_wave, mask=known_wave)
+    if BY_FEATURES:
+        tl.store(by_x + (feature[:, None] * atoms + atom[None, :]), by_feature, mask=known)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -82,8 +225,6 @@ def _spread(found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Any]
 @torch.library.custom_op("steradian::efa_moments", mutates_args=())
 @on_its_device
 def _moments(values: Tensor, flat: list[Tensor], products: str) -> Tensor:
-    from steradian.operators.efa.triton_kernels import moments_kernel
-
     shape = _Shape.of(values.shape[0], values.shape[1], flat, products)
     sums = values.new_empty((shape.batch, shape.rows, shape.values), dtype=_wide(values))
     grid = (-(-shape.rows // BLOCK), -(-shape.values // shape.value_block), shape.batch)
@@ -105,8 +246,6 @@ def _(values: Tensor, flat: list[Tensor], products: str) -> Tensor:
 @torch.library.custom_op("steradian::efa_apply", mutates_args=())
 @on_its_device
 def _apply(sums: Tensor, flat: list[Tensor], products: str) -> Tensor:
-    from steradian.operators.efa.triton_kernels import apply_kernel
-
     shape = _Shape.of(sums.shape[0], sums.shape[2], flat, products)
     blocks = -(-shape.atoms // BLOCK) * -(-shape.values // shape.value_block) * shape.batch
     rows, parts = shape.parts(shape.rows, blocks, BLOCK * RUN)
@@ -149,74 +288,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------- derivatives
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    first, flat, ctx.products = inputs
-    ctx.save_for_backward(first, *flat)
-
-
-def _moments_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    values, *flat = ctx.saved_tensors
-    wanted, wanted_flat, _ = ctx.needs_input_grad
-    by_values = _apply(gradient, flat, ctx.products).to(values.dtype) if wanted else None
-    return by_values, _by_pairs(values, gradient, flat, wanted_flat, ctx.products), None
-
-
-def _apply_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    sums, *flat = ctx.saved_tensors
-    wanted, wanted_flat, _ = ctx.needs_input_grad
-    by_sums = _moments(gradient, flat, ctx.products).to(sums.dtype) if wanted else None
-    return by_sums, _by_pairs(gradient, sums, flat, wanted_flat, ctx.products), None
-
-
-def _by_pairs(
-    values: Tensor, sums: Tensor, flat: list[Tensor], wanted: Sequence[bool], products: str
-) -> list[Tensor | None]:
-    """Derivatives of ``T = sum t x S y`` by the waves and features of every pair, where wanted."""
-    if not any(wanted):
-        return [None] * len(flat)
-    found = _spread(_contract(values, sums, flat, list(wanted), products), wanted)
-    return [None if one is None else one.to(tensor.dtype) for one, tensor in zip(found, flat)]
-
-
-def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    values, sums, flat, ctx.wanted, ctx.products = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(values, sums, *flat)
-
-
-def _contract_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    values, sums, *flat = ctx.saved_tensors
-    cotangents = _spread(gradients, ctx.wanted)
-    needs = ctx.needs_input_grad
-    # T with one factor replaced by its cotangent, for every output
-    new: list[Tensor] = []
-    origin: list[int] = []  # which input of a new pair is an input of this operator
-    for number, (waves, features) in enumerate(_pairs(flat)):
-        for_waves, for_features = cotangents[2 * number : 2 * number + 2]
-        if for_waves is not None:
-            new, origin = [*new, for_waves, features], [*origin, -1, 2 * number + 1]
-        if for_features is not None:
-            new, origin = [*new, waves, for_features], [*origin, 2 * number, -1]
-    if not new:
-        return None, None, [None] * len(flat), None, None
-    by_values = _apply(sums, new, ctx.products).to(values.dtype) if needs[0] else None
-    by_sums = _moments(values, new, ctx.products).to(sums.dtype) if needs[1] else None
-    wanted = [index >= 0 and bool(needs[2][index]) for index in origin]
-    by_inputs: list[Tensor | None] = [None] * len(flat)
-    for index, found in zip(origin, _by_pairs(values, sums, new, wanted, ctx.products)):
-        if found is not None:
-            by_inputs[index] = found.to(flat[index].dtype)
-    return by_values, by_sums, by_inputs, None, None
-
-
-_moments.register_autograd(_moments_backward, setup_context=_save)
-_apply.register_autograd(_apply_backward, setup_context=_save)
-_contract.register_autograd(_contract_backward, setup_context=_save_contract)
-
-
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
@@ -256,9 +327,6 @@ class _Shape:
     @property
     def meaning(self) -> dict[str, Any]:
         """Formats of sums and of factors, and how these are multiplied."""
-        import triton
-        import triton.language as tl
-
         short = {"bfloat16": tl.bfloat16, "float16": tl.float16}
         wide = tl.float64 if self.wide == torch.float64 else tl.float32
         precision = self.products if self.products in ("tf32x3", "tf32") and wide == tl.float32 else "ieee"
@@ -282,8 +350,6 @@ class _Shape:
         self, values: Tensor, sums: Tensor, waves: Tensor, features: Tensor, asked: Sequence[bool]
     ) -> list[Tensor]:
         """dT/dt and dT/dx of a pair, those that are asked for."""
-        from steradian.operators.efa.triton_kernels import contract_kernel
-
         width = min(BLOCK, _power_of_two(self.width))
         pairs = min(max(1, BLOCK // width), max(_power_of_two(self.num_pairs), 16 // width))
         chunks, blocks = -(-self.width // width), -(-self.num_pairs // pairs)
@@ -335,8 +401,6 @@ def _products(features: Tensor, low: torch.dtype | None) -> str:
 
 def _check(device: torch.device, problem: str) -> tuple[list[Tensor], list[Tensor], float]:
     """The three sums by kernels and in plain PyTorch, for two systems of 70 atoms, and what is allowed."""
-    from steradian.operators.efa.sums import PLAIN
-
     products, sizes, values = problem.split(", ")
     num_pairs, width, num_values = int(sizes.split()[0]), int(sizes.split()[-1]), int(values.split()[0])
     generator = torch.Generator().manual_seed(0)

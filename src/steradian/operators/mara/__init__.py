@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from steradian.config import MARAConfig
+from steradian.equivariant.sphere import make_grid
 from steradian.operators.base import GateFactory, SlotSpec, in_layer
 from steradian.operators.mara.gate import MARA, SEAttention, SphereGate
 from steradian.operators.mara.intrinsic import IntrinsicMARA
-from steradian.sphere.grids import make_grid
 
 __all__ = ["MARA", "IntrinsicMARA", "SEAttention", "SphereGate", "gate_of", "mara_factory"]
 

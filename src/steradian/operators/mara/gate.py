@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steradian.equivariant.sphere import SphereGrid, equiangular
 from steradian.graph.topology import Rows
 from steradian.operators.base import AttentionMaps, BareEdges, EdgeGate, EdgesOfGate, Rotation
 from steradian.operators.mara import factorised, paper, triton
 from steradian.polynomials import backend_for
 from steradian.precision import WithRole, cast
-from steradian.sphere.grids import SphereGrid, equiangular
 
 __all__ = ["MARA", "SEAttention", "SphereGate"]
 

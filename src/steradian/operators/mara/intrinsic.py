@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics
+from steradian.equivariant.sphere import SphereGrid, lebedev
 from steradian.operators.base import EdgesOfGate
 from steradian.operators.mara import paper
 from steradian.operators.mara.factorised import NUMBERS_PER_BLOCK
 from steradian.operators.mara.gate import SphereGate, bare
 from steradian.precision import cast
-from steradian.sphere.grids import SphereGrid, lebedev
 
 __all__ = ["IntrinsicMARA", "pool_exponential", "pool_polynomial"]
 

@@ -82,9 +82,7 @@ def _value(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, gr
     return pooled.t().contiguous()
 
 
-@_value.register_fake
-def _(vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
-    return vectors.new_empty((vectors.shape[0], nodes.shape[1]))
+_value.register_fake(lambda vectors, nodes, *rest: vectors.new_empty((vectors.shape[0], nodes.shape[1])))
 
 
 @torch.library.custom_op("steradian::mara_pooled", mutates_args=())
@@ -101,10 +99,7 @@ def _pooled(
 
 
 @_pooled.register_fake
-def _(
-    vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
-    squared: bool, ascending: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(vectors: Tensor, nodes: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_edges, num_heads = vectors.shape[0], nodes.shape[1]
     return (
         vectors.new_empty((num_edges, num_heads)),
@@ -146,12 +141,7 @@ def _spread(
     return total, _to_nodes(by_slope, by_point, gradient, rows, nodes)
 
 
-@_spread.register_fake
-def _(
-    gradient: Tensor, vectors: Tensor, nodes: Tensor, tables: Tensor, receivers: Tensor, grid: Tensor,
-    by_vectors: Tensor, by_slope: Tensor, by_point: Tensor, squared: bool, ascending: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(vectors), nodes.new_empty(nodes.shape)
+_spread.register_fake(lambda gradient, vectors, nodes, *rest: (torch.empty_like(vectors), nodes.new_empty(nodes.shape)))
 
 
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,9 +213,7 @@ def _by_tables(
     return vectors.new_zeros((vectors.shape[0], nodes.shape[1]))
 
 
-@_by_tables.register_fake
-def _(tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool) -> Tensor:
-    return vectors.new_empty((vectors.shape[0], nodes.shape[1]))
+_by_tables.register_fake(lambda tables, vectors, nodes, *rest: vectors.new_empty((vectors.shape[0], nodes.shape[1])))
 
 
 def _save_by_tables(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,11 +244,7 @@ def _sums_by_tables(
     return run.by_tables(VALUE, kept)
 
 
-@_sums_by_tables.register_fake
-def _(
-    gradient: Tensor, tables: Tensor, vectors: Tensor, nodes: Tensor, receivers: Tensor, grid: Tensor, squared: bool
-) -> Tensor:
-    return torch.empty_like(tables)
+_sums_by_tables.register_fake(lambda gradient, tables, *rest: torch.empty_like(tables))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels

@@ -1,7 +1,8 @@
-"""What depends on the elements of two neighbours: transformed distances, and the repulsion of their nuclei.
+"""What MACE knows of elements: of two neighbours (transformed distances, the repulsion of nuclei), and smaller tables.
 
-Both follow mace-torch 0.3.16, whose published foundation models use them. Covalent radii [Å] are those of Cordero et
-al. 2008 (Dalton Trans. 2832) as ASE has them; they and all constants are buffers, so an imported model keeps its own.
+Transforms and repulsion follow mace-torch 0.3.16, whose published foundation models use them. Covalent radii [Å] are
+those of Cordero et al. 2008 (Dalton Trans. 2832) as ASE has them; they and all constants are buffers, so an imported
+model keeps its own. Tables of the elements can be stored as a product of two matrices or in few bits.
 """
 
 from __future__ import annotations
@@ -10,10 +11,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from steradian.config.precision import ElementTablesConfig
+from steradian.equivariant.linear import ElementLinear
+from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.radial import polynomial_envelope
 
-__all__ = ["AgnesiTransform", "NuclearRepulsion", "SoftTransform", "make_repulsion", "make_transform"]
+__all__ = [
+    "AgnesiTransform",
+    "LowRank",
+    "NuclearRepulsion",
+    "RoundedRows",
+    "SoftTransform",
+    "compress_element_tables",
+    "make_repulsion",
+    "make_transform",
+]
 
 BOHR = 0.529
 """Bohr radius [Å] with the digits of the published models."""
@@ -143,3 +157,71 @@ def make_transform(kind: str | None, elements: Sequence[int]) -> AgnesiTransform
 def make_repulsion(kind: str | None, elements: Sequence[int], envelope_p: int) -> NuclearRepulsion | None:
     """The repulsion of a configuration."""
     return None if kind is None else NuclearRepulsion(elements, envelope_p)
+
+
+# ------------------------------------------------------------------------------------------------------ smaller tables
+
+
+class LowRank(nn.Module):
+    """``[Z, ...]`` from ``[Z, rank]`` and ``[rank, ...]``; a whole table is put in as its best such approximation."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, codes: Tensor, basis: Tensor) -> Tensor:
+        return (codes @ basis.flatten(1)).view(len(codes), *basis.shape[1:])
+
+    def right_inverse(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        left, sizes, right = torch.linalg.svd(table.flatten(1).double(), full_matrices=False)
+        root = sizes[: self.rank].sqrt()
+        codes, basis = left[:, : self.rank] * root, root[:, None] * right[: self.rank]
+        return codes.to(table.dtype), basis.view(self.rank, *table.shape[1:]).to(table.dtype)
+
+
+class RoundedRows(nn.Module):
+    """Every element's row rounded to ``bits`` bits; gradients pass as if it were not."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.levels = 2 ** (bits - 1) - 1
+
+    def forward(self, table: Tensor) -> Tensor:
+        rows = table.detach().flatten(1)
+        scale = (rows.abs().amax(1, keepdim=True) / self.levels).clamp(min=1e-30)
+        rounded = (torch.round(rows / scale) * scale).view_as(table)
+        return table + (rounded - table.detach())
+
+    def right_inverse(self, table: Tensor) -> Tensor:
+        return table
+
+
+def compress_element_tables(host: nn.Module, config: ElementTablesConfig, num_elements: int) -> None:
+    """Put the tables of a MACE host into the configured form.
+
+    A random table of low rank is scaled back to the size of its entries, so that the network starts as it would.
+
+    Raises:
+        ValueError: another host, or a rank that saves nothing.
+    """
+    if config.rank is None and config.bits is None:
+        return
+    tables: list[tuple[nn.Module, str]] = [(host, "embedding")]
+    for module in host.modules():
+        if isinstance(module, ElementLinear | SymmetricContraction):
+            tables.append((module, "weight"))
+    if len(tables) == 1:
+        raise ValueError("model.element_tables belongs to the host 'mace'")
+    if config.rank is not None and config.rank >= num_elements:
+        raise ValueError(
+            f"model.element_tables.rank ({config.rank}) must be below the number of elements ({num_elements})"
+        )
+    for module, name in tables:
+        if config.rank is not None:
+            size = getattr(module, name).detach().square().mean().sqrt()
+            parametrize.register_parametrization(module, name, LowRank(config.rank))
+            with torch.no_grad():
+                left = getattr(module, name).square().mean().sqrt()
+                getattr(module.parametrizations, name).original1.mul_(size / left)  # type: ignore[union-attr]
+        if config.bits is not None:
+            parametrize.register_parametrization(module, name, RoundedRows(config.bits))

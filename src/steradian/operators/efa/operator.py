@@ -1,23 +1,21 @@
 """Euclidean Fast Attention: global, equivariant, at linear cost.
 
-Frank, Chmiela, Müller, Unke, "Euclidean Fast Attention: Machine Learning Global Atomic Representations at Linear Cost"
-(2024, arXiv:2412.08541; Nature Machine Intelligence 2026).
+The module with its weights, :class:`EuclideanFastAttention`: queries, keys and values from features, then the attention
+over directions of molecules and over wave vectors of crystals, then the coupling with harmonics. What the paper writes
+is in :mod:`steradian.operators.efa.paper`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from steradian.compiler.capture import capturing
 from steradian.config import EFAConfig
 from steradian.config.efa import TensorIntegrationConfig
-from steradian.equivariant.dense import Dense, change_degrees, gated
-from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import (
     Degrees,
     all_degrees,
@@ -26,33 +24,20 @@ from steradian.equivariant.irreps import (
     max_degree,
     natural_degrees,
 )
+from steradian.equivariant.linear import Dense, change_degrees, gated
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
-from steradian.graph.sharing import Share
-from steradian.operators.efa.attention import DirectionRule, rotary_attention
-from steradian.operators.efa.limits import RESOLVED, SizeWatch, graded_points, resolved_phase
-from steradian.operators.efa.periodic import reciprocal_attention, waves_of_cells
-from steradian.operators.efa.systems import RunOfSystems, runs_of_systems
+from steradian.equivariant.sphere import lebedev
+from steradian.graph.topology import Share
+from steradian.operators.efa.attention import Waves, rotary_attention
+from steradian.operators.efa.paper import QKV, frequencies_up_to
+from steradian.operators.efa.periodic import parity_harmonics, reciprocal_attention
+from steradian.operators.efa.rules import RESOLVED, DirectionRule, SizeWatch, graded_points, resolved_phase
 from steradian.precision import WithRole
-from steradian.sphere.grids import lebedev
 
-__all__ = ["EuclideanFastAttention", "TensorIntegration", "frequencies_up_to"]
-
-
-def frequencies_up_to(max_frequency: float, max_length: float, count: int) -> Tensor:
-    """``[count]`` equally spaced frequencies from 0 to ``max_frequency / max_length`` [1/Å]; one alone is the largest.
-
-    Args:
-        max_frequency: dimensionless: the largest phase that atoms ``max_length`` apart differ by.
-        max_length: [Å].
-        count: one per pair of channels.
-    """
-    largest = max_frequency / max_length
-    if count == 1:
-        return torch.tensor([largest], dtype=torch.float64)
-    return torch.linspace(0.0, largest, count, dtype=torch.float64)
+__all__ = ["EuclideanFastAttention", "Systems", "TensorIntegration", "nominal_degrees"]
 
 
-def _nominal(degrees: Degrees, highest: int | None, pseudotensors: bool | None, what: str) -> Degrees:
+def nominal_degrees(degrees: Degrees, highest: int | None, pseudotensors: bool | None, what: str) -> Degrees:
     """The complete list of irreps up to ``highest`` with or without pseudotensors; None: as in ``degrees``."""
     present = max_degree(degrees)
     if highest is not None and highest > present:
@@ -62,49 +47,31 @@ def _nominal(degrees: Degrees, highest: int | None, pseudotensors: bool | None, 
     return all_degrees(top) if both else natural_degrees(top)
 
 
-class TensorIntegration(nn.Module):
-    """Integral over the sphere of the product of two equivariant functions.
+class Systems(NamedTuple):
+    """Which atoms belong together.
 
-    ``z = sum_m w_m C(f(u_m), g(u_m))`` with the coupled product C of :mod:`steradian.equivariant.paths`.
-
-    Args:
-        first, second: irreps of f and g.
-        num_channels: C.
-        highest, pseudotensors: of the result; see :func:`steradian.equivariant.paths.coupled_degrees`.
-        learned: a learned number per path and channel instead of one.
+    Attributes:
+        sizes: number of atoms of every system, in the order of the atoms; different systems do not see each other.
+        is_static: a step of fixed shapes is recorded or traced: nothing may be asked of the device.
     """
 
-    def __init__(
-        self,
-        first: Degrees,
-        second: Degrees,
-        num_channels: int,
-        highest: int | None = None,
-        pseudotensors: bool = True,
-        learned: bool = False,
-    ) -> None:
+    sizes: tuple[int, ...]
+    is_static: bool = False
+
+
+class TensorIntegration(nn.Module):
+    """Coupling of harmonics of the direction with the attention along it (Frank et al., equation 14).
+
+    Args:
+        product: of the harmonics' irreps with those of the values.
+    """
+
+    def __init__(self, product: CoupledProduct) -> None:
         super().__init__()
-        out = coupled_degrees(first, second, highest, pseudotensors)
-        self.product = CoupledProduct(first, second, out, num_channels, learned=learned)
-        self.degrees_out = self.product.degrees_out
+        self.product, self.degrees_out = product, product.degrees_out
 
-    def forward(self, first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-        """``[N, D, C]`` from ``[m, D1, C]`` or ``[N, m, D1, C]``, ``[N, m, D2, C]`` and weights ``[m]``.
-
-        Raises:
-            ValueError: the numbers of points differ.
-        """
-        if not first.shape[-3] == second.shape[-3] == len(weights):
-            raise ValueError(f"{first.shape[-3]}, {second.shape[-3]} and {len(weights)} points do not fit")
-        first = first * weights[:, None, None]
-        return self.of_pairs(
-            torch.einsum("...mxc,nmyc->nxyc", first, second)
-            if first.ndim == 3
-            else torch.einsum("nmxc,nmyc->nxyc", first, second)
-        )
-
-    def of_pairs(self, pairs: Tensor) -> Tensor:
-        """The same from the integrals of all products of components, ``[N, D1, D2, C]``."""
+    def forward(self, pairs: Tensor) -> Tensor:
+        """``[N, D, C]`` from ``[N, D1, D2, C]``: integrals over the directions of all products of components."""
         return self.product.of_pairs(pairs)
 
 
@@ -121,22 +88,6 @@ class Band:
         return Band(self.pairs, self.rule.to(like), functions)
 
 
-def _odd_components(l_max: int) -> Tensor:
-    return torch.tensor([degree % 2 for degree in range(l_max + 1) for _ in range(2 * degree + 1)], dtype=torch.bool)
-
-
-def _harmonics(directions: Tensor, degree_scaling: list[float] | None) -> tuple[Tensor, Tensor] | None:
-    """``[A, m]`` and ``[O, m]`` harmonics whose squares sum to the squared factor of their degree."""
-    if degree_scaling is None:
-        return None
-    l_max = len(degree_scaling) - 1
-    values = spherical_harmonics(directions, l_max).T.clone()  # [(l + 1)^2, m]
-    for degree, factor in enumerate(degree_scaling):
-        values[degree**2 : (degree + 1) ** 2] *= factor / math.sqrt(2 * degree + 1)
-    odd = _odd_components(l_max)
-    return values[~odd], values[odd]
-
-
 class EuclideanFastAttention(WithRole):
     """Every atom attends to all atoms of its system: ``[N, D, C] -> [N, D', C_v]``.
 
@@ -151,14 +102,14 @@ class EuclideanFastAttention(WithRole):
         num_channels: C.
         nominal: the irreps that the features are said to have, where some of them are missing because they would be
             zero; highest degrees and the scale of the scores go by these.
-        unit: keep weights of unit variance; see :class:`steradian.equivariant.dense.Dense`.
+        unit: keep weights of unit variance; see :class:`steradian.equivariant.linear.Dense`.
 
     Attributes:
         degrees_out, channels_out: of the result.
         frequencies: ``[n]`` [1/Å], one per pair of channels of queries and keys.
 
     Rotation invariance holds as far as the rule integrates plane waves: see
-    :func:`steradian.operators.efa.limits.resolved_phase`.
+    :func:`steradian.operators.efa.rules.resolved_phase`.
 
     Raises:
         ValueError: options that do not fit the features; the message names them.
@@ -179,8 +130,10 @@ class EuclideanFastAttention(WithRole):
         self.config, self.degrees, self.num_channels = config, degrees, num_channels
         self.nominal = nominal or degrees
         self.grid = lebedev(config.num_points)
-        nominal_qk = _nominal(self.nominal, config.max_degree_qk, config.include_pseudotensors_qk, "max_degree_qk")
-        nominal_v = _nominal(self.nominal, config.max_degree_v, config.include_pseudotensors_v, "max_degree_v")
+        nominal_qk = nominal_degrees(
+            self.nominal, config.max_degree_qk, config.include_pseudotensors_qk, "max_degree_qk"
+        )
+        nominal_v = nominal_degrees(self.nominal, config.max_degree_v, config.include_pseudotensors_v, "max_degree_v")
         # irreps that are asked for but not there would be zeros; only the scale of the scores knows of them
         self.degrees_qk = tuple(irrep for irrep in degrees if irrep in nominal_qk)
         self.degrees_v = tuple(irrep for irrep in degrees if irrep in nominal_v)
@@ -218,19 +171,15 @@ class EuclideanFastAttention(WithRole):
             raise ValueError(f"degree_scaling lists {len(config.degree_scaling)} factors for degrees 0..{l_sph}")
         highest = present if config.max_degree is None else config.max_degree
         wanted = pseudotensors if config.include_pseudotensors is None else config.include_pseudotensors
-        out = coupled_degrees(natural_degrees(l_sph), nominal_v, highest, wanted)
-        integration = TensorIntegration(
-            natural_degrees(l_sph),
-            self.degrees_v,
-            self.channels_out,
-            highest,
-            has_pseudotensors(out),
-            config.learned_paths,
-        )
+        harmonics = natural_degrees(l_sph)
+        pseudotensors = has_pseudotensors(coupled_degrees(harmonics, nominal_v, highest, wanted))
+        out = coupled_degrees(harmonics, self.degrees_v, highest, pseudotensors)
+        product = CoupledProduct(harmonics, self.degrees_v, out, self.channels_out, learned=config.learned_paths)
         self._degree_scaling = config.degree_scaling or [1.0] * (l_sph + 1)
-        odd = _odd_components(l_sph)
-        self._order = torch.cat([torch.nonzero(~odd), torch.nonzero(odd)]).squeeze(1).argsort()
-        return integration
+        degrees = torch.tensor([degree for degree in range(l_sph + 1) for _ in range(2 * degree + 1)])
+        # where each harmonic is among the results, even degrees of which come first
+        self._order = torch.cat([torch.nonzero(degrees % 2 == parity) for parity in (0, 1)]).squeeze(1).argsort()
+        return TensorIntegration(product)
 
     def _make_bands(self) -> list[Band]:
         """Neighbouring pairs of channels that share a rule; one band unless the rules are graded."""
@@ -243,9 +192,11 @@ class EuclideanFastAttention(WithRole):
         bands, start = [], 0
         for stop in range(1, count + 1):
             if stop == count or chosen[stop] != chosen[start]:
-                grid = lebedev(chosen[start])
-                rule = DirectionRule.from_grid(grid.points, grid.weights)
-                bands.append(Band(slice(start, stop), rule, _harmonics(rule.directions, self._degree_scaling)))
+                rule, functions = DirectionRule.from_grid(lebedev(chosen[start])), None
+                if self._degree_scaling is not None:
+                    even, odd = parity_harmonics(rule.directions, self._degree_scaling)
+                    functions = even, odd
+                bands.append(Band(slice(start, stop), rule, functions))
                 start = stop
         return bands
 
@@ -292,8 +243,7 @@ class EuclideanFastAttention(WithRole):
         self,
         features: Tensor,
         positions: Tensor,
-        system: Tensor,
-        num_systems: int = 1,
+        systems: Systems,
         cell: Tensor | None = None,
         pbc: Tensor | None = None,
         share: Share | None = None,
@@ -303,8 +253,7 @@ class EuclideanFastAttention(WithRole):
         Args:
             features: ``[N, D, C]``.
             positions: ``[N, 3]`` [Å], differentiable.
-            system: ``[N]`` ascending index of each atom's system; atoms of different systems do not see each other.
-            num_systems: S.
+            systems: which atoms see each other.
             cell: ``[S, 3, 3]`` lattice vectors as rows [Å], differentiable; used where the system is periodic.
             pbc: ``[S, 3]`` periodicity; None where nothing is.
             share: atoms that count where a single system is spread over processes; positions are centred then.
@@ -312,89 +261,55 @@ class EuclideanFastAttention(WithRole):
         Raises:
             ValueError: a periodic system without ``periodic`` in the options, or one that is not periodic in all
                 directions.
+            RuntimeError: a step with periodic systems is being recorded on a GPU.
         """
         queries, keys, values = self.projections(features)
         if share is not None:
             keys = torch.where(share.owned[:, None, None], keys, 0.0)
-        runs = None if pbc is None or cell is None else runs_of_systems(system, pbc)
-        if runs is None or cell is None:
-            out = self._isolated(queries, keys, values, positions, system, num_systems, share)
+        atoms = QKV(queries * self.size**-0.5, keys, values, positions)
+        periodic = [] if pbc is None or cell is None else _periodic(pbc, systems.is_static)
+        if not any(periodic) or cell is None:
+            out = self._isolated(atoms, systems, share)
         elif not self.config.periodic:
             raise ValueError(
                 "this attention was built for molecules; for periodic systems set global_mixer.periodic=true"
             )
         else:
-            out = self._mixed(queries, keys, values, positions, system, cell, runs, share)
-        if self.integration is not None:
-            out = self.integration.of_pairs(out.index_select(1, self.order))
+            out = self._mixed(atoms, systems, cell, periodic, share)
+        out = out.squeeze(1) if self.integration is None else self.integration(out.index_select(1, self.order))
         return out if self.config.divide_by == 1.0 else out / self.config.divide_by
 
-    def _isolated(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        system: Tensor,
-        num_systems: int,
-        share: Share | None,
-    ) -> Tensor:
-        if not capturing():
-            self.watch.look(positions, system, num_systems, lambda: self.largest_frequency)
+    def _isolated(self, atoms: QKV, systems: Systems, share: Share | None) -> Tensor:
+        """``[N, L, D_v, C_v]`` of molecules, band by band."""
+        if not systems.is_static:
+            self.watch.look(atoms.positions, systems.sizes, lambda: self.largest_frequency)
         out: Tensor | None = None
         for band in self.bands:
-            channels = slice(2 * band.pairs.start, 2 * band.pairs.stop)
-            part = rotary_attention(
-                queries[..., channels],
-                keys[..., channels],
-                values,
-                positions,
-                self.frequencies[band.pairs],
-                band.rule,
-                system,
-                num_systems,
-                size=self.size,
-                functions=band.functions,
-                share=share,
-                low=self.low,
-            )
+            waves = Waves.of_rule(band.rule, self.frequencies[band.pairs], band.functions, share, self.low)
+            part = rotary_attention(atoms.channels(band.pairs), waves, systems.sizes)
             out = part if out is None else out + part
         assert out is not None
         return out
 
-    def _mixed(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        system: Tensor,
-        cell: Tensor,
-        runs: list[RunOfSystems],
-        share: Share | None,
-    ) -> Tensor:
-        """Crystals one by one, everything else together."""
-        longest = self._largest() + self.shell_width
-        waves = waves_of_cells(cell, [run.first for run in runs if run.periodic], longest)
-        scaling, parts = None if self.integration is None else self._degree_scaling, []
-        for run in runs:
-            given = queries[run.atoms], keys[run.atoms], values[run.atoms], positions[run.atoms]
-            if not run.periodic:
-                parts.append(self._isolated(*given, run.system, run.count, share))
+    def _mixed(self, atoms: QKV, systems: Systems, cell: Tensor, periodic: list[bool], share: Share | None) -> Tensor:
+        """The same for crystals one by one, and all molecules between two of them together."""
+        scaling, parts, first = None if self.integration is None else self._degree_scaling, [], 0
+        for _, run in groupby(range(len(periodic)), lambda number: number if periodic[number] else -1):
+            numbers = list(run)
+            sizes = tuple(systems.sizes[number] for number in numbers)
+            own = atoms.of(slice(first, first + sum(sizes)))
+            first += sum(sizes)
+            if not sum(sizes):
                 continue
-            out = reciprocal_attention(
-                *given,
-                cell[run.first],
-                self.frequencies,
-                self.shell_width,
-                size=self.size,
-                degree_scaling=scaling,
-                share=share,
-                low=self.low,
-                integers=waves[run.first],
-            )
-            parts.append(out)
-        return torch.cat(parts) if parts else self._isolated(queries, keys, values, positions, system, 1, share)
+            if not periodic[numbers[0]]:
+                parts.append(self._isolated(own, systems._replace(sizes=sizes), share))
+                continue
+            part = reciprocal_attention(
+                own, cell[numbers[0]], self.frequencies, self.shell_width, longest=self._largest(),
+                degree_scaling=scaling, share=share, low=self.low,
+            )  # fmt: skip
+            parts.append(part)
+        return torch.cat(parts) if parts else self._isolated(atoms, systems, share)
 
     def _largest(self) -> float:
         """The largest frequency, not its absolute value [1/Å]."""
@@ -409,3 +324,21 @@ class EuclideanFastAttention(WithRole):
             return activated, activated, for_v
         queries, keys = (gated(layer(for_qk), self.config.activation) for layer in (self.query, self.key))
         return queries, keys, self.value(for_v)
+
+
+def _periodic(pbc: Tensor, is_static: bool) -> list[bool]:
+    """Which systems are periodic, from ``[S, 3]``.
+
+    Raises:
+        RuntimeError: a step is being recorded, which must not wait for a GPU.
+        ValueError: a system is periodic in some directions only.
+    """
+    if pbc.is_cuda and (is_static or torch.cuda.is_current_stream_capturing()):
+        raise RuntimeError(
+            "attention in crystals has as many wave vectors as the cell wants: such a step cannot be recorded; "
+            "where no system is periodic, say so by periodic=False in the graph"
+        )
+    directions = pbc.tolist()
+    if any(any(row) != all(row) for row in directions):
+        raise ValueError("the attention needs systems that are periodic in all three directions or in none")
+    return [all(row) for row in directions]

@@ -1,1 +1,0 @@
-"""Configuration files that come with the package: those of the demo."""
