@@ -17,7 +17,6 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from test_training_resume import assert_same_run, start, wait_for_step
 
 from steradian import fit
 from steradian.config import ConfigError, parse_config
@@ -27,7 +26,7 @@ from steradian.training.loop import DivergenceError, Loop
 from steradian.training.record import RunDirectory, WriteError
 from steradian.training.report import Reporter
 from steradian.training.state import FORMAT, MARK, WITHOUT_HASH, ResumeError, read_state
-from tests.unit.training_cases import toy_config, toy_file, toy_frames
+from tests.unit.training_cases import assert_same_run, start, toy_config, toy_file, toy_frames, wait_for_step
 
 SMALL = ("model.edge_gate={kind: none}", "training.max_epochs=1")
 

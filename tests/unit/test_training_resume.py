@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from steradian.build import load_potential
-from steradian.config import dump_config
 from steradian.training.loop import SIGNAL, Loop
 from steradian.training.record import RunDirectory, RunExistsError
 from steradian.training.run import fit
 from steradian.training.state import ResumeError, read_state
-from tests.unit.training_cases import toy_config, toy_file
+from tests.unit.training_cases import assert_same_run, rows_without_time, start, toy_config, toy_file, wait_for_step
 
 STEPS_PER_EPOCH = 4  # seven batches of three, two to a step
 
@@ -35,41 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(folder: Path) -> RunDirectory:
     """An uninterrupted run."""
     return RunDirectory(fit(toy_config(folder, "whole"), progress=False).run_dir)
-
-
-def rows_without_time(directory: RunDirectory) -> list[dict[str, str]]:
-    with open(directory.metrics, encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["time_s"]
-    return rows
-
-
-def assert_same(first: object, second: object, where: str = "state") -> None:
-    """Equal to the last bit, whatever is nested in it."""
-    if isinstance(first, torch.Tensor):
-        assert isinstance(second, torch.Tensor), where
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert isinstance(second, dict), where
-        assert first.keys() == second.keys(), where
-        for key in first:
-            if key != "elapsed_s":
-                assert_same(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, list | tuple):
-        assert isinstance(second, list | tuple), where
-        assert len(first) == len(second), where
-        for index, (left, right) in enumerate(zip(first, second)):
-            assert_same(left, right, f"{where}[{index}]")
-    else:
-        assert first == second, where
-
-
-def assert_same_run(whole: RunDirectory, other: RunDirectory) -> None:
-    assert_same(read_state(whole.state), read_state(other.state))
-    assert rows_without_time(whole) == rows_without_time(other)
-    left, right = load_potential(whole.model).state_dict(), load_potential(other.model).state_dict()
-    assert_same(left, right)
 
 
 @pytest.mark.parametrize("stops", [(2,), (STEPS_PER_EPOCH,), (1, 6), (3, 7, 8, 13)])
@@ -104,34 +62,6 @@ def test_random_state_matters(whole: RunDirectory, folder: Path, monkeypatch: py
     fit(config, resume=directory.path, progress=False)
     with pytest.raises(AssertionError):
         assert_same_run(whole, directory)
-
-
-def start(folder: Path, name: str) -> tuple[subprocess.Popen[str], RunDirectory]:
-    """A run in a process of its own."""
-    config = toy_config(folder, name)
-    file = folder / f"{name}.yaml"
-    file.write_text(dump_config(config), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "steradian", "train", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return process, RunDirectory(config.output / config.name)
-
-
-def wait_for_step(process: subprocess.Popen[str], directory: RunDirectory, step: int) -> None:
-    """Wait until a state in the middle of an epoch, at this step or later, is on the disk."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if directory.state.exists():
-            position = read_state(directory.state)["position"]
-            if position["step"] >= step and position["batch"] > 0:
-                return
-        time.sleep(0.002)
-    raise AssertionError("the run did not get there in time")
 
 
 def test_killed_and_resumed_equals_whole(whole: RunDirectory, folder: Path) -> None:

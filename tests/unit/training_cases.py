@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from steradian.config import RunConfig, parse_config
+from steradian.build import load_potential
+from steradian.config import RunConfig, dump_config, parse_config
+from steradian.training.record import RunDirectory
+from steradian.training.state import read_state
 
 FRAMES = 26
 TRAIN, VALIDATION = 20, 6
@@ -89,3 +98,69 @@ def toy_sections(folder: Path, name: str = "run") -> dict[str, Any]:
 
 def toy_config(folder: Path, name: str = "run", *overrides: str) -> RunConfig:
     return parse_config(toy_sections(folder, name), overrides)
+
+
+# ---------------------------------------------------------------------------------------------- runs and their records
+
+
+def rows_without_time(directory: RunDirectory) -> list[dict[str, str]]:
+    with open(directory.metrics, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["time_s"]
+    return rows
+
+
+def assert_same(first: object, second: object, where: str = "state") -> None:
+    """Equal to the last bit, whatever is nested in it."""
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor), where
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert isinstance(second, dict), where
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if key != "elapsed_s":
+                assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert isinstance(second, list | tuple), where
+        assert len(first) == len(second), where
+        for index, (left, right) in enumerate(zip(first, second)):
+            assert_same(left, right, f"{where}[{index}]")
+    else:
+        assert first == second, where
+
+
+def assert_same_run(whole: RunDirectory, other: RunDirectory) -> None:
+    assert_same(read_state(whole.state), read_state(other.state))
+    assert rows_without_time(whole) == rows_without_time(other)
+    left, right = load_potential(whole.model).state_dict(), load_potential(other.model).state_dict()
+    assert_same(left, right)
+
+
+def start(folder: Path, name: str) -> tuple[subprocess.Popen[str], RunDirectory]:
+    """A run in a process of its own."""
+    config = toy_config(folder, name)
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steradian", "train", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return process, RunDirectory(config.output / config.name)
+
+
+def wait_for_step(process: subprocess.Popen[str], directory: RunDirectory, step: int) -> None:
+    """Wait until a state in the middle of an epoch, at this step or later, is on the disk."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if directory.state.exists():
+            position = read_state(directory.state)["position"]
+            if position["step"] >= step and position["batch"] > 0:
+                return
+        time.sleep(0.002)
+    raise AssertionError("the run did not get there in time")
