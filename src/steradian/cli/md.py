@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steradian.cli.common import Model, Precision, Progress, load, read_atoms, say
+
+if TYPE_CHECKING:
+    from steradian.simulate.md import MDResult
 
 __all__ = ["md"]
 
@@ -52,8 +55,6 @@ def md(
 
     steradian md runs/my molecule.xyz --ensemble langevin --temperature 300 --steps 10000 --out md
     """
-    from steradian.evaluation.plots import save
-    from steradian.simulate.analysis import simulation_picture
     from steradian.simulate.files import RunFiles
     from steradian.simulate.md import MDSettings, choose_device, run_md
 
@@ -87,9 +88,16 @@ def md(
         if step is not None:
             say(f"stopped; {out} has a restart point at step {step}: the same command with --resume goes on", err=True)
         raise
-    nve = ensemble is Ensemble.nve
-    save(simulation_picture(out / "md.csv", len(atoms), None if nve else temperature), out / "md.png")
-    drift = f", drift of the total energy {1000 * result.drift:.3g} meV per atom and ps" if nve else ""
+    finish(out, result, len(atoms), None if ensemble is Ensemble.nve else temperature)
+
+
+def finish(out: Path, result: MDResult, num_atoms: int, target: float | None) -> None:
+    """Picture and last lines of a run; the total energy drifts only where no thermostat (``target`` [K]) changes it."""
+    from steradian.evaluation.plots import save
+    from steradian.simulate.analysis import simulation_picture
+
+    save(simulation_picture(out / "md.csv", num_atoms, target), out / "md.png")
+    drift = f", drift of the total energy {1000 * result.drift:.3g} meV per atom and ps" if target is None else ""
     say(f"{result.steps} steps, mean temperature {result.temperature:.0f} K{drift}")
     say(f"wrote trajectory.extxyz, md.csv and md.png to {out}")
 
