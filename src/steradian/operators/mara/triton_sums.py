@@ -96,9 +96,9 @@ def _added_along(sums, by_logit, by_logit_dot, weight, weight_dot, f, df, t, dt)
 
 @triton.jit
 def table_kernel(
-    vectors, receivers, nodes, tables, grid, vectors_dot, nodes_dot, gradient, kept, sums,
-    num_edges, num_points, num_heads, table_size, chunk, sums_size,
-    TANGENT: tl.constexpr, ARRAYS: tl.constexpr, SQUARED: tl.constexpr, KINK: tl.constexpr, POINTS: tl.constexpr,
+    vectors, receivers, nodes, tables, grid, vectors_dot, nodes_dot, gradient, kept, sums, num_edges, num_points,
+    num_heads, table_size, chunk, sums_size, TANGENT: tl.constexpr, ARRAYS: tl.constexpr, SQUARED: tl.constexpr,
+    KINK: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """Derivatives by the tables, of ``sum gradient pooled`` or of its tangent, summed over a chunk of edges.
 
@@ -110,8 +110,7 @@ def table_kernel(
     k = (block_k * POINTS + tl.arange(0, POINTS)).to(tl.int64)
     at = (block_l * POINTS + tl.arange(0, POINTS)).to(tl.int64)
     real_k, real_l = k < num_points, at < num_points
-    tables += head * table_size
-    kept += head * ARRAYS * num_points * num_edges
+    tables, kept = tables + head * table_size, kept + head * ARRAYS * num_points * num_edges
     gk, gl = load_xyz(grid, k, real_k), load_xyz(grid, at, real_l)
     c, value_slope = tl.load(tables), tl.load(tables + 1)
     asking_table = tl.load(tables + 2 + k, mask=real_k, other=0.0)
