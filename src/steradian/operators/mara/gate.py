@@ -253,7 +253,10 @@ class MARA(SphereGate):
             from steradian.operators.mara import cpu  # needs llvmlite
 
             rows = Rows(edges.receivers, len(nodes)) if edges.topology is None else edges.topology.by_receiver
-            return cpu.pool_on_sphere(*given, rows, self.points, self.field)
+            # machine code reads the format of the vectors, whatever the role's products are rounded to
+            return cpu.pool_on_sphere(
+                edges.vectors, nodes.to(edges.vectors.dtype), tables, rows, self.points, self.field
+            )
         return factorised.pool_on_sphere(*given, edges.receivers, self.points, self.field, dropout)
 
     def _positions(self) -> Tensor:
