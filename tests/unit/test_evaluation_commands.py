@@ -149,5 +149,5 @@ def test_names_and_units(tmp_path):
     assert model_name(tmp_path / "small.safetensors") == "small"
     assert model_name(tmp_path / "run") == "run"
     assert distinct(["a", "b", "a"]) == ["a (1)", "b", "a (2)"]
-    assert (parsed_units("kcal/mol").energy, parsed_units("kcal/mol").length) == ("kcal/mol", "Angstrom")
+    assert (parsed_units("kcal/mol").energy, parsed_units("kcal/mol").length) == ("kcal/mol", None)
     assert parsed_units("Hartree, Bohr").length == "Bohr"

@@ -31,7 +31,7 @@ def precision(
     md_steps: Annotated[int, typer.Option(min=0, help="NVE steps of 0.5 fs for the drift; 0: none.")] = 400,
     role_md_steps: Annotated[int, typer.Option(min=0, help="The same for every role.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Structures predicted at once.")] = 5,
-    units: common.Units = "eV,Angstrom",
+    units: common.Units = "",
     device: common.Device = "cpu",
     seed: common.Seed = 0,
 ) -> None:
