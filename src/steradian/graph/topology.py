@@ -372,7 +372,7 @@ def _species(numbers: Tensor | None, table: Tensor, is_static: bool) -> Tensor:
     numbers = numbers.to(table.device)
     if is_static:
         return table.index_select(0, numbers)
-    inside = (numbers > 0) & (numbers < ATOMIC_NUMBERS)
+    inside = (numbers >= 0) & (numbers < ATOMIC_NUMBERS)
     return torch.where(inside, table[numbers.clamp(0, ATOMIC_NUMBERS - 1)], -1)
 
 
