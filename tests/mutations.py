@@ -64,8 +64,8 @@ MUTATIONS = [
     Mutation("strain-not-symmetric", "0.5 * (strain + strain.transpose(1, 2))", "strain", CONTRACT + "'strain and mace-mara'"),
     Mutation("cell-not-strained", "cell = cell + cell @ symmetric", "cell = cell + 0 * cell @ symmetric", CONTRACT + "'strain and mace-none'"),
     Mutation("references-subtracted", "energy=interaction + reference,", "energy=interaction - reference,", CONTRACT + "'isolated and none'"),
-    Mutation("cell-transposed", '"ei,eij->ej", graph.shifts', '"ei,eji->ej", graph.shifts', CONTRACT + "'images and mace'"),
-    Mutation("images-subtracted", 'vectors = vectors + torch.einsum("ei,eij->ej", graph', 'vectors = vectors - torch.einsum("ei,eij->ej", graph', CONTRACT + "'images and mace'"),
+    Mutation("cell-transposed", '"ei,eij->ej", topology.shifts', '"ei,eji->ej", topology.shifts', CONTRACT + "'images and mace'"),
+    Mutation("images-subtracted", 'vectors = vectors + torch.einsum("ei,eij->ej", topology', 'vectors = vectors - torch.einsum("ei,eij->ej", topology', CONTRACT + "'images and mace'"),
     # -------------------------------------------------------------------------------------------------------- graphs
     Mutation("edges-sorted-by-sender", "key = pairs[:, 0] * num_atoms + pairs[:, 1]", "key = pairs[:, 1] * num_atoms + pairs[:, 0]", UNIT + "test_neighbors.py"),
     Mutation("skin-forgotten", "structure.pbc, cutoff + skin)", "structure.pbc, cutoff)", UNIT + "test_neighbors.py " + UNIT + "test_neighbors_device.py tests/physics/test_device_md.py"),
@@ -101,9 +101,11 @@ MUTATIONS = [
     Mutation("o3mpnn-switch", "nn.functional.silu(1 - self.switch)", "nn.functional.silu(self.switch)", PARITY + "test_efa_model.py"),
     # ---------------------------------------------------------------------------------------------------------- MARA
     Mutation("mara-node-gate-receiver", "return (1 + mean).index_select(0, edges.senders)", "return (1 + mean).index_select(0, edges.receivers)", UNIT + "test_mara.py"),
-    Mutation("mara-scale-of-logits", "scale = (self.hidden_dim // heads) ** -0.5", "scale = self.hidden_dim ** -0.5", UNIT + "test_mara.py"),
-    Mutation("mara-slope-term", "by_column = weights * (row_value_column - output * row_column)", "by_column = weights * (row_value_column + output * row_column)", UNIT + "test_mara.py"),
-    Mutation("mara-table-gradient", "torch.stack([asked, -asked * output], 1)", "torch.stack([asked, asked * output], 1)", UNIT + "test_mara.py"),
+    Mutation("mara-scale-of-logits", "scale = (len(W_h) // num_heads) ** -0.5", "scale = len(W_h) ** -0.5", UNIT + "test_mara.py"),
+    Mutation("mara-answering-point", "centre[:, :1] + c * field + B]", "centre[:, :1] + c * field - B]", UNIT + "test_mara.py"),
+    Mutation("mara-point-field", "torch.stack([F.expand_as(field), centre[:, 1:], field], dim=1)", "torch.stack([B.expand_as(field), centre[:, 1:], field], dim=1)", UNIT + "test_mara.py"),
+    Mutation("mara-shift-of-values", "@ w.detach() + shift.squeeze(1)", "@ w.detach() - shift.squeeze(1)", UNIT + "test_mara.py"),
+    Mutation("mara-slope-of-field", "2 * pull.sum(1, keepdim=True) - along", "2 * pull.sum(1, keepdim=True) + along", UNIT + "test_mara.py"),
     Mutation("mara-latitudes", "math.pi * np.arange(num_lat) / (num_lat - 1)", "math.pi * np.arange(num_lat) / num_lat", UNIT + "test_sphere_grids.py"),
     # ----------------------------------------------------------------------------------------------------------- EFA
     Mutation("rotary-sign", "real * phases.cos() - imaginary * phases.sin()", "real * phases.cos() + imaginary * phases.sin()", UNIT + "test_efa.py " + PARITY + "test_efa_attention.py"),
@@ -208,13 +210,15 @@ def answers(chosen: list[Mutation], jobs: int, scratch: Path) -> Iterator[tuple[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="NAME", help="mutations whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="NAME", help="mutations whose name contains one of them"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time")
     parser.add_argument("--list", action="store_true", help="names and changes, nothing is run")
     arguments = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
+    chosen = [mutation for mutation in MUTATIONS if any(part in mutation.name for part in arguments.only)]
     if not chosen:
-        parser.error(f"no mutation is called '{arguments.only}'")
+        parser.error(f"no mutation is called {' or '.join(arguments.only)}")
     if arguments.list:
         print("\n".join(f"{mutation.name}: {mutation.old!r} -> {mutation.new!r}" for mutation in chosen))
         return 0
