@@ -229,12 +229,14 @@ def record(
 
 
 def tensors_of(graph: Graph) -> dict[str, Tensor]:
-    """The tensors of a graph by name, those of its pairs included."""
+    """The tensors of a graph by name, those of its pairs and the mark of its real systems included."""
     found = {each.name: getattr(graph, each.name) for each in fields(graph)}
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     pairs = graph.prepared().pairs
     if pairs is not None:
         found |= {"pairs.first": pairs.first, "pairs.of_edge": pairs.of_edge}
+    if graph.real is not None:
+        found["real"] = graph.real
     return found
 
 
