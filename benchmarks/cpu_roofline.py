@@ -24,7 +24,7 @@ from settings import ROOT, machine, write
 
 from steradian.build import build_potential
 from steradian.config import KeysConfig, MACEConfig, MARAConfig, ModelConfig, UnitsConfig
-from steradian.data.read import read_structures
+from steradian.data.files import read_structures
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph

@@ -40,7 +40,7 @@ def measure(kind: str, size: int, arguments: Any, backend: str, way: str, gate: 
     """One row: milliseconds per step over a stretch of steps, waiting for the GPU at its ends only."""
     from steradian.polynomials import use_backend
     from steradian.simulate.device_md import DeviceMD
-    from steradian.simulate.settings import MDSettings
+    from steradian.simulate.files import MDSettings
 
     atoms = system(size, arguments.periodic)
     edges = graph_of(atoms).num_edges

@@ -95,9 +95,9 @@ def evaluated(label: str, arguments: argparse.Namespace, structures: list) -> tu
 
 def compare(arguments: argparse.Namespace) -> None:
     from steradian.config import KeysConfig, UnitsConfig
-    from steradian.data.read import read_structures
-    from steradian.evaluation.compare import compare as compare_reports
+    from steradian.data.files import read_structures
     from steradian.evaluation.plots import cumulative_errors, save
+    from steradian.evaluation.report import compare as compare_reports
 
     path = arguments.data / "rmd17_aspirin_test_01.npz"
     structures = read_structures(path, KeysConfig(), UnitsConfig(energy="kcal/mol"), ignore_cell=True)
@@ -119,7 +119,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def summary(reports: dict[str, Any], entries: dict[str, dict[str, Any]], count: int) -> str:
     """All models in one table, in meV and meV/Å."""
-    from steradian.evaluation.compare import FIGURES
+    from steradian.evaluation.report import FIGURES
     from steradian.evaluation.tables import Table, format_number
 
     rows = []

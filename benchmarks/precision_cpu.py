@@ -19,7 +19,7 @@ from settings import ROOT, interleaved, machine, median_ms, median_ratio, write
 
 from steradian.build import load_potential
 from steradian.config import KeysConfig, PrecisionConfig, UnitsConfig
-from steradian.data.read import read_structures
+from steradian.data.files import read_structures
 from steradian.graph import batch_graphs
 from steradian.graph.neighbors import make_graph
 

@@ -80,7 +80,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def batches(arguments: argparse.Namespace, cutoff: float, count: int = 40) -> list[Any]:
     from steradian.config import KeysConfig, UnitsConfig
-    from steradian.data.read import read_structures
+    from steradian.data.files import read_structures
     from steradian.graph import batch_graphs
     from steradian.graph.neighbors import make_graph
 

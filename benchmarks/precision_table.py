@@ -39,7 +39,7 @@ def model_section(label: str, name: str) -> dict[str, Any]:
 
 def structures(name: str, data: Path, test: bool) -> list[Any]:
     from steradian.config import KeysConfig, UnitsConfig
-    from steradian.data.read import read_structures
+    from steradian.data.files import read_structures
 
     if name == "water":
         return read_structures(data / ("water/data_3" if test else "water/data_0"), KeysConfig(), UnitsConfig())

@@ -98,7 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
 def errors(run: Path, name: str, data: Path, precision: Any) -> dict[str, float]:
     from steradian.build import load_potential
     from steradian.config import KeysConfig, PrecisionConfig, UnitsConfig
-    from steradian.data.read import read_structures
+    from steradian.data.files import read_structures
     from steradian.evaluation.errors import evaluate
 
     _, test, units = files(name, data)

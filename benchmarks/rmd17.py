@@ -54,9 +54,9 @@ def train(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     from steradian.build import load_potential
     from steradian.config import KeysConfig, UnitsConfig, load_config
-    from steradian.data.read import read_structures
-    from steradian.evaluation.compare import compare as compare_reports
+    from steradian.data.files import read_structures
     from steradian.evaluation.errors import evaluate
+    from steradian.evaluation.report import compare as compare_reports
     from steradian.evaluation.rotations import rotation_audit
 
     results: dict[str, dict] = {}

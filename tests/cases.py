@@ -21,7 +21,7 @@ from steradian.config import (
     O3MPNNConfig,
     ViSNetConfig,
 )
-from steradian.config.efa import TensorIntegrationConfig
+from steradian.config.operators import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph import Graph, batch_graphs
 from steradian.graph.neighbors import make_graph

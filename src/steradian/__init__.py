@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from steradian.build import build_potential, load_potential, save_potential
     from steradian.config import RunConfig, load_config, parse_config
-    from steradian.data.read import read_structures
+    from steradian.data.files import read_structures
     from steradian.evaluation.errors import evaluate
     from steradian.execution.steps import Runner
     from steradian.graph import Edges, Graph, Prediction, batch_graphs
@@ -29,7 +29,7 @@ _HOME = {
     "RunConfig": "steradian.config",
     "load_config": "steradian.config",
     "parse_config": "steradian.config",
-    "read_structures": "steradian.data.read",
+    "read_structures": "steradian.data.files",
     "Structure": "steradian.graph.structures",
     "evaluate": "steradian.evaluation.errors",
     "Runner": "steradian.execution.steps",

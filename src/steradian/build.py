@@ -26,13 +26,12 @@ from steradian.config import (
 from steradian.data.statistics import DatasetStatistics
 from steradian.execution.self_test import SelfTest, SelfTestError
 from steradian.hosts.base import Host, TrainingFacts
-from steradian.hosts.mace.elements import compress_element_tables
-from steradian.hosts.mace.mace import MACE
+from steradian.hosts.mace import MACE, compress_element_tables
 from steradian.hosts.nequip import NequIP
 from steradian.hosts.o3mpnn import O3MPNN
 from steradian.hosts.visnet import ViSNet
 from steradian.operators.base import GateFactory, MixerFactory, SlotSpec, no_operator
-from steradian.operators.efa.mixer import efa_factory
+from steradian.operators.efa.operator import efa_factory
 from steradian.operators.mara import mara_factory
 from steradian.potential import PLAIN, Potential
 

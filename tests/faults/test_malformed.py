@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from steradian.config import ConfigError, RunConfig, dump_config, load_config
-from steradian.data.read import read_structures
+from steradian.data.files import read_structures
 from steradian.graph.structures import DataError
 
 CASES = {"xyz": 200, "npz": 80, "json": 70, "deepmd": 50, "yaml": 100}

@@ -22,7 +22,7 @@ from steradian.graph.skin import Capacity, HostList
 from steradian.interfaces.ase import SteradianCalculator
 from steradian.polynomials import use_backend
 from steradian.simulate.device_md import DeviceMD
-from steradian.simulate.settings import MDSettings
+from steradian.simulate.files import MDSettings
 from tests.systems import STATISTICS
 
 HOSTS = {

@@ -14,7 +14,7 @@ from steradian.config import LossConfig
 from steradian.execution.batches import DeviceData
 from steradian.execution.steps import GradientStep, Runner, Steps
 from steradian.graph import batch_graphs
-from steradian.training.losses import Loss
+from steradian.training.optimisation import Loss
 from steradian.training.run import fit
 from tests import cases
 from tests.unit.training_cases import toy_config, toy_file

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from steradian.config.efa import EFAConfig, TensorIntegrationConfig
+from steradian.config.operators import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.sphere import lebedev

@@ -24,8 +24,8 @@ from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.linear import IrrepsLinear
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
+from steradian.operators.efa.cpu import waves_module
 from steradian.operators.efa.cpu_sums import sums_module
-from steradian.operators.efa.cpu_waves import waves_module
 from steradian.operators.mara.cpu_code import sphere_attention_module
 from steradian.polynomials import Polynomial, codegen, evaluate, use_backend
 from steradian.polynomials import cpu as apply

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from steradian.config import DataConfig, SplitConfig
+from steradian.data.files import write_structures
 from steradian.data.load import bundled_file, load_dataset, split_indices
-from steradian.data.write import write_structures
 from steradian.graph.structures import DataError, Structure
 
 

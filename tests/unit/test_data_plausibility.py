@@ -8,11 +8,10 @@ from typer.testing import CliRunner
 
 from steradian.cli.dataset import app
 from steradian.config import KeysConfig, UnitsConfig
+from steradian.data.files import read_structures, write_structures
 from steradian.data.labels import RawFrame, to_structures
 from steradian.data.load import bundled_file
-from steradian.data.plausibility import plausibility
-from steradian.data.read import read_structures
-from steradian.data.write import write_structures
+from steradian.data.summary import plausibility
 from steradian.graph.structures import Structure
 
 

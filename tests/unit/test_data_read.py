@@ -11,8 +11,7 @@ from ase.io import write as ase_write
 from ase.units import Bohr, GPa, Hartree
 
 from steradian.config import KeysConfig, UnitsConfig
-from steradian.data.read import read_structures
-from steradian.data.write import write_structures
+from steradian.data.files import read_structures, write_structures
 from steradian.graph.structures import DataError, Structure
 from steradian.units import KCAL_PER_MOL
 

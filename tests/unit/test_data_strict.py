@@ -17,7 +17,7 @@ from ase.io import read as ase_read
 from ase.io import write as ase_write
 
 from steradian.config import KeysConfig, UnitsConfig
-from steradian.data.read import read_structures
+from steradian.data.files import read_structures
 from steradian.graph.structures import DataError, Structure
 
 ALL = ("energy", "forces", "stress")

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from steradian.cli.dataset import app
-from steradian.data.read import read_structures
+from steradian.data.files import read_structures
 from steradian.data.xtb import Recipe, autocorrelation_time, make_dataset, starting_geometry
 from steradian.graph.structures import DataError
 

@@ -12,7 +12,7 @@ import torch
 
 from steradian.build import build_potential, save_potential
 from steradian.config import EFAConfig, MACEConfig, MARAConfig, ModelConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig
-from steradian.config.efa import TensorIntegrationConfig
+from steradian.config.operators import TensorIntegrationConfig
 from steradian.execution.distributed import predict_distributed, slab
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steradian.config.efa import EFAConfig, TensorIntegrationConfig
+from steradian.config.operators import EFAConfig, TensorIntegrationConfig
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.irreps import all_degrees, dim, natural_degrees
 from steradian.equivariant.sphere import design, lebedev

@@ -10,9 +10,9 @@ import torch
 from steradian.equivariant.sphere import lebedev
 from steradian.operators.efa import cpu as efa_cpu
 from steradian.operators.efa.attention import Waves, rotary_attention
+from steradian.operators.efa.cpu import CombinedWaves
 from steradian.operators.efa.cpu_pairs import PairShape, attend_pairs, attend_pairs_plainly
 from steradian.operators.efa.cpu_sums import CpuSums, aligned
-from steradian.operators.efa.cpu_waves import CombinedWaves
 from steradian.operators.efa.paper import QKV, invariant_attention
 from steradian.operators.efa.rules import STEPS, DirectionRule, RuleWaves, spiral, step_of_phase
 from steradian.operators.efa.sums import moments

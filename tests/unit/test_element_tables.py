@@ -8,7 +8,7 @@ import torch
 from steradian.build import build_potential, load_potential, save_potential
 from steradian.config import MACEConfig, ModelConfig, NequIPConfig
 from steradian.data.statistics import DatasetStatistics
-from steradian.hosts.mace.elements import LowRank, RoundedRows
+from steradian.hosts.mace import LowRank, RoundedRows
 from tests.unit.precision_cases import STATISTICS, graph
 
 MANY = DatasetStatistics(tuple(range(1, 21)), dict.fromkeys(range(1, 21), 0.0), avg_num_neighbors=5.0)

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from steradian.evaluation import plots
-from steradian.evaluation.compare import FIGURES, compare
 from steradian.evaluation.errors import ErrorReport, evaluate
-from steradian.evaluation.report import Evaluated, render_report, write_report
+from steradian.evaluation.report import FIGURES, Evaluated, compare, render_report, write_report
 from steradian.evaluation.rotations import random_orthogonal, rotation_audit
 from steradian.evaluation.tables import Table, format_number, format_percent
 from steradian.units import KCAL_PER_MOL

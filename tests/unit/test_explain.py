@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import Normalize
 
 from steradian.equivariant.sphere import lebedev
-from steradian.explain.attention import (
+from steradian.evaluation.attention import (
     AttentionResult,
     LayerAttention,
     _apart,

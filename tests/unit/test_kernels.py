@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from steradian.compiler import threads as team
+from steradian.compiler import native as team
 from steradian.equivariant.harmonics import harmonics_polynomial
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.symmetric_contraction import contraction_polynomial

@@ -16,7 +16,7 @@ from steradian.execution.batches import Buckets, DeviceData, Sizes, pad_graph
 from steradian.graph import Graph
 from steradian.graph.neighbors import make_graph
 from steradian.polynomials import use_backend
-from steradian.training.losses import Loss
+from steradian.training.optimisation import Loss
 from tests import cases
 
 #: Operators whose result or shape depends on values, so that a GPU has to be waited for.

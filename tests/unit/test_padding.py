@@ -12,7 +12,7 @@ from steradian.execution.batches import Buckets, Sizes, pad_graph, real_part
 from steradian.graph import Graph
 from steradian.graph.ghosts import ghost_edges
 from steradian.polynomials import use_backend
-from steradian.training.losses import Loss
+from steradian.training.optimisation import Loss
 from tests import cases
 
 SIZES = Sizes(29, 512, 5)  # five ghosts, an odd number

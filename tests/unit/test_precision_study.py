@@ -109,7 +109,7 @@ def test_the_command(tmp_path, capsys):
     from typer.testing import CliRunner
 
     from steradian.cli import app
-    from steradian.data.write import write_structures
+    from steradian.data.files import write_structures
 
     save_potential(tmp_path / "model.safetensors", potential("mace"))
     write_structures(tmp_path / "data.xyz", structures())

@@ -13,9 +13,8 @@ from steradian.config import ConfigError
 from steradian.training import optimisation
 from steradian.training.loop import DivergenceError, Loop
 from steradian.training.optimisation import order_at, set_order, start_progressive
-from steradian.training.record import RunDirectory
+from steradian.training.record import RunDirectory, read_state
 from steradian.training.run import fit
-from steradian.training.state import read_state
 from tests.unit.precision_cases import STATISTICS, graph, potential
 from tests.unit.training_cases import toy_config, toy_file
 

@@ -25,12 +25,18 @@ from steradian.graph.batches import GraphDataset
 from steradian.graph.structures import Structure
 from steradian.potential import Potential
 from steradian.training.loop import DivergenceError, Steps
-from steradian.training.losses import Loss, MissingLabelError, labels_in_use
-from steradian.training.optimisation import LearningRate, MovingAverage, make_optimizer, parameter_groups
+from steradian.training.optimisation import (
+    LearningRate,
+    Loss,
+    MissingLabelError,
+    MovingAverage,
+    labels_in_use,
+    make_optimizer,
+    parameter_groups,
+)
 from steradian.training.prepare import check_monitor
-from steradian.training.record import RunDirectory
+from steradian.training.record import RunDirectory, random_state, read_state, restore_random_state, write_state
 from steradian.training.run import fit
-from steradian.training.state import random_state, read_state, restore_random_state, write_state
 from tests.unit.training_cases import toy_config, toy_file, toy_frames
 
 

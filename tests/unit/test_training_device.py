@@ -18,7 +18,7 @@ from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.polynomials import use_backend
 from steradian.potential import Potential
-from steradian.training.losses import Loss
+from steradian.training.optimisation import Loss
 from tests import cases
 
 

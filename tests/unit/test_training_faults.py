@@ -23,9 +23,8 @@ from steradian.config import ConfigError, parse_config
 from steradian.graph.structures import DataError
 from steradian.training import record
 from steradian.training.loop import DivergenceError, Loop
-from steradian.training.record import RunDirectory, WriteError
+from steradian.training.record import FORMAT, MARK, WITHOUT_HASH, ResumeError, RunDirectory, WriteError, read_state
 from steradian.training.report import Reporter
-from steradian.training.state import FORMAT, MARK, WITHOUT_HASH, ResumeError, read_state
 from tests.unit.training_cases import assert_same_run, start, toy_config, toy_file, toy_frames, wait_for_step
 
 SMALL = ("model.edge_gate={kind: none}", "training.max_epochs=1")

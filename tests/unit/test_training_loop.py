@@ -18,10 +18,8 @@ from steradian.data.load import load_dataset
 from steradian.data.statistics import compute_statistics
 from steradian.graph import batch_graphs
 from steradian.graph.batches import BatchSampler, GraphDataset
-from steradian.training.losses import Loss
-from steradian.training.optimisation import LearningRate, LossScale
-from steradian.training.record import RunDirectory
-from steradian.training.state import random_state, read_state
+from steradian.training.optimisation import LearningRate, Loss, LossScale
+from steradian.training.record import RunDirectory, random_state, read_state
 from tests.unit.training_cases import toy_config, toy_file
 
 PLAIN = ("model.edge_gate={kind: none}", "model.precision=float64", "training.max_epochs=3")

@@ -16,13 +16,13 @@ from steradian.config import ConfigError, RunConfig, TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.execution.recording import Repeater
 from steradian.graph import Prediction
-from steradian.training import loop, pipeline
+from steradian.training import feeding as pipeline
+from steradian.training import loop
 from steradian.training.feeding import prefetched, to_device
 from steradian.training.loop import DivergenceError, Loop
 from steradian.training.machine import AsynchronousValues, training_device
-from steradian.training.record import RunDirectory
+from steradian.training.record import RunDirectory, read_state
 from steradian.training.run import fit
-from steradian.training.state import read_state
 from tests.unit.training_cases import toy_config, toy_file
 
 

@@ -19,9 +19,8 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import batch_graphs
 from steradian.graph.batches import GraphDataset
-from steradian.training.record import RunDirectory
+from steradian.training.record import RunDirectory, read_state
 from steradian.training.run import fit
-from steradian.training.state import read_state
 from tests.unit.training_cases import toy_config, toy_file
 
 EXACT = (

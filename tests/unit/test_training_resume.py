@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from steradian.training.loop import SIGNAL, Loop
-from steradian.training.record import RunDirectory, RunExistsError
+from steradian.training.record import ResumeError, RunDirectory, RunExistsError, read_state
 from steradian.training.run import fit
-from steradian.training.state import ResumeError, read_state
 from tests.unit.training_cases import assert_same_run, rows_without_time, start, toy_config, toy_file, wait_for_step
 
 STEPS_PER_EPOCH = 4  # seven batches of three, two to a step

@@ -18,8 +18,7 @@ from ase.io import write
 
 from steradian.build import load_potential
 from steradian.config import RunConfig, dump_config, parse_config
-from steradian.training.record import RunDirectory
-from steradian.training.state import read_state
+from steradian.training.record import RunDirectory, read_state
 
 FRAMES = 26
 TRAIN, VALIDATION = 20, 6

@@ -32,14 +32,14 @@ def attend(
     steradian attend runs/mace-mara molecule.xyz --out attention
     """
     from steradian.build import load_potential
-    from steradian.evaluation.plots import save
-    from steradian.explain.attention import (
+    from steradian.evaluation.attention import (
         attention_of,
         central_atom,
         distance_picture,
         molecule_picture,
         sphere_picture,
     )
+    from steradian.evaluation.plots import save
 
     with results(out):
         potential = load_potential(model)
@@ -63,8 +63,8 @@ def read_one(source: str) -> Structure:
     Raises:
         ValueError: it cannot be read.
     """
+    from steradian.data.files import read_structures
     from steradian.data.load import bundled_file
-    from steradian.data.read import read_structures
     from steradian.graph.structures import Structure
 
     if source.startswith(BUNDLED):

@@ -87,8 +87,8 @@ def read(data: str, keys: KeysConfig, units: UnitsConfig, require: tuple[str, ..
     Raises:
         ValueError: what is wrong with the file, and which option mends it.
     """
+    from steradian.data.files import read_structures
     from steradian.data.load import bundled_file
-    from steradian.data.read import read_structures
     from steradian.graph.structures import DataError
 
     if data.startswith(BUNDLED):

@@ -150,7 +150,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the frames in another format, in eV and Å, under the usual names."""
-    from steradian.data.write import write_structures
+    from steradian.data.files import write_structures
     from steradian.graph.structures import DataError
 
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key)
@@ -163,7 +163,7 @@ def convert(
         named = [("energy", energy_key), ("forces", forces_key), ("stress", stress_key)]
         asked = [label for label, key in named if key]
         if asked and any(getattr(frame, label) is None for frame in structures for label in asked):
-            from steradian.data.read import read_structures
+            from steradian.data.files import read_structures
 
             read_structures(path, keys, units, require=asked, ignore_cell=ignore_cell)  # raises, with what was found
         write_structures(out, structures, single_precision=single_precision)
@@ -177,9 +177,9 @@ def convert(
 
 def read_any(path: str, keys: KeysConfig, units: UnitsConfig, ignore_cell: bool, notes: list[str]) -> list[Structure]:
     """All frames with whatever labels each has; ``notes`` get what was left out."""
+    from steradian.data.files import read_raw
     from steradian.data.labels import to_structures
     from steradian.data.load import bundled_file, files_of
-    from steradian.data.read import read_raw
 
     files = [bundled_file(path)] if path.startswith("bundled:") else [Path(file) for file in files_of(path)]
     return [

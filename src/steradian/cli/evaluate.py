@@ -108,9 +108,9 @@ def compare(
         structures = read(data, keys, parsed_units(units), require) if data is not None and not all(stored) else []
         wanted = Wanted(structures, require, batch, worst, rotations, seed)
 
-        from steradian.evaluation.compare import compare as compare_reports
         from steradian.evaluation.errors import ErrorReport
         from steradian.evaluation.report import Evaluated
+        from steradian.evaluation.report import compare as compare_reports
 
         found = [
             Evaluated(ErrorReport.load(path)) if potential is None else evaluated(potential, path, name, wanted)

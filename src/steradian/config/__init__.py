@@ -4,22 +4,42 @@ A file is YAML and holds data, never code. Unknown keys are errors that name the
 torch or another heavy package, so that the command line answers at once.
 """
 
-from steradian.config.data import BatchConfig, DataConfig, KeysConfig, ReferenceEnergiesConfig, SplitConfig, UnitsConfig
-from steradian.config.efa import EFAConfig, O3MPNNConfig
 from steradian.config.hosts import ExpNormalConfig, MACEConfig, NequIPConfig, RadialConfig, ReadoutConfig, ViSNetConfig
-from steradian.config.load import ConfigError, RunConfig, dump_config, json_schema, load_config, parse_config
-from steradian.config.mara import (
+from steradian.config.load import (
+    ConfigError,
+    HostConfig,
+    ModelConfig,
+    NoMixer,
+    RunConfig,
+    dump_config,
+    json_schema,
+    load_config,
+    parse_config,
+)
+from steradian.config.operators import (
+    EFAConfig,
     EquiangularGrid,
     GaussLegendreGrid,
     GridConfig,
     LebedevGrid,
     MARAConfig,
     NoGate,
+    O3MPNNConfig,
     SphericalDesign,
 )
-from steradian.config.model import HostConfig, ModelConfig, NoMixer
 from steradian.config.precision import ElementTablesConfig, PrecisionConfig
-from steradian.config.training import LossConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from steradian.config.run import (
+    BatchConfig,
+    DataConfig,
+    KeysConfig,
+    LossConfig,
+    OptimizerConfig,
+    ReferenceEnergiesConfig,
+    ScheduleConfig,
+    SplitConfig,
+    TrainingConfig,
+    UnitsConfig,
+)
 
 __all__ = [
     "BatchConfig",

@@ -7,23 +7,68 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from steradian.config.data import DataConfig
-from steradian.config.hosts import MACEConfig
-from steradian.config.model import ModelConfig
+from steradian.config.hosts import MACEConfig, NequIPConfig, ViSNetConfig
+from steradian.config.operators import EFAConfig, MARAConfig, NoGate, O3MPNNConfig
+from steradian.config.precision import PRESETS, ElementTablesConfig, PrecisionConfig, Preset
+from steradian.config.run import DataConfig, TrainingConfig
 from steradian.config.section import Section
 from steradian.config.text import parse_yaml, printable, read_text
-from steradian.config.training import TrainingConfig
 
-__all__ = ["ConfigError", "RunConfig", "dump_config", "json_schema", "load_config", "parse_config"]
+__all__ = [
+    "ConfigError",
+    "HostConfig",
+    "ModelConfig",
+    "NoMixer",
+    "RunConfig",
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "parse_config",
+]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every mistake, one line each, with the way out."""
+
+
+class NoMixer(Section):
+    kind: Literal["none"] = "none"
+
+
+AnyHost = Union[MACEConfig, NequIPConfig, O3MPNNConfig, ViSNetConfig]  # noqa: UP007
+HostConfig = Annotated[AnyHost, Field(discriminator="kind")]
+EdgeGateConfig = Annotated[Union[NoGate, MARAConfig], Field(discriminator="kind")]  # noqa: UP007
+GlobalMixerConfig = Annotated[Union[NoMixer, EFAConfig], Field(discriminator="kind")]  # noqa: UP007
+
+
+class ModelConfig(Section):
+    """Host, operators and numbers that define a potential."""
+
+    host: HostConfig = MACEConfig()
+    edge_gate: EdgeGateConfig = NoGate()
+    global_mixer: GlobalMixerConfig = NoMixer()
+    element_tables: ElementTablesConfig = ElementTablesConfig()
+    precision: Preset | PrecisionConfig = Field(
+        "float32", description="a preset, or a section with a preset and other formats for single roles"
+    )
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _mace_unless_said(cls, host: Any) -> Any:
+        return {"kind": "mace", **host} if isinstance(host, dict) else host
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known_preset(cls, precision: Any) -> Any:
+        if isinstance(precision, str) and precision not in PRESETS:
+            raise ValueError(f"unknown preset; choose {', '.join(PRESETS)}")
+        # one kind of value goes on, so that a mistake is told once
+        return PrecisionConfig.model_validate(precision) if isinstance(precision, dict) else precision
 
 
 class RunConfig(Section):

@@ -15,9 +15,9 @@ from ase.data import chemical_symbols
 
 from steradian.config import DataConfig, KeysConfig, SplitConfig, UnitsConfig
 from steradian.config.text import parse_json, read_text
-from steradian.data.array_files import load_npz
+from steradian.data.files import read_structures
+from steradian.data.formats import load_npz
 from steradian.data.labels import is_isolated_atom, keep_uniform_labels
-from steradian.data.read import read_structures
 from steradian.graph.structures import DataError, Structure
 
 __all__ = ["Dataset", "bundled_file", "frame_key", "load_dataset", "split_indices"]
@@ -52,7 +52,7 @@ def load_dataset(config: DataConfig, *, require: Sequence[str] = ("energy", "for
             that they lack is noted in the warnings.
 
     Raises:
-        DataError: what :func:`~steradian.data.read.read_structures` raises; splits that are too large, overlap or use
+        DataError: what :func:`~steradian.data.files.read_structures` raises; splits that are too large, overlap or use
             one file twice; an element that occurs in validation or test only.
     """
     reader = _Reader(config)

@@ -11,8 +11,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from scipy.spatial.distance import pdist
 
 from steradian.config import KeysConfig, ReferenceEnergiesConfig, UnitsConfig
+from steradian.data.files import read_structures
 from steradian.data.labels import is_isolated_atom
-from steradian.data.read import read_structures
 from steradian.graph.neighbors import neighbor_pairs
 from steradian.graph.structures import DataError, Structure
 

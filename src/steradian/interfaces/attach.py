@@ -29,7 +29,7 @@ from steradian.graph import Edges
 from steradian.interfaces.attach_base import AttachError, ForeignAtoms, MixingSlot, Package, Seen, Slot
 from steradian.interfaces.attach_packages import package_of
 from steradian.operators.base import EdgeGate, GlobalMixer, SlotSpec
-from steradian.operators.efa.mixer import efa_factory
+from steradian.operators.efa.operator import efa_factory
 from steradian.operators.mara import mara_factory
 
 __all__ = ["AttachError", "Attachment", "attach", "detach", "load_attached", "save_attached"]

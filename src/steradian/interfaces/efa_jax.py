@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steradian.build import build_potential
 from steradian.config import EFAConfig, ModelConfig, O3MPNNConfig
-from steradian.config.efa import TensorIntegrationConfig
+from steradian.config.operators import TensorIntegrationConfig
 from steradian.data.statistics import DatasetStatistics
 from steradian.equivariant.harmonics import to_cartesian_order
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, natural_degrees, slices
@@ -25,8 +25,7 @@ from steradian.equivariant.linear import MLP, Dense
 from steradian.equivariant.paths import Paths
 from steradian.equivariant.sphere import LEBEDEV_DEGREES
 from steradian.hosts.o3mpnn import O3MPNN, O3Layer
-from steradian.operators.efa.mixer import EFAMixer
-from steradian.operators.efa.operator import EuclideanFastAttention
+from steradian.operators.efa.operator import EFAMixer, EuclideanFastAttention
 from steradian.potential import Potential
 
 __all__ = [

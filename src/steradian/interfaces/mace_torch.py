@@ -1,4 +1,4 @@
-"""Weights of a mace-torch model become weights of :class:`steradian.hosts.mace.mace.MACE`, number for number.
+"""Weights of a mace-torch model become weights of :class:`steradian.hosts.mace.MACE`, number for number.
 
 Needs arrays and plain data only, neither mace-torch nor e3nn. Three things differ from mace-torch (0.3.16 with e3nn
 0.4.4), and each step is exact and checks that it is:

@@ -15,8 +15,7 @@ from torch import Tensor
 from steradian.compiler.checked import agrees, allowed, difference, is_static
 from steradian.compiler.folding import Folded
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import Code
-from steradian.compiler.threads import run_tasks
+from steradian.compiler.native import Code, run_tasks
 from steradian.graph.topology import Rows
 from steradian.polynomials.codegen import compiled
 from steradian.polynomials.polynomial import Operand, Polynomial

@@ -30,8 +30,8 @@ from steradian.graph import Graph, Prediction
 from steradian.graph.skin import Capacity, DeviceList, HostList, Needs
 from steradian.operators.base import declares
 from steradian.potential import Potential
+from steradian.simulate.files import MDSettings, SimulationError, check_start
 from steradian.simulate.integrators import Integrator, State
-from steradian.simulate.settings import MDSettings, SimulationError, check_start
 
 __all__ = ["CHECK_EVERY", "DeviceMD", "ForceField", "Snapshot"]
 

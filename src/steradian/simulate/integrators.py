@@ -13,7 +13,7 @@ import torch
 from ase import units
 from torch import Tensor
 
-from steradian.simulate.settings import MDSettings
+from steradian.simulate.files import MDSettings
 
 __all__ = ["Integrator", "State", "kinetic_energy"]
 

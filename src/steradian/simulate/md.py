@@ -23,8 +23,7 @@ from steradian.interfaces.ase import SteradianCalculator
 from steradian.potential import Potential
 from steradian.simulate.analysis import energy_drift
 from steradian.simulate.device_md import DeviceMD, Snapshot
-from steradian.simulate.files import RunFiles
-from steradian.simulate.settings import MDSettings, SimulationError, check_start
+from steradian.simulate.files import MDSettings, RunFiles, SimulationError, check_start
 
 __all__ = ["ENGINES", "MDResult", "MDSettings", "SimulationError", "choose_device", "run_md"]
 

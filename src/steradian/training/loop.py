@@ -20,14 +20,20 @@ from steradian.config import TrainingConfig
 from steradian.evaluation.metrics import ErrorAccumulator
 from steradian.graph import Prediction
 from steradian.potential import Potential
-from steradian.training.feeding import Batch, TrainingData
-from steradian.training.losses import Loss, labels_in_use
+from steradian.training.feeding import Batch, TrainingData, make_pipeline, uses_pipeline
 from steradian.training.machine import AsynchronousValues, Process, StopRequest
-from steradian.training.optimisation import LearningRate, LossScale, MovingAverage, make_optimizer, order_at, set_order
-from steradian.training.pipeline import make_pipeline, uses_pipeline
-from steradian.training.record import RunDirectory
+from steradian.training.optimisation import (
+    LearningRate,
+    Loss,
+    LossScale,
+    MovingAverage,
+    labels_in_use,
+    make_optimizer,
+    order_at,
+    set_order,
+)
+from steradian.training.record import Position, RunDirectory, on_cpu, random_state, restore_random_state, write_state
 from steradian.training.report import Reporter
-from steradian.training.state import Position, on_cpu, random_state, restore_random_state, write_state
 
 __all__ = ["DivergenceError", "Loop", "Reason", "Steps"]
 

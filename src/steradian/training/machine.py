@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 
 from steradian.config import ConfigError, TrainingConfig
 from steradian.execution.steps import resolve_mode
-from steradian.training.state import random_state, restore_random_state
+from steradian.training.record import random_state, restore_random_state
 
 __all__ = [
     "AsynchronousValues",

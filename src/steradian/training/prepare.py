@@ -12,19 +12,17 @@ from steradian.build import build_potential
 from steradian.config import ConfigError, RunConfig
 from steradian.data.labels import is_isolated_atom
 from steradian.data.load import load_dataset
-from steradian.data.plausibility import plausibility
 from steradian.data.statistics import DatasetStatistics, compute_statistics
+from steradian.data.summary import plausibility
 from steradian.evaluation.metrics import METRICS
 from steradian.graph.batches import BatchSampler, GraphDataset
 from steradian.graph.structures import DataError, Structure
 from steradian.potential import Potential
 from steradian.training.feeding import TrainingData
-from steradian.training.losses import LABELS, check_labels, labels_in_use
 from steradian.training.machine import Process, device_line
-from steradian.training.optimisation import start_progressive
-from steradian.training.record import RunDirectory
+from steradian.training.optimisation import LABELS, check_labels, labels_in_use, start_progressive
+from steradian.training.record import WITHOUT_HASH, Position, ResumeError, RunDirectory
 from steradian.training.report import plan_rows
-from steradian.training.state import WITHOUT_HASH, Position, ResumeError
 
 __all__ = ["CHANGEABLE", "Prepared", "check_monitor", "check_resumable", "prepare"]
 

@@ -17,8 +17,8 @@ from steradian.data.statistics import DatasetStatistics
 from steradian.graph.structures import Structure
 from steradian.potential import Potential
 from steradian.precision import policy_of
-from steradian.training.losses import LABELS
-from steradian.training.state import Position
+from steradian.training.optimisation import LABELS
+from steradian.training.record import Position
 
 __all__ = ["BarReporter", "LineReporter", "Reporter", "make_reporter", "plan_rows", "spell_seconds", "summary"]
 

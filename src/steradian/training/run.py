@@ -11,12 +11,11 @@ from typing import Any
 
 from steradian.config import RunConfig
 from steradian.training.loop import DivergenceError, Loop, Reason, Row, Steps
-from steradian.training.losses import labels_in_use
 from steradian.training.machine import Process, run_settings, stop_on_signals, training_device
+from steradian.training.optimisation import labels_in_use
 from steradian.training.prepare import Prepared, check_monitor, check_resumable, prepare
-from steradian.training.record import Loggers, RunDirectory
+from steradian.training.record import Loggers, Position, ResumeError, RunDirectory, read_state, seed_all
 from steradian.training.report import make_reporter, spell_seconds, summary
-from steradian.training.state import Position, ResumeError, read_state, seed_all
 
 __all__ = ["RunResult", "closing_line", "fit"]
 

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.compiler.lanes import Value
+from steradian.compiler.lanes import ROWS, Tiles, Value
 from steradian.compiler.native import function_of
-from steradian.compiler.tiles import ROWS, Tiles
 from steradian.operators.efa.cpu_sums import aligned, run_kernel
 
 __all__ = ["PairShape", "attend_pairs", "attend_pairs_plainly", "pairs_module"]

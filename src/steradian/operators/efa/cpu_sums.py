@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steradian.compiler.lanes import Value
-from steradian.compiler.native import function_of
-from steradian.compiler.threads import run_tasks
-from steradian.compiler.tiles import ROWS, Tiles
+from steradian.compiler.lanes import ROWS, Tiles, Value
+from steradian.compiler.native import function_of, run_tasks
 
 __all__ = ["CpuSums", "aligned", "run_kernel", "sums_module"]
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from steradian.compiler.lanes import lanes_of
-from steradian.compiler.native import function_of
-from steradian.compiler.threads import run_tasks
+from steradian.compiler.native import function_of, run_tasks
 from steradian.graph.topology import Rows
 from steradian.operators.mara import factorised
 from steradian.operators.mara.cpu_code import (
