@@ -22,7 +22,13 @@ from steradian.training.optimisation import LearningRate, Loss, LossScale
 from steradian.training.record import RunDirectory, random_state, read_state
 from tests.unit.training_cases import toy_config, toy_file
 
-PLAIN = ("model.edge_gate={kind: none}", "model.precision=float64", "training.max_epochs=3")
+PLAIN = (
+    "model.edge_gate={kind: none}",
+    "model.precision=float64",
+    "training.max_epochs=3",
+    "training.schedule={kind: constant}",
+    "training.optimizer.clip_norm=1e9",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loop")
     toy_file(path)
     return path
+
+
+def plain_config(folder: Path, name: str, *settings: str) -> RunConfig:
+    """A run without gate in float64, with a norm that clips nothing; later settings replace earlier ones."""
+    chosen = {setting.partition("=")[0]: setting for setting in (*PLAIN, *settings)}
+    return toy_config(folder, name, *chosen.values())
 
 
 def by_hand(config: RunConfig) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], int]:
@@ -80,8 +92,7 @@ def by_hand(config: RunConfig) -> tuple[dict[str, torch.Tensor], list[torch.Tens
     ],
 )
 def test_loop_is_the_training_written_by_hand(folder: Path, name: str, settings: tuple[str, ...]) -> None:
-    wide = ("training.schedule={kind: constant}", "training.optimizer.clip_norm=1e9")
-    config = toy_config(folder, name, *PLAIN, *wide, *settings)
+    config = plain_config(folder, name, *settings)
     weights, averages, clipped = by_hand(config)
     state = read_state(RunDirectory(fit(config, progress=False).run_dir).state)
     assert state["position"]["step"] == 3 * -(-7 // config.training.optimizer.accumulate)
@@ -93,7 +104,7 @@ def test_loop_is_the_training_written_by_hand(folder: Path, name: str, settings:
 
 
 def test_model_is_validated_and_saved_with_averaged_weights(folder: Path) -> None:
-    config = toy_config(folder, "averaged", *PLAIN, "training.max_epochs=1")
+    config = plain_config(folder, "averaged", "training.max_epochs=1")
     result = fit(config, progress=False)
     state, saved = read_state(RunDirectory(result.run_dir).state), load_potential(result.run_dir)
     assert len(state["average"]["averages"]) == len(list(saved.parameters()))
@@ -109,8 +120,8 @@ def test_model_is_validated_and_saved_with_averaged_weights(folder: Path) -> Non
 
 def test_scaled_loss_is_taken_back_before_gradients_are_clipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale is a power of two: it must leave no bit of a float64 run, however tight the norm."""
-    tight = ("training.optimizer={accumulate: 2, clip_norm: 0.5, learning_rate: 0.02}",)
-    plain = read_state(RunDirectory(fit(toy_config(folder, "unscaled", *PLAIN, *tight), progress=False).run_dir).state)
+    tight = "training.optimizer.clip_norm=0.5"
+    plain = read_state(RunDirectory(fit(plain_config(folder, "unscaled", tight), progress=False).run_dir).state)
     made: list[LossScale] = []
     original = LossScale.__init__
 
@@ -120,7 +131,7 @@ def test_scaled_loss_is_taken_back_before_gradients_are_clipped(folder: Path, mo
         made.append(self)
 
     monkeypatch.setattr(LossScale, "__init__", always)
-    scaled = read_state(RunDirectory(fit(toy_config(folder, "scaled", *PLAIN, *tight), progress=False).run_dir).state)
+    scaled = read_state(RunDirectory(fit(plain_config(folder, "scaled", tight), progress=False).run_dir).state)
     assert made[0].skipped == 0
     assert scaled["scale"]["scaler"]["scale"] == 2.0**12
     for name, weight in plain["weights"].items():
