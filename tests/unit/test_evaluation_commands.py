@@ -82,7 +82,8 @@ def test_compare_models_and_stored_errors(folder, tmp_path):
     assert [model["name"] for model in content["models"]] == ["bare", "gated"]
     again = run("compare", out / "errors-bare.npz", out / "errors-gated.npz")
     assert again.exit_code == 0, again.output
-    assert again.output.splitlines()[:9] == found.output.splitlines()[:9]
+    # older releases of rich leave empty lines where a bar of progress would stand
+    assert again.output.lstrip().splitlines()[:9] == found.output.lstrip().splitlines()[:9]
 
 
 @pytest.mark.parametrize(

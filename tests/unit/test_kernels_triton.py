@@ -350,6 +350,8 @@ def run_compiled(script):
     benchmarks = str(Path(__file__).resolve().parents[2] / "benchmarks")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), benchmarks]))
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "ROCm linker" in found.stderr:
+        pytest.skip("Triton 3.4 links code for AMD with a program of ROCm; later releases bring their own")
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout.splitlines()[-1])
 
