@@ -1,4 +1,4 @@
-"""Configuration sections of Euclidean Fast Attention and of the O(3) network of its paper."""
+"""Configuration sections of MARA and the sphere rules it attends on, of EFA and of the O(3) network of its paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration sections of data: files, labels, units, splits and batches."""
+"""Configuration sections of data (files, labels, units, splits, batches) and of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read labelled frames from any supported file or folder."""
+"""Labelled frames from any supported file or folder, and into the formats that are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames from arrays: npz files (rMD17, MD17, MD22 and kin), DeePMD folders, JSON of pymatgen structures."""
+"""Frames from npz files (rMD17, MD17, MD22 and kin), DeePMD folders, JSON of pymatgen, and all that ASE reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data set holds and what looks wrong in it."""
+"""What a data set holds, what looks wrong in it, and whether its units are plausible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTML file about one or several potentials: pictures inside, no network, no scripts; prints on A4."""
+"""Several potentials compared on the same structures, and one HTML file about them: pictures inside, no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a simulation: trajectory, log, restart point, settings."""
+"""Settings of a simulation, and its folder: trajectory, log, restart point."""
 
 from __future__ import annotations
 

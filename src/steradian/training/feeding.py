@@ -1,4 +1,4 @@
-"""Frames, the batches of an epoch from any position on, and the thread that makes them ahead of a device."""
+"""Frames and the batches of an epoch from any position on, made ahead of a device; and steps prepared for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the weights follow the loss: optimiser, learning rate, scaled losses, average, order of MACE's terms."""
+"""How the weights follow the loss: losses, optimiser, learning rate, scaling, average, order of MACE's terms."""
 
 from __future__ import annotations
 

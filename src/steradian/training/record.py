@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, metrics table, log, saved state and model."""
+"""The folder of a run: configuration, metrics table, log, model, and the state from which it goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The waves of Euclidean fast attention by machine code, combined into fewer functions, with their derivatives.
+"""Euclidean fast attention by machine code: its waves with their derivatives, and the attention over isolated systems.
 
 For a frequency ω, row ρ is ``t_ρ = sum_m M_ρm cos(ω u_m . x)``, and with sines for the rows behind the first ones; see
 :mod:`steradian.operators.efa.rules`. W atoms are a block, one in each lane: positions ``[G, 3, W]``, waves

@@ -1,4 +1,4 @@
-"""Euclidean Fast Attention: global, equivariant, at linear cost.
+"""Euclidean Fast Attention: global, equivariant, at linear cost; and as a block of a host's layer.
 
 The module with its weights, :class:`EuclideanFastAttention`: queries, keys and values from features, then the attention
 over directions of molecules and over wave vectors of crystals, then the coupling with harmonics. What the paper writes
