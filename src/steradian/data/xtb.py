@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms, units
 
+from steradian.data.read import read_structures
 from steradian.data.write import WRITABLE, write_structures
 from steradian.graph.structures import DataError, Structure
 
@@ -108,8 +109,6 @@ def starting_geometry(molecule: str) -> Atoms:
             f"molecule '{molecule}': neither malonaldehyde, nor a name that ase.build.molecule knows (CH3CH2OH, C6H6, "
             "...), nor a file"
         )
-    from steradian.data.read import read_structures
-
     structure = read_structures(molecule, require=())[0]
     if structure.periodic:
         raise DataError(f"{molecule}: periodic; only molecules can be made")
