@@ -338,7 +338,7 @@ def check_entries(stream: BinaryIO) -> None:
     if not zipfile.is_zipfile(stream):
         raise ValueError("it is no zip container")
     with zipfile.ZipFile(stream) as container:
-        found = len(container.infolist())
+        found = len(set(container.namelist()))  # one name twice: the other one was damaged
     stream.seek(max(stream.seek(0, os.SEEK_END) - 22 - 65535, 0))
     end = stream.read()
     announced = struct.unpack_from("<H", end, end.rindex(b"PK\x05\x06") + 10)[0]
