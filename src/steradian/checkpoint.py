@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import struct
 import sys
@@ -56,6 +57,9 @@ __all__ = [
 
 #: 1: without a hash. 2: with one.
 FORMAT_VERSION = 2
+
+#: Name of a temporary file, of which file it is.
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 WAYS_OUT = {
     errno.ENOSPC: "free some space or write to another disk, then give the command again",
@@ -122,7 +126,7 @@ def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path.parent, path.name)
         temporary, stream = _temporary(path)
         try:
             with stream:
@@ -152,13 +156,13 @@ def _temporary(path: Path) -> tuple[Path, BinaryIO]:
         stream.close()  # swept between being made and being locked
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of a file: temporary files that nobody holds."""
-    for entry in os.scandir(path.parent):
-        named = entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp")
-        if named and entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(OSError), open(entry.path, "rb") as left:
-                if _lock(left.fileno(), unlockable=False):
+def _sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of a file, or of all files: temporary files that nobody holds."""
+    for entry in os.scandir(folder):
+        left = TEMPORARY.fullmatch(entry.name)
+        if left and name in (None, left[1]) and entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(OSError), open(entry.path, "rb") as stream:
+                if _lock(stream.fileno(), unlockable=False):
                     os.unlink(entry.path)
 
 
@@ -188,9 +192,10 @@ def made_folder(folder: Path) -> Iterator[None]:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder, "probe")
         temporary, stream = _temporary(folder / "probe")
         stream.close()
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # another process may have swept it since it is closed
     try:
         yield
     finally:
@@ -202,6 +207,8 @@ def made_folder(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def held(folder: Path, doing: str = "working") -> Iterator[None]:
     """Keep other processes from writing into a folder, which is made; a killed process holds nothing.
+
+    Temporary files that killed processes left in it are removed.
 
     Args:
         folder: of the results.
@@ -222,6 +229,7 @@ def held(folder: Path, doing: str = "working") -> Iterator[None]:
                 # whoever held it before may have removed the file after it was opened here: then it locks nothing
                 if not file.exists() or not os.path.samestat(os.fstat(lock), os.stat(file)):
                     continue
+                _sweep(folder)
                 try:
                     yield
                 finally:
