@@ -163,7 +163,7 @@ def test_widths_of_visnet_that_do_not_fit_are_named(section, message):
         ViSNetConfig(**section)
 
 
-@pytest.mark.parametrize("gate", ["none", "mara"])
+@pytest.mark.parametrize("gate", ["none", "constant"])
 @pytest.mark.parametrize("host", SMALL)
 def test_a_system_without_atoms_has_no_energy(host, gate):
     """As the empty part of a system that several processes share; nothing may divide by a number of atoms or edges."""
