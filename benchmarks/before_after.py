@@ -1,8 +1,8 @@
 """Two versions of steradian in one run: is anything slower after a change?
 
     git worktree add ../before COMMIT
-    python benchmarks/before_after.py ../before/src [--after src] [--only "ASE step, ethanol"] [--repeats 15]
-                                      [--out benchmarks/results/before_after.json]
+    python benchmarks/before_after.py ../before/src [--after src] [--only "MACE, ASE step, ethanol"]
+                                      [--repeats 15] [--out benchmarks/results/before_after.json]
 
 Each version runs in an interpreter of its own and answers one request at a time, by turns (A B A B ...). Times are
 processor times, so that other work on the machine counts little; ratios are medians of ratios of neighbours in time,

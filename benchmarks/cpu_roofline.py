@@ -5,7 +5,7 @@
 The case is that of ``cpu_mace.py``: five frames of 3BPA, 128 channels, L = 1, l_max = 3, correlation 3, float32, one
 thread, with MARA on a 4 x 8 grid in both layers. The roof is measured first: FLOP/s of PyTorch's product of 2048 x 2048
 matrices, bytes/s of copying an array far larger than the caches. FLOPs of a program are two per term, row and channel
-(what its straight-line code executes); of MARA's kernels the operations written in ``kernels/sphere_attention.py`` per
+(what its straight-line code executes); of MARA's kernels the operations written in ``operators/mara/cpu_code.py`` per
 exponential, with 14 for the exponential itself. Bytes are every input read once and every output written once, so reads
 that must be repeated count against the kernel. The limit is the larger of FLOPs / peak and bytes / bandwidth.
 """
@@ -31,7 +31,7 @@ from steradian.graph.neighbors import make_graph
 from steradian.operators.mara import cpu as mara_cpu
 from steradian.polynomials import cpu as apply
 
-#: Floating-point operations per exponential of the gate's kernels (kernels/sphere_attention.py).
+#: Floating-point operations per exponential of the gate's kernels (operators/mara/cpu_code.py).
 SPHERE_FLOPS = {"value": 26, "slopes": 42, "tables": 42, "tangent": 78}
 
 

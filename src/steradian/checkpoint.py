@@ -38,6 +38,7 @@ __all__ = [
     "FORMAT_VERSION",
     "FolderInUseError",
     "ModelFileError",
+    "check_entries",
     "explained",
     "held",
     "made_folder",
@@ -333,6 +334,27 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_entries(stream: BinaryIO) -> None:
+    """Refuse a zip container without all of its entries; the stream is left at its start.
+
+    The lengths in its directory have no checksum: where one is damaged, what follows it is skipped without a word.
+
+    Raises:
+        ValueError: no zip container, or entries are missing.
+        zipfile.BadZipFile: its directory is damaged.
+    """
+    if not zipfile.is_zipfile(stream):
+        raise ValueError("it is no zip container")
+    with zipfile.ZipFile(stream) as container:
+        found = len(set(container.namelist()))  # one name twice: the other one was damaged
+    stream.seek(max(stream.seek(0, os.SEEK_END) - 22 - 65535, 0))
+    end = stream.read()
+    announced = struct.unpack_from("<H", end, end.rindex(b"PK\x05\x06") + 10)[0]
+    if announced not in (found, 0xFFFF):  # with more entries than that their number stands elsewhere
+        raise ValueError(f"{found} of {announced} entries are left")
+    stream.seek(0)
+
+
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """All arrays of an npz file; no pickle.
 
@@ -341,8 +363,7 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """
     try:
         with open(path, "rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no zip container")
+            check_entries(stream)
             with np.load(stream, allow_pickle=False) as file:  # compares the checksums
                 return {name: file[name] for name in file.files}
     except OSError as error:

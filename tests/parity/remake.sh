@@ -23,7 +23,7 @@ peer() {
         echo "${PARITY_TORCH:-torch>=2.8,<2.14}" >"$venv/constraints.txt"
         "$venv/bin/python" -m pip install --quiet --upgrade pip
         "$venv/bin/python" -m pip install --quiet --constraint "$venv/constraints.txt" torch "$2" \
-            ase cuequivariance numba pydantic pytest pyyaml safetensors scipy vesin
+            ase cuequivariance llvmlite pydantic pytest pyyaml safetensors scipy vesin
         touch "$venv/.installed"
     fi
     echo "$venv/bin/python"

@@ -10,7 +10,7 @@ import torch
 
 from steradian.equivariant.harmonics import coupling, spherical_harmonics, to_cartesian_order
 from steradian.equivariant.irreps import all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
-from steradian.equivariant.linear import Dense, add_features, change_degrees, gated
+from steradian.equivariant.linear import Dense, activate, add_features, change_degrees
 from steradian.equivariant.paths import CoupledProduct, MessagePassing, SelfCoupling, coupled_degrees
 from steradian.graph import Edges
 from steradian.graph.topology import Topology
@@ -58,7 +58,7 @@ def test_harmonics(blocks):
 def test_activations(blocks, kind):
     features, degrees = features_from_reference(blocks[f"feat/{kind}"])
     for name in ("silu", "gelu"):
-        assert_same(gated(features, name), degrees, blocks[f"act/{name}_{kind}"])
+        assert_same(activate(features, name), degrees, blocks[f"act/{name}_{kind}"])
 
 
 @pytest.mark.parametrize("kind", ["P1", "P2"])

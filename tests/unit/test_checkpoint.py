@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -30,6 +31,7 @@ from steradian.checkpoint import (
     write_model_file,
 )
 from steradian.config import MACEConfig, ModelConfig
+from steradian.data.formats import load_npz
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
@@ -257,6 +259,24 @@ def test_npz_files_that_are_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not an npz file, or damaged"):
             read_arrays(path)
+
+
+def test_entries_that_a_damaged_directory_skips(tmp_path):
+    """A length in the directory of a zip container swallows what follows; every bit of the directory is flipped."""
+    path, arrays = tmp_path / "a.npz", {name: np.arange(3.0) for name in "abc"}
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    for place in range(8 * whole.index(b"PK\x01\x02"), 8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        for read in (read_arrays, load_npz):
+            found = None
+            with contextlib.suppress(ValueError):
+                found = read(path)
+            assert found is None or {name: array.tolist() for name, array in found.items()} == {
+                name: array.tolist() for name, array in arrays.items()
+            }
 
 
 def test_seeds():

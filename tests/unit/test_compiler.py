@@ -61,8 +61,8 @@ def cache(tmp_path, monkeypatch):
 
 MAKERS = {
     "polynomials": (module_of, ("compiler.lanes", "polynomials.codegen", "polynomials.program")),
-    "waves": (waves_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_waves")),
-    "sums": (sums_module, ("compiler.lanes", "compiler.tiles", "operators.efa.cpu_sums")),
+    "waves": (waves_module, ("compiler.lanes", "operators.efa.cpu")),
+    "sums": (sums_module, ("compiler.lanes", "operators.efa.cpu_sums")),
     "MARA": (sphere_attention_module, ("compiler.lanes", "operators.mara.cpu_code")),
 }
 

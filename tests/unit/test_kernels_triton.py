@@ -22,7 +22,7 @@ from steradian.equivariant.paths import _message_polynomial, _product_polynomial
 from steradian.equivariant.symmetric_contraction import contraction_polynomial
 from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
-from steradian.hosts.nequip import gate_polynomial
+from steradian.hosts.nequip import scaling_polynomial
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.polynomials import Operand, Polynomial, Terms, triton_source, use_backend
 from steradian.polynomials import triton as triton_kernels
@@ -109,7 +109,7 @@ CASES = {
     "harmonics": lambda: case(harmonics_polynomial(3), [5]),
     "message of O3": message_of_o3,
     "product of O3": product_of_o3,
-    "gate of NequIP": lambda: case(gate_polynomial(((1, -1), (2, 1))), [4, 4]),
+    "nonlinearity of NequIP": lambda: case(scaling_polynomial(((1, -1), (2, 1))), [4, 4]),
     "vectors of ViSNet": vectors_of_visnet,
     "rejection of ViSNet": rejection_of_visnet,
     "products of ViSNet": products_of_visnet,

@@ -147,7 +147,7 @@ def test_a_second_process_in_the_same_folder_is_refused(folder: Path) -> None:
         fit(config, progress=False)
     assert not directory.in_use
     fit(config, progress=False)
-    assert not directory.lock.exists()
+    assert not list(directory.path.glob(".*")), "nothing of the lock is left"
 
 
 def test_damaged_state_is_refused(folder: Path) -> None:

@@ -40,11 +40,11 @@ def train(
 ) -> None:
     """Train a force field.
 
-    steradian train configs/demo_mace.yaml
+    steradian train configs/own_data.yaml
 
     steradian train --data my.xyz --set training.max_epochs=50
 
-    steradian train --resume runs/demo_mace
+    steradian train --resume runs/own_data
     """
     run = resolve(config, data, name, settings or [], resume)
     from steradian.training.machine import end_processes

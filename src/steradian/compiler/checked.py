@@ -181,7 +181,7 @@ def operator_passes(kernels: str, problem: str, device: str) -> bool:
     """Whether an operator's kernels agree with plain PyTorch; asked of the device once."""
     key = kernels, problem, device
     if not _OPERATORS.knows(key) and device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
-        return False  # comparing waits for the device; whoever captures has run the step before
+        return False  # comparing waits for the device; whoever records has run the step before
 
     def compare() -> tuple[float, float]:
         ours, theirs, bound = _CHECKS[kernels](torch.device(device), problem)

@@ -298,7 +298,7 @@ MOST_KEPT = 2**30
 def keep_freed_memory() -> bool:
     """Let the C library keep up to 1 GiB of freed blocks of up to 32 MiB; whether it does.
 
-    Only glibc can be told. ``STERADIAN_KEEP_MEMORY=0`` leaves the process as it is, and so does a user's own choice
+    Only glibc can be told. ``STERADIAN_KEEP_MEMORY=0`` leaves the process as it is, and so does a user's own setting
     (``MALLOC_...`` or ``GLIBC_TUNABLES`` in the environment).
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
@@ -315,7 +315,7 @@ def keep_freed_memory() -> bool:
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
-#: Numbers at the head of the table that :func:`member_text` reads.
+#: Numbers at the head of the table that :func:`thread_text` reads.
 HEAD = 4
 
 
@@ -352,12 +352,12 @@ def _openmp() -> _OpenMP | None:
 
 
 @cache
-def _member(count: int) -> int:
+def _code_of_threads(count: int) -> int:
     """Address of what each thread runs, for kernels of ``count`` arguments."""
-    return address_of(function_of("threads", member_text, (count,), 1))
+    return address_of(function_of("threads", thread_text, (count,), 1))
 
 
-def member_text(count: int) -> str:
+def thread_text(count: int) -> str:
     """LLVM's text of what each thread runs: tasks thread, thread + threads, ...
 
     The table it is given holds the kernel, the functions that return the thread's number and the number of threads, the
@@ -410,7 +410,7 @@ def run_tasks(function: Callable, tasks: Sequence[tuple[int, ...]], threads: int
         return
     head = (address_of(function), library.thread_number, library.num_threads, len(tasks))
     table = np.array([*head, *(number for task in tasks for number in task)], dtype=np.int64)
-    library.parallel(_member(len(tasks[0])), table.ctypes.data, min(threads, len(tasks)), 0)
+    library.parallel(_code_of_threads(len(tasks[0])), table.ctypes.data, min(threads, len(tasks)), 0)
 
 
 @cache

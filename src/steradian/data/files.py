@@ -160,13 +160,13 @@ def write_structures(path: Path | str, structures: Sequence[Structure], *, singl
         raise DataError(f"{path}: cannot write this format; end the name with one of {', '.join(WRITABLE)}")
     if not path.parent.is_dir():
         raise DataError(f"{path}: there is no folder '{path.parent}'")
-    with open_atomically(path) as file:
+    with open_atomically(path) as stream:
         if path.suffix.lower() == ".npz":
-            np.savez_compressed(file, **_arrays(structures, single_precision))  # type: ignore[arg-type]
+            np.savez_compressed(stream, **_arrays(structures, single_precision))  # type: ignore[arg-type]
         else:
-            text = io.TextIOWrapper(file, encoding="utf-8")
+            text = io.TextIOWrapper(stream, encoding="utf-8")
             write_xyz(text, [structure.to_ase() for structure in structures])
-            text.detach()  # flushed; the file stays open
+            text.detach()  # what it holds goes to the stream, which stays open
 
 
 def _arrays(structures: Sequence[Structure], single_precision: bool) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms, units
 
-from steradian.checkpoint import write_atomically
+from steradian.checkpoint import read_arrays, write_atomically
 from steradian.data.files import WRITABLE, read_structures, write_structures
 from steradian.graph.structures import DataError, Structure
 
@@ -224,10 +224,9 @@ class _State:
     @classmethod
     def load(cls, path: Path, recipe: Recipe) -> _State:
         try:
-            with np.load(path, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files}
+            arrays = read_arrays(path)
             header = json.loads(str(arrays["header"]))
-        except Exception:
+        except (ValueError, KeyError, RecursionError):
             raise DataError(f"{path}: not a readable state of a run; delete it to start again") from None
         for name, value in _fingerprint(recipe).items():
             if header["recipe"].get(name) != value:

@@ -23,9 +23,9 @@ __all__ = [
     "IrrepsLinear",
     "MLP",
     "PathLinear",
+    "activate",
     "add_features",
     "change_degrees",
-    "gated",
     "lecun_normal",
     "union",
 ]
@@ -267,16 +267,20 @@ def lecun_normal(shape: tuple[int, ...], fan_in: int) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(shape), std=scale, a=-2 * scale, b=2 * scale)
 
 
-def gated(features: Tensor, activation: Activation) -> Tensor:
-    """Features ``[N, D, C]`` times a gate from each channel's scalar (component 0): silu, gelu (tanh form) or none."""
+def activate(features: Tensor, activation: Activation) -> Tensor:
+    """Silu, gelu (tanh form) or identity of features ``[N, D, C]`` whose component 0 is a scalar.
+
+    These activations multiply a scalar by a factor. All components of a channel are multiplied by the factor of its
+    scalar, which keeps them equivariant.
+    """
     if activation == "identity":
         return features
     scalars = features[:, :1]
     if activation == "silu":
-        gate = torch.sigmoid(scalars)
+        factor = torch.sigmoid(scalars)
     else:
-        gate = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scalars + 0.044715 * scalars.pow(3))))
-    return gate * features
+        factor = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scalars + 0.044715 * scalars.pow(3))))
+    return factor * features
 
 
 def change_degrees(features: Tensor, before: Degrees, after: Degrees) -> Tensor:
@@ -359,7 +363,7 @@ class Dense(WithRole):
 
 
 class MLP(nn.Module):
-    """Dense, gated silu, Dense; ``zero``: the last one starts from zero, so the MLP gives zero at first."""
+    """Dense, silu, Dense (:func:`activate`); ``zero``: the last starts from zero, and so does the MLP."""
 
     def __init__(self, degrees: Degrees, num_channels: int, *, zero: bool = False, unit: bool = False) -> None:
         super().__init__()
@@ -367,4 +371,4 @@ class MLP(nn.Module):
         self.last = Dense(degrees, num_channels, num_channels, zero=zero, unit=unit)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last(gated(self.first(features), "silu"))
+        return self.last(activate(self.first(features), "silu"))

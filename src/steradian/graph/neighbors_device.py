@@ -2,7 +2,7 @@
 
 A search fills rows of K places: row i holds the neighbours of atom i. What does not fit is never dropped in silence:
 every search says how many places it would have needed, on the device, and whoever uses the rows reads that number
-before trusting them (:class:`~steradian.graph.skin.VerletRows` does).
+before trusting them (:class:`~steradian.graph.skin.DeviceList` does).
 
 Searches, by name:
 

@@ -84,7 +84,8 @@ class Host(nn.Module, ABC):
         self.register_buffer("shift", torch.tensor(float(facts.shift), dtype=torch.float64))
 
     def tabulate_radial(self, num_intervals: int) -> float | None:
-        """Replace the radial networks by tables until :meth:`train`; the largest relative error, None if there is none.
+        """Replace the radial networks by tables until :meth:`torch.nn.Module.train`; the largest relative error, None
+        if there is none.
 
         Hosts whose radial weights depend on the distance alone override this.
         """

@@ -64,20 +64,20 @@ def _reaches(degrees_in: Degrees, l_max: int, irrep: tuple[int, int]) -> bool:
 
 
 @cache
-def gate_polynomial(degrees: Degrees) -> Polynomial:
-    """``(features [N, D, C], gates [N, G, C]) -> [N, D, C]``: every irrep times its own scalar per channel."""
+def scaling_polynomial(degrees: Degrees) -> Polynomial:
+    """``(features [N, D, C], scalars [N, G, C]) -> [N, D, C]``: every irrep times its own scalar per channel."""
     sizes = [2 * degree + 1 for degree, _ in degrees]
     component = np.arange(sum(sizes))
     indices = np.stack([component, np.repeat(np.arange(len(sizes)), sizes)], axis=1)
     return Polynomial(
-        (Operand("features", len(component)), Operand("gates", len(sizes))),
-        Operand("gated", len(component)),
+        (Operand("features", len(component)), Operand("scalars", len(sizes))),
+        Operand("scaled", len(component)),
         (Terms((0, 1), indices, component, np.ones(len(component))),),
     )
 
 
-class GatedNonlinearity(nn.Module):
-    """SiLU of even scalars, tanh of odd ones, and every other irrep times SiLU of an even scalar of its own.
+class Nonlinearity(nn.Module):
+    """SiLU of even scalars, tanh of odd ones, every other irrep times SiLU of an even scalar of its own ("gated").
 
     The activations are rescaled to unit second moment (Batzner et al. 2022, methods; Weiler et al. 2018).
 
@@ -91,8 +91,8 @@ class GatedNonlinearity(nn.Module):
         super().__init__()
         self.num_channels = num_channels
         self.odd_scalars = (0, -1) in degrees_out
-        self.gated: Degrees = tuple(irrep for irrep in degrees_out if irrep[0] > 0)
-        self.polynomial = gate_polynomial(self.gated) if self.gated else None
+        self.scaled: Degrees = tuple(irrep for irrep in degrees_out if irrep[0] > 0)
+        self.polynomial = scaling_polynomial(self.scaled) if self.scaled else None
 
     def forward(self, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
         """``[N, D, C]`` from one block ``[N, 2 l + 1, channels]`` per irrep."""
@@ -102,8 +102,8 @@ class GatedNonlinearity(nn.Module):
         if self.odd_scalars:
             parts.append(torch.tanh(blocks[0, -1]) * TANH_SECOND_MOMENT)
         if self.polynomial is not None:
-            gated = [blocks[irrep] for irrep in self.gated]
-            together = gated[0] if len(gated) == 1 else torch.cat(gated, dim=1)
+            others = [blocks[irrep] for irrep in self.scaled]
+            together = others[0] if len(others) == 1 else torch.cat(others, dim=1)
             parts.append(evaluate(self.polynomial, [together, scalars[:, 1:]]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -145,9 +145,9 @@ class NequIPLayer(nn.Module):
         self.radial_network = RadialNetwork(
             config.radial.num, config.radial_mlp, self.product.num_paths, dims.channels_in, gain=SILU_GAIN
         )
-        self.nonlinearity = GatedNonlinearity(dims.degrees_out, dims.num_channels)
+        self.nonlinearity = Nonlinearity(dims.degrees_out, dims.num_channels)
         widths = {irrep: dims.num_channels for irrep in degrees_message}
-        widths[EVEN_SCALAR] += len(self.nonlinearity.gated) * dims.num_channels
+        widths[EVEN_SCALAR] += len(self.nonlinearity.scaled) * dims.num_channels
         self.linear_message = PathLinear(self.product.table, dims.channels_in, degrees_message, widths)
         self.skip = EmbeddedLinear(dims.degrees_in, dims.channels_in, dims.embedding_dim, widths) if dims.skip else None
         self.dim_out = dim(dims.degrees_out)

@@ -73,7 +73,8 @@ def coupling_signs(
     Args:
         state: holds the Wigner 3j symbols as ``..._w3j_L1_L2_L3``.
         prefix: of the layer, preferred where several layers hold a symbol.
-        polynomial, degrees_in, paths, degrees_out: our product and its paths (see :class:`PathTable`).
+        polynomial, degrees_in, paths, degrees_out: our product and its paths (see
+            :class:`~steradian.equivariant.tensor_product.PathTable`).
 
     Raises:
         ForeignModelError: a symbol is missing, or a coupling differs by more than a sign.

@@ -112,10 +112,10 @@ def program_named(name: str) -> Program:
     """
     known = _PROGRAMS.get(name)
     if known is None:
-        parent, _, choice = name.rpartition("|")
+        parent, _, which = name.rpartition("|")
         if not parent:
             raise KeyError(f"no polynomial named {name} in this process: build the model before loading a graph of it")
-        wanted, given = choice.split(":")
+        wanted, given = which.split(":")
         known = program_named(parent).gradient(_bits(wanted), _bits(given))
         with _LOCK:
             known = _PROGRAMS.setdefault(name, known)

@@ -155,7 +155,7 @@ def device_line(process: Process, config: TrainingConfig) -> str:
     count = f"{process.count} processes, " if process.count > 1 else ""
     device = training_device(config, process)
     mode = resolve_mode(config.execution, device)
-    how = {"cuda_graph": ", steps recorded as CUDA graphs", "compile": ", steps compiled"}.get(mode, "")
+    how = ", steps recorded as CUDA graphs" if mode == "cuda_graph" else ""
     if device.type == "cuda":
         return f"{count}GPU {torch.cuda.get_device_name(device)}{how}"
     return f"{count}CPU ({platform.machine()}), {torch.get_num_threads()} threads{how}"

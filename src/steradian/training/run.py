@@ -62,7 +62,8 @@ def fit(
     share the batches; process 0 writes.
 
     Args:
-        config: the run. With ``resume`` only the settings in :data:`CHANGEABLE` may differ from the stored ones.
+        config: the run. With ``resume`` only the settings in
+            :data:`steradian.training.prepare.CHANGEABLE` may differ from the stored ones.
         resume: folder of the run to go on with.
         overwrite: replace the run that the folder holds.
         progress: show a bar (on a terminal) or a line per validation.

@@ -24,7 +24,7 @@ from steradian.equivariant.irreps import (
     max_degree,
     natural_degrees,
 )
-from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, gated, union
+from steradian.equivariant.linear import MLP, Dense, activate, add_features, change_degrees, union
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.equivariant.sphere import lebedev
 from steradian.graph import Edges
@@ -329,9 +329,9 @@ class EuclideanFastAttention(WithRole):
         for_qk = change_degrees(features, self.degrees, self.degrees_qk)
         for_v = change_degrees(features, self.degrees, self.degrees_v)
         if self.query is None or self.key is None or self.value is None:
-            activated = gated(for_qk, self.config.activation)
+            activated = activate(for_qk, self.config.activation)
             return activated, activated, for_v
-        queries, keys = (gated(layer(for_qk), self.config.activation) for layer in (self.query, self.key))
+        queries, keys = (activate(layer(for_qk), self.config.activation) for layer in (self.query, self.key))
         return queries, keys, self.value(for_v)
 
 

@@ -4,7 +4,7 @@ The same three sums, in the same layout, as :class:`steradian.operators.efa.sums
 t ``[B, W, N]`` (W = points x 2 x pairs), features x ``[B, F, N]`` (F = pairs x width), values y ``[B, e, N]``,
 sums S ``[B, W width, e]``. The product ``z = t x`` is formed in registers; nothing larger than waves, features, values
 and their sums is stored. ``steradian::efa_moments``, ``efa_apply`` and ``efa_contract`` can be traced (``make_fx``,
-``torch.compile``) and captured in CUDA graphs. Blocks are chosen from shapes alone.
+``torch.compile``) and recorded as CUDA graphs. Blocks are chosen from shapes alone.
 
 Factors are rounded to FORMAT right before they are multiplied, in units for UNITS (the same, except in Triton's
 interpreter). Sums are WIDE: float32, or float64. Matrix units truncate when they add, so what they add up is taken over
