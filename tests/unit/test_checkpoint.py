@@ -162,6 +162,17 @@ def test_a_folder_is_held_once_and_goes_where_nothing_came_into_it(tmp_path):
         pass
 
 
+def test_what_a_kill_left_in_a_folder_goes(tmp_path):
+    ours, others = (".probe.0123456789abcdef.tmp", ".model.safetensors.0123456789abcdef.tmp"), (".mine.tmp", "a.tmp")
+    for name in ours + others:
+        (tmp_path / name).touch()
+    with made_folder(tmp_path):  # not held: only what made_folder itself leaves
+        assert {entry.name for entry in tmp_path.iterdir()} == {*ours[1:], *others}
+    with open_atomically(tmp_path / "written"), held(tmp_path):  # what another process writes at the time stays
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"written", *others}
+
+
 def test_plain_data_carries_a_hash(tmp_path, capsys):
     path, content = tmp_path / "restart.json", {"step": 3, "positions": [[0.1, -2.5e-7, 1e300]], "name": "Å"}
     write_json(path, content)
