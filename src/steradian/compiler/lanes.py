@@ -43,6 +43,7 @@ def exp2_coefficients(itemsize: int) -> list[float]:
     degree = 6 if itemsize == 4 else 13
     if itemsize == 8:  # Taylor: ln2^14 / 2^14 / 14! is below 1e-17
         return [math.log(2) ** n / math.factorial(n) for n in range(degree + 1)]
+    # at Chebyshev's nodes the error is spread evenly, close to the best that a polynomial of this degree can do
     nodes = np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1)) / 2
     return [float(c) for c in np.polynomial.polynomial.polyfit(nodes, 2.0**nodes, degree)]
 
@@ -145,6 +146,7 @@ class Lanes:
     def value(self, value: Any) -> Value:
         if isinstance(value, Value):
             return value
+        # LLVM writes float32 constants as doubles and refuses one that float32 cannot hold
         number = struct.unpack("f", struct.pack("f", value))[0] if self.itemsize == 4 else value
         return Value(self, ir.Constant(self.vector, [ir.Constant(self.real, number)] * self.width))
 
@@ -191,6 +193,7 @@ class Lanes:
     def exp2(self, x: Value) -> Value:
         """2^x for x <= 0; what is negligible against one (below 2^-100, 2^-700) is rounded up to that."""
         floor = self.value(-100.0 if self.itemsize == 4 else -700.0)
+        # further down the sum below would leave the exponent's bits and give another number altogether
         x = floor.maximum(x)
         nearest = self.intrinsic("rint", x)
         rest = x - nearest
@@ -270,6 +273,8 @@ class Lanes:
         b.position_at_end(head)
         index = b.phi(I64)
         index.add_incoming(self.integer(first), before)
+        # Totals are phis, so they stay in registers from turn to turn. What the end of the body gives them is known
+        # once it is written, and comes from the block where it ended: with inner loops not the one where it began.
         running = []
         for total in totals:
             phi = b.phi(self.vector)
@@ -290,7 +295,8 @@ class Lanes:
 # --------------------------------------------------------------------------------------------------------------- tiles
 
 
-#: Rows of a tile.
+#: Rows of a tile: with two vectors sixteen sums, half of the registers of AVX512. A multiply-add takes about four
+#: cycles and two begin in each, so fewer than eight sums would leave the units waiting.
 ROWS = 8
 
 
@@ -364,6 +370,7 @@ class Tiles(Lanes):
         vectors: Callable[[Any], Sequence[Value]],
     ) -> list[Value]:
         """``totals[r V + v] += sum_k numbers(k)[r] vectors(k)[v]`` for k below ``count``."""
+        # an outer product: R + V reads for R V multiply-adds, whose sums do not leave the registers
         with self.loop(0, count, *totals) as loop:
             right = vectors(loop.index)
             left = numbers(loop.index)
@@ -379,6 +386,7 @@ class Tiles(Lanes):
     def cos_sin(self, angle: Value) -> tuple[Value, Value]:
         """Cosine and sine to the rounding of the type, of angles up to about 10^5 (float32) or 10^9 (float64)."""
         b, single = self.b, self.itemsize == 4
+        # Cody and Waite: take off whole quarter turns, with pi / 2 in parts so that nothing of the rest is lost
         turns = self.intrinsic("rint", angle * (2 / math.pi))
         rest = angle
         for part in _parts_of_quarter(single):  # each step is exact, or rounds what the next one is too small to see
@@ -389,6 +397,7 @@ class Tiles(Lanes):
         quarter = b.fptosi(turns.ir, self.whole)
         one, two = (ir.Constant(self.whole, [number] * self.width) for number in (1, 2))
         odd = b.icmp_signed("!=", b.and_(quarter, one), ir.Constant(self.whole, [0] * self.width))
+        # after an odd number of quarter turns sine and cosine have changed places; signs follow from their number mod 4
         first, second = sine.where(odd, cosine), cosine.where(odd, sine)
         return self._signed(first, b.and_(b.add(quarter, one), two)), self._signed(second, b.and_(quarter, two))
 

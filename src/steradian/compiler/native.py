@@ -49,6 +49,7 @@ FUNCTION = "run"
 WORTH_A_LINE = 1.0
 #: Imports of this package in the text of a module, and what is imported from there, in brackets or on one line.
 IMPORT = re.compile(r"^\s*(?:from|import) +(steradian[.\w]*)(?: +import +(\([^)]*\)|[\w ,]*))?", re.MULTILINE)
+# LLVM's code generator is one object that serves one thread at a time.
 _LOCK = threading.RLock()
 _ENGINES: list[Any] = []
 _seconds = 0.0
@@ -203,6 +204,7 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _read(key: str) -> bytes | None:
+    # no link to somebody else's file, and no pipe that never answers
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     for folder in _folders(os.environ.get("STERADIAN_CACHE"))[0]:
         with contextlib.suppress(OSError):
@@ -288,6 +290,8 @@ def _load(code: bytes, num_arguments: int) -> Callable:
 
 
 # of malloc.h
+# By default large blocks go back to the system when they are freed. Every step takes the same ones again, and the
+# system hands them out as empty pages, one fault each.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 #: Most that glibc takes as a threshold: blocks above it always come from the system and go back to it.
 LARGEST_KEPT = 32 * 2**20
@@ -334,11 +338,14 @@ def _openmp() -> _OpenMP | None:
     except OSError:
         return None
     files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    # PyTorch's own threads are used: a second set would compete with them for the cores. Of two libraries nobody can
+    # tell which one PyTorch calls.
     found = [path for path in sorted(files) if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
     if len(found) != 1:
         return None
     try:
         library = ctypes.CDLL(found[0])
+        # GNU's entry point, which Intel's and LLVM's libraries have too
         parallel = library.GOMP_parallel
         number, count = (
             ctypes.cast(getattr(library, name), ctypes.c_void_p).value
@@ -368,6 +375,7 @@ def thread_text(count: int) -> str:
     kernel, number, threads, tasks = (lanes.integer_at(table, place) for place in range(HEAD))
     asking = ir.FunctionType(I32, [])
     me, together = (b.sext(b.call(lanes.at(address, asking), []), I64) for address in (number, threads))
+    # dealt out by the number of threads that came, which may be smaller than the one asked for
     turns = b.sdiv(b.add(b.sub(tasks, me), b.sub(together, I64(1))), together)
     with lanes.loop(0, turns) as turn:
         task = b.add(me, b.mul(turn.index, together))
@@ -387,6 +395,7 @@ _forked = False
 
 def _after_fork() -> None:
     global _forked
+    # a child has the thread that forked and no other; OpenMP would wait for the rest for ever
     if is_in_use():
         _forked = True
         torch.set_num_threads(1)

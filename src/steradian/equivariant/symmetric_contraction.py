@@ -44,6 +44,7 @@ def contraction_polynomial(degrees_in: Degrees, degrees_out: Degrees, correlatio
         indices[:, 1 : order + 1] = np.sort(indices[:, 1 : order + 1], axis=1)
         unique, inverse = np.unique(indices, axis=0, return_inverse=True)
         merged = np.zeros(len(unique))
+        # NumPy 2.0 gives the inverse an axis more than other releases
         np.add.at(merged, inverse.reshape(-1), coefficients)
         groups.append(Terms((0,) + (1,) * order, unique[:, : order + 1], unique[:, -1], merged))
     return Polynomial(
@@ -81,6 +82,7 @@ def _initial_scales(polynomial: Polynomial, degrees_in: Degrees, degrees_out: De
     for group in polynomial.terms:
         order = len(group.factors) - 1
         monomials, of_term = np.unique(group.indices[:, 1:], axis=0, return_inverse=True)
+        # how often a monomial stands in the symmetric tensor: x_i x_j twice, x_i x_i once
         repeats = [factorial(order) // np.prod([factorial(n) for n in np.unique(row, return_counts=True)[1]])
                    for row in monomials]  # fmt: skip
         for index, irrep in enumerate(degrees_out):
@@ -91,6 +93,7 @@ def _initial_scales(polynomial: Polynomial, degrees_in: Degrees, degrees_out: De
             tensor = np.zeros((len(weights), polynomial.output.dim, len(monomials)))
             place = np.searchsorted(weights, group.indices[inside, 0])
             np.add.at(tensor, (place, group.outputs[inside], of_term.reshape(-1)[inside]), group.coefficients[inside])
+            # n equal entries c / n add c^2 / n to the norm; all 2 l + 1 components of an irrep have the same
             flat = (tensor / np.sqrt(repeats)).reshape(len(weights), -1)
             gram = flat @ flat.T / (2 * irrep[0] + 1)
             change = np.linalg.inv(np.linalg.cholesky(gram)).T  # columns: orthonormal combinations
@@ -143,6 +146,7 @@ class SymmetricContraction(WithRole):
         for group in self.polynomial.terms:
             if len(group.factors) - 1 > order:
                 weight[:, torch.as_tensor(np.unique(group.indices[:, 0]))] = 0.0
+        # behind element tables of low rank the weight is computed: it can be assigned, not changed in place
         if parametrize.is_parametrized(self, "weight"):
             self.weight = weight  # type: ignore[assignment]
         else:

@@ -47,12 +47,14 @@ def slab(structure: Structure, part: int, num_parts: int, reach: float) -> tuple
     height, periodic, along = heights[axis], bool(structure.pbc[axis]), along[:, axis]
     if periodic:
         along = along % height
+    # equal numbers of atoms are equal work; every process cuts for itself and must find the same cuts, ties included
     order = np.argsort(along, kind="stable")
     bounds = [len(order) * number // num_parts for number in (part, part + 1)]
     own = np.zeros(len(order), dtype=bool)
     own[order[slice(*bounds)]] = True
     low, high = along[own].min(), along[own].max()
     near = own.copy()
+    # the surroundings go on beyond the cell's faces
     for shift in (-height, 0.0, height) if periodic else (0.0,):
         near |= (along + shift >= low - reach) & (along + shift <= high + reach)
     chosen = np.flatnonzero(near)
@@ -91,8 +93,10 @@ def predict_distributed(
     assert found.forces is not None
     index = torch.as_tensor(chosen, device=potential.device)
     count = len(structure)
+    # an atom near a cut pulls on copies of its neighbours: their forces here are parts of those that their owners find
     forces = found.forces.new_zeros((count, 3)).index_add(0, index, found.forces)
     atom_energies = found.atom_energies.new_zeros(count).index_add(0, index, found.atom_energies)
+    # energies are those of own atoms alone, so nothing counts twice
     totals = torch.cat([found.energy, found.interaction_energy])
     for tensor in (forces, atom_energies, totals, *([found.stress] if found.stress is not None else [])):
         dist.all_reduce(tensor, group=group)

@@ -126,6 +126,7 @@ class Rows:
             raise RuntimeError("row index said to ascend does not")
         bounds = np.zeros(self.num_rows + 1, dtype=np.int64)
         np.cumsum(np.bincount(array, minlength=self.num_rows), out=bounds[1:])
+        # stable: edges of one atom keep their order, so their sum has the same bits however it was sorted
         order = None if in_order else torch.from_numpy(np.argsort(array, kind="stable"))
         return order, torch.from_numpy(bounds)
 
@@ -401,6 +402,7 @@ def find_pairs(senders: Tensor, receivers: Tensor, shifts: Tensor | None, num_at
     whole = np.zeros((len(from_), 3), np.int64) if shifts is None else np.rint(shifts.numpy()).astype(np.int64)
     if whole.any():
         width = 2 * int(np.abs(whole).max()) + 1
+        # the number of a pair and its shift has to fit into 63 bits
         if num_atoms**2 * width**3 >= 2**62:
             return None
         # one number for a shift, its negative for the opposite one; within the same atom the larger one names the pair
@@ -444,6 +446,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         ctx.group = group
+        # summed in place, and autograd must find the input as it was. Processes are matched by the order of their calls
+        # alone: one that leaves a sum out makes the others wait for ever, or adds to another sum
         out = values.contiguous().clone()
         dist.all_reduce(out, group=group)
         return out
@@ -451,6 +455,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # the energy is the sum of all processes' energies, and each of them depends on this sum: what it gets back is
+        # the sum of all their cotangents
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None

@@ -17,6 +17,7 @@ __all__ = ["compiled", "module_of"]
 
 #: An input vector with more uses than this in a program with few of them stays in a register.
 MANY_USES = 4
+#: Of the 32 registers of AVX512; the others hold sums and factors on their way.
 REGISTERS_FOR_INPUTS = 12
 
 
@@ -67,10 +68,12 @@ class _Generator(Lanes):
         self.input_bases = [self.integer_at(inputs, k) for k in range(len(self.program.inputs))]
         self.index_bases = [self.integer_at(gathers, k) for k in range(len(self.program.inputs))]
         self.output_bases = [self.integer_at(outputs, k) for k in range(len(self.program.outputs))]
+        # in the entry block: inside of a loop every turn would take more of the stack
         self.scratch = b.alloca(self.real, max(self._count_products(), 1))
         self.scratch_used = 0
         self.sums = self._room_for_sums(channels=self.stride // self.itemsize)
         in_order = b.icmp_signed("==", order, I64(0))
+        # the last row names itself as the next one: nothing beyond the lists is read to foresee it
         final = b.sub(self.integer_at(bounds, last), I64(1))
         with self.loop(first, last) as segments:
             places = self._clear_sums(segments.index)
@@ -167,6 +170,8 @@ class _Generator(Lanes):
             at = row if slot.index is None else segment
             known = places.get(number)
             output_rows.append(b.add(base, b.mul(at, I64(self._row_size(slot, half)))) if known is None else known)
+        # scalars (harmonics) are the same for all channels and formed once per row; vectors follow in the loop over
+        # blocks of channels; what needs a sum over all channels comes after it
         summed = graph.summed(self.order)
         for node in self.order:
             if not graph.vector[node] and node not in summed:
@@ -184,6 +189,7 @@ class _Generator(Lanes):
                 continue
             for component, target in enumerate(nodes):
                 if target is not None:
+                    # added to what the caller has set to zero: the rows of a segment come one after the other
                     pointer = self.at(b.add(address, I64(component * self.itemsize)), self.real)
                     b.store(b.fadd(b.load(pointer), self.values[target], flags=FLAGS), pointer)
 
@@ -248,6 +254,7 @@ class _Generator(Lanes):
         return constant
 
     def _get(self, address: ir.Value) -> ir.Value:
+        # rows of a view may begin anywhere; where they do lie on 64 bytes an unaligned read costs no more
         value = self.b.load(self.at(address, self.vector))
         value.align = self.itemsize
         return value
@@ -299,6 +306,7 @@ class _Generator(Lanes):
             return
         address = b.add(place, I64(self.stride * component))
         if self.program.outputs[output].index is not None:
+            # a plain sum, no atomic one: a thread has whole segments (or whole channels), so nobody else writes here
             value = b.fadd(self._get(address), value, flags=FLAGS)
         self._put(value, address)
 
@@ -332,6 +340,7 @@ class _Generator(Lanes):
                 value = self.values[scalar]
                 if coefficient != 1.0:
                     value = b.fmul(value, self._number(coefficient), flags=FLAGS)
+                # broadcast as it is read, a factor takes no register for longer than one multiply-add
                 place = b.gep(self.scratch, [I64(self.scratch_used)])
                 self.scratch_used += 1
                 b.store(value, place)

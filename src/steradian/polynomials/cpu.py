@@ -69,6 +69,7 @@ def _divided(program: Program) -> list[Pass]:
         for place, (index, others) in enumerate(groups):
             together = program.part((*others, position)).num_terms
             apart = program.part(others).num_terms + program.part((position,)).num_terms
+            # row b of an output without index is row b of the work, so any order serves it; two indices want two orders
             possible = None in (index, slot.index) or index == slot.index
             if possible and together <= WORTH_SHARING * apart:
                 new = (slot.index if index is None else index, (*others, position))
@@ -204,6 +205,7 @@ def _run_pass(
     addresses = (start, start + 8 * len(inputs), start + 16 * len(inputs))
     if one.index is None:
         locality = one.program.locality
+        # no output wants an order: edges that share a row of an input follow each other, so it stays in the cache
         order, bounds = None if locality is None else rows[locality].order, _plain_rows(num_rows)
     else:
         order, bounds = rows[one.index].order, rows[one.index].bounds
@@ -215,9 +217,11 @@ def _run_pass(
         function(*addresses, *listing, 0, num_segments, 0, num_blocks)
         return
     if num_segments < 4 * threads and num_blocks > 1 and not one.sums_channels:
+        # few long segments (atoms of each element): threads share out channels, as none may add to another's row
         cuts = [round(num_blocks * part / threads) for part in range(threads + 1)]
         tasks = [(0, num_segments, a, b) for a, b in pairwise(cuts) if b > a]
     else:
+        # segments differ in length: cut where equal numbers of rows lie between, not of segments
         targets = [num_rows * part // threads for part in range(1, threads)]
         cuts = [0, *np.searchsorted(bounds.numpy(), targets).tolist(), num_segments]
         tasks = [(a, b, 0, num_blocks) for a, b in pairwise(cuts) if b > a]
@@ -237,6 +241,7 @@ class _Apply(torch.autograd.Function):
     def forward(
         ctx: Any, program: Program, rows: tuple[Rows, ...], num_rows: int, formats: Any, *inputs: Tensor
     ) -> Any:
+        # without a cotangent its part of the derivative is left out; zeros would be multiplied all the way through
         ctx.set_materialize_grads(False)
         ctx.program, ctx.rows, ctx.num_rows = program, rows, num_rows
         ctx.save_for_backward(*inputs)
@@ -251,6 +256,7 @@ class _Apply(torch.autograd.Function):
         derived = ctx.program.gradient(wanted, given)
         extra = [cotangent for cotangent in cotangents if cotangent is not None]
         one = all(value.dtype == inputs[0].dtype for value in (*inputs, *extra))
+        # a gradient has the format of its input; sums on the way are in the widest
         formats = None if one else tuple(value.dtype for value, asked in zip(inputs, wanted) if asked)
         gradients = iter(_Apply.apply(derived, ctx.rows, ctx.num_rows, formats, *inputs, *extra))
         return (None, None, None, None, *(next(gradients) if asked else None for asked in wanted))
@@ -283,6 +289,7 @@ def evaluate_cpu(
     rows = tuple(one.look() for one in numbered.rows)
     work = numbered.num_work(inputs)
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
+    # whole vectors: the code has no remainder to treat, and its inner addresses are constants
     missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
@@ -299,6 +306,7 @@ def _folded_tensors(polynomial: Polynomial) -> tuple[dict, Polynomial]:
 def _rows_as_channels(polynomial: Polynomial, value: Tensor) -> Tensor:
     """A polynomial of one input without channels: the rows take the place of the channels."""
     widened: Polynomial = polynomial.made.once("rows as channels", lambda: _with_channels(polynomial))
+    # directions of edges have three numbers and no channels: turned around, sixteen edges fill a vector
     across = value.t().unsqueeze(0)
     missing = -across.shape[2] % lanes_of(value.element_size())
     program: Program = widened.made.once("program", lambda: program_of(widened, (None,), None))

@@ -60,6 +60,8 @@ class Graph:
         """The node of a sum of terms; like terms are added up, and a bare node stands for itself."""
         merged: dict[tuple[int, int], float] = defaultdict(float)
         for coefficient, a, b in terms:
+            # couplings list x_i x_j and x_j x_i apart, the product rule brings more such: in order they are one
+            # multiply-add
             merged[(a, b) if b < 0 or self._first(a, b) else (b, a)] += coefficient
         cleaned = tuple((coefficient, a, b) for (a, b), coefficient in merged.items() if coefficient != 0.0)
         if not vector:
@@ -167,6 +169,7 @@ class Program:
             inputs.append(Slot(replace(slot.operand, name=f"d {slot.operand.name}"), slot.index))
         last = len(self.graph.vector)
         results: dict[int, int] = {}
+        # where forces alone are asked for, nothing is formed that only leads to weights
         needed = self._depends_on(wanted)
         for node in range(last - 1, -1, -1):
             if node not in adjoint or not needed[node]:
@@ -259,6 +262,8 @@ def program_of(
     """The program of a polynomial; ``gathers``, ``scatter`` and ``locality`` number the row indices."""
     graph = Graph()
     sums: list[list[Term]] = [[] for _ in range(polynomial.output.dim)]
+    # monomials as paths through a tree of their factors in ascending order: what begins alike shares a node of Horner's
+    # form; weights that are linear (``outer``) stand at its root
     tries: dict[int, dict] = defaultdict(dict)
     for group in polynomial.terms:
         for indices, output, coefficient in zip(group.indices, group.outputs, group.coefficients):
@@ -307,6 +312,7 @@ class RowIndices:
             if index is None:
                 return None
             for position, known in enumerate(given):
+                # receivers gather and scatter in one call: the same tensor is looked at and sorted once
                 if known is index and count in (None, rows[position].num_rows):
                     return position
             given.append(index)
@@ -472,6 +478,7 @@ def folded(polynomial: Polynomial) -> tuple[np.ndarray, Polynomial]:
         rows = []
         for indices, output, coefficient in zip(group.indices, group.outputs, group.coefficients):
             key = (factors, tuple(int(indices[c]) for c in kept), int(output))
+            # many couplings weigh the same monomial: the sum is formed once per element, not once per atom
             if key not in places:
                 places[key] = len(places)
                 rows.append((*key[1], places[key], output))

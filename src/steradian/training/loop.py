@@ -106,6 +106,7 @@ class Steps:
         if first:
             self.optimizer.zero_grad()
         with self.potential.policy.matrix_units():
+            # also where an epoch ends with fewer batches: every batch weighs the same
             (ready / self.config.optimizer.accumulate).backward()
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -202,6 +203,7 @@ class Steps:
             for batch in islice(batches, most):
                 self._add_errors(errors, batch)
         self.potential.train()
+        # all errors, not figures, are gathered: a 99 % quantile of all frames is no mean of the processes' quantiles
         return ErrorAccumulator.from_states(self.process.gathered(errors.state())).compute("validation/")
 
     def _add_errors(self, errors: ErrorAccumulator, batch: Batch) -> None:
@@ -326,6 +328,7 @@ class Loop:
         position.batch = 0
         self.steps.losses = torch.zeros_like(self.steps.losses)
         is_stale = config.early_stopping_patience is not None and position.stale >= config.early_stopping_patience
+        # asked even where the answer does not matter: it is a question to all processes, and each must take part
         due = self._due(SHORTEST_SAVE_INTERVAL_S)
         if is_stale or is_last:
             self.save()
@@ -335,6 +338,7 @@ class Loop:
     def _judge(self, metrics: dict[str, float], epoch: int) -> None:
         """What a validation's figures change: best model, table, learning rate. The model has the averaged weights."""
         steps, position = self.steps, self.position
+        # before anything is written: the last losses of the epoch may not have been looked at yet
         steps.check_finite()
         value = metrics[self.config.monitor]
         if value < position.best_value:  # never where it is not a number
@@ -399,6 +403,7 @@ class Loop:
         on_gpu = self.steps.device.type == "cuda"
         if self.process.count > 1 and on_gpu and interval == math.inf and self.position.step % AGREE_EVERY:
             return NOTHING
+        # whatever is most important to one process is done by all
         return self.process.largest(due, self.steps.device)
 
     def save(self) -> None:
@@ -411,6 +416,7 @@ class Loop:
         self._last_save = time.monotonic()
         self.position.elapsed_s = self.elapsed_s
         self.position.loss_sum = float(self.steps.losses)
+        # every process takes part, then one writes: each has its own random numbers and its own sum of losses
         ranks = self.process.gathered({"random": random_state(), "loss_sum": self.position.loss_sum})
         if self.directory is None:
             return

@@ -48,6 +48,7 @@ ARGUMENTS = (
 #: Tasks are parts of the G / 2 pairs of blocks.
 KINDS = ("value", "slope")
 #: Rows (of waves, or of directions) that are formed at a time, for two blocks of atoms.
+# With two blocks eight sums, as many as multiply-adds are under way at a time.
 TILE = 4
 
 
@@ -98,6 +99,7 @@ class _Code(Tiles):
 
     def _turn(self, frequency: Value) -> None:
         """Cosines and sines along all directions."""
+        # a sine costs some twenty multiply-adds: once per direction and frequency, for all rows that are made of it
         with self.loop(0, self.times(self.given["num_directions"], 2)) as loop:
             cosine, sine = self.cos_sin(frequency * self.vector_at(self.projections, loop.index))
             self.put(cosine, self.cosines, loop.index)
@@ -128,6 +130,8 @@ class _Code(Tiles):
     def _copy(self, array: Any, start: Any, to_waves: bool) -> None:
         """Between waves and cosines (or sines) where the matrix is diagonal."""
         with self.loop(0, self.given["num_directions"]) as loop:
+            # no combination saves a row at this size. A wave carries the root of its weight, as a product of two needs
+            # the weight once
             root = self.broadcast(self.given["roots"], loop.index)
             for half in range(2):
                 wave = self._wave_place(half, self.plus(start, loop.index))
@@ -210,6 +214,7 @@ class _Code(Tiles):
                     self.vector_at(array, at)
                     for array in (self.cosines, self.sines, self.by_cosines, self.by_sines, self.projections)
                 )
+                # the phase is frequency times projection: both get its slope, each times the other
                 slope = cosine * by_sine - sine * by_cosine
                 self.add_to(frequency * slope, self.by_projections, at)
                 totals.append(total + slope * along)
@@ -321,6 +326,7 @@ def attend_isolated(
     batch, num_atoms, num_values = values.shape
     frequencies = frequencies.to(values)
     lanes = lanes_of(values.element_size())
+    # kernels take two blocks of atoms at a time
     padding = -num_atoms % (2 * lanes)
     x = _blocks(positions, padding, lanes).flatten(0, 1).contiguous()
     q, k = (_blocks_of_pairs(features, padding, lanes) for features in (queries, keys))
@@ -329,6 +335,7 @@ def attend_isolated(
     rows, width = rule.waves.rows(steps), 2 * queries.shape[2]
     if pairs_are_cheaper(num_atoms, rows.starts[-1], len(frequencies) * width, width, num_values):
         waves = CombinedWaves.apply(x, frequencies, rows).unflatten(0, (batch, -1))
+        # every other start: sines follow their cosines, and a score's cos(a - b) is cos a cos b + sin a sin b
         by_pairs = attend_pairs(waves, q, k, _blocks(values, padding, lanes), PairShape(rows.starts[::2], num_atoms))
         return by_pairs.transpose(2, 3).flatten(1, 2)[:, :num_atoms]
     v = _panels(values, padding, lanes)

@@ -95,6 +95,8 @@ class _Code(Tiles):
         with self.loop(self.first, self.last) as task:
             self.lane_block = task.index
             first = self.times(self.b.sdiv(task.index, self.given["num_blocks"]), self.given["num_blocks"])
+            # every ordered pair is met once, and only atoms in lanes collect: half of the work could be saved by
+            # symmetry, but then threads would add to each other's atoms
             with self.loop(0, self.given["num_tiles"]) as loop:
                 atom = self.times(loop.index, ROWS)
                 self.tile_block = self.plus(first, self.b.sdiv(atom, self.integer(self.width)))
@@ -161,6 +163,7 @@ class _Code(Tiles):
             products = [a * b for a, b in zip(factors.change or factors.value, x)]
             if name := self._changes(in_tile):
                 products += [a * b for a, b in zip(factors.value, self._eight(name, in_tile, row))]
+            # in pairs: three additions wait for each other, not seven
             while len(products) > 1:
                 products = [a + b for a, b in zip(products[::2], products[1::2])]
             self.add_to(products[0], self._lane(f"by_{to}", to, row))
@@ -206,6 +209,7 @@ class _Code(Tiles):
             "given": self._product("queries", "keys", *features),
             "taken": self._product("keys", "queries", *features),
         }
+        # the waves' factor of a score is symmetric: l's are in the scores that it asks and in those that it answers
         by_waves = by_score["given"] * self._kept("given") + by_score["taken"] * self._kept("taken")
         self._spread("waves", by_waves, "waves", *waves)
         if self.kind == "positions":
@@ -278,6 +282,7 @@ class _Slopes(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shape = shape
         ctx.save_for_backward(gradient, *inputs)
+        # features without gradients (a first layer's) leave only the positions: one sum in place of four
         if not any(wanted[1:]):
             return *_run("positions", shape, inputs, gradient, outputs=("waves",)), None, None, None
         found = _run("slopes", shape, inputs, gradient, outputs=ARRAYS[:-1])

@@ -139,6 +139,7 @@ class _Code(Tiles):
 
     def _moments(self) -> None:
         given, b = self.given, self.b
+        # chunks are the outermost loop: all tiles read the values of sixteen blocks of atoms while they are cached
         chunks = b.sdiv(self.plus(given["num_blocks"], BLOCKS - 1), self.integer(BLOCKS))
         with self.loop(0, chunks) as chunk:
             start = self.times(chunk.index, BLOCKS)
@@ -165,6 +166,7 @@ class _Code(Tiles):
     def _apply(self) -> None:
         given, b = self.given, self.b
         depth = DEPTH // ROWS
+        # likewise: 128 rows of S are read by all blocks of atoms
         chunks = b.sdiv(self.plus(given["num_tiles"], depth - 1), self.integer(depth))
         with self.loop(0, chunks) as chunk:
             start = self.times(chunk.index, depth)
@@ -193,6 +195,7 @@ class _Code(Tiles):
         with self.loop(self.first, self.last) as task:
             block = self.times(task.index, 2)
             system, place = b.sdiv(block, given["num_blocks"]), b.srem(block, given["num_blocks"])
+            # S y of an atom meets its waves and features, which have atoms in their lanes: so must y
             self._transpose(system, place, length)
             with self.loop(0, given["num_tiles"]) as loop:
                 with self.loop(0, given["num_panels"], *[self.zero] * (2 * ROWS)) as panel:
@@ -246,6 +249,7 @@ class _Code(Tiles):
     def _add_rows(self, to: Any, places: list, found: list[Value], factors: Any, chosen: list, one: bool) -> None:
         products = [value * self.vector_at(factors, row) for value, row in zip(found, chosen)]
         if one:
+            # eight rows of one wave: added up in registers, memory is touched once
             total = products[0]
             for product in products[1:]:
                 total = total + product
@@ -285,6 +289,7 @@ def run_kernel(
     threads = max(1, min(torch.get_num_threads(), parts, work // WORTH_A_THREAD))
     memory = np.empty(64 * (threads * scratch + 1), dtype=np.uint8)
     start = -(-memory.ctypes.data // 64) * 64  # vectors start at a multiple of their size
+    # no two parts write to the same number, so results do not depend on how many threads there are
     cuts = [parts * part // threads for part in range(threads + 1)]
     calls = [
         (arguments.ctypes.data, start + 64 * scratch * part, first, last)

@@ -114,6 +114,7 @@ def _blocks(pairs: Sequence[Pair]) -> Iterator[slice]:
     waves, features = pairs[0]
     rows = waves[..., 0].numel() // features.shape[1] * features[0, ..., 0].numel()
     num_atoms = features.shape[-1]
+    # whole cache lines of atoms, however many rows there are
     size = max(64, NUMBERS_PER_BLOCK // max(1, rows) // 64 * 64)
     for start in range(0, num_atoms, size):
         yield slice(start, min(start + size, num_atoms))
@@ -185,6 +186,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         given, *flat = ctx.saved_tensors
+        # no order of differentiation needs more than three functions: T is linear in each of its four factors
         other = "apply" if ctx.kind == "moments" else "moments"
         by_given = _Linear.apply(ctx.way, other, gradient, *flat) if ctx.needs_input_grad[2] else None
         values, sums = (given, gradient) if ctx.kind == "moments" else (gradient, given)
@@ -305,7 +307,9 @@ class _Pairs(torch.autograd.Function):
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for atoms in _tiles(left):
             wave, q, g = left[..., atoms], queries[..., atoms], gradient[..., atoms]
+            # formed again, not kept: scores are N^2 numbers for every pair of channels
             waves, products = _factors(wave, right, q, keys)
+            # one for all pairs of channels, since the score is their sum
             by_scores = torch.bmm(g.transpose(1, 2), values).unsqueeze(1)  # [B, 1, I, N]
             if wanted[0] or wanted[1]:
                 by_waves = _times(products, by_scores)

@@ -72,6 +72,7 @@ def pool_on_sphere(
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in (vectors, nodes, tables))):
         return _run("value", constants, vectors, nodes, tables).pooled
     pooled = _Pooled.apply(vectors, nodes, (tables,), constants)
+    # a zero whose backward knows the tables: a force differentiates by vectors and nodes and does not reach it
     return pooled + _ByTables.apply(tables, (vectors, nodes), constants) if tables.requires_grad else pooled
 
 
@@ -118,6 +119,7 @@ class _Slopes(torch.autograd.Function):
         ctx.constants = constants
         ctx.save_for_backward(gradient, vectors, nodes, tables)
         heads = gradient.t().contiguous()
+        # head after head: [H, E, 3] is not formed a second time, and the order of the sum is fixed
         total = heads[0].unsqueeze(1) * by_vectors[0]
         for head in range(1, len(heads)):
             total = total + heads[head].unsqueeze(1) * by_vectors[head]
@@ -134,6 +136,7 @@ class _Slopes(torch.autograd.Function):
         gradient, vectors, nodes, tables = ctx.saved_tensors
         results = _run("tangent", constants, vectors, nodes, tables, gradient, (by_vectors, by_nodes))
         wanted = ctx.needs_input_grad
+        # first derivatives are linear in the gradient: by it, along the direction, they give the tangent of pooled
         return (
             results.pooled,
             results.by_vectors.sum(0) if wanted[1] else None,
@@ -196,6 +199,7 @@ def _run(
         results = _Results(
             pooled=vectors.new_empty(num_heads, num_edges),
             by_vectors=vectors.new_empty(num_heads if with_rows else 0, num_edges, 3),
+            # zeros fill up the last vector: the sums over edges below read whole ones
             rows=vectors.new_zeros(num_heads if with_rows else 0, num_edges, row_size),
             by_tables=vectors.new_empty(num_heads if with_sums else 0, tables.shape[1]),
         )
@@ -227,6 +231,7 @@ def _over_edges(
     threads = min(torch.get_num_threads(), max(1, num_edges * num_points**2 // WORTH_A_THREAD))
     parts, sums = threads, None
     if by_tables is not None:
+        # as many sums whatever the threads: gradients of the weights have the same bits on one core and on many
         parts = max(1, min(MOST_SUMS, blocks // BLOCKS_PER_SUM))
         sums = by_tables.new_zeros(parts, num_table(num_points), lanes)
     cuts = [blocks * part // parts for part in range(parts + 1)]

@@ -114,6 +114,7 @@ class _Kernel:
         self.c, self.V = (lanes.broadcast(given["tables"], place) for place in range(2))
         if self.kind in ("tables", "tangent"):
             gradient = lanes.gather(lanes.addresses(given["gradient"], rows, 1))
+            # lanes past the last edge repeat it: without a gradient of zero it would count twice in the sums
             self.gradient = Value(lanes, lanes.b.select(lanes.mask, gradient.ir, self.zero.ir))
         nodes_dot = None
         if self.kind == "tangent":
@@ -129,9 +130,12 @@ class _Kernel:
         lanes, arrays, x = self.lanes, self.arrays, self.x
         squared = _dot(x, x)
         self.r = squared.sqrt()
+        # an edge of length zero has no direction: all slopes by it are zero
         self.per_r = (self.lanes.value(1.0) / self.r).where(squared.greater(0.0), 0.0)
         tangent = self.kind == "tangent"
         self.r_dot = _dot(x, self.x_dot) * self.per_r if tangent else self.zero
+        # |x - r g| has a kink where the neighbour lies on the direction g. Within root epsilon of it the difference has
+        # no digits left, and any slope between those of both sides is as good: zero keeps derivatives finite
         kink = self.r * (2.0**-23 if lanes.itemsize == 4 else 2.0**-52) ** 0.5
         added = ["by_field", "by_point"] if self.kind in ("slopes", "tangent") else []
         added += ["by_field_dot"] if tangent else []
@@ -169,6 +173,7 @@ class _Kernel:
         asking = self.slope + self.c * field + lanes.broadcast(self._table("B"), k)
         row = lanes.b.add(self._table("P"), lanes.b.mul(lanes.b.mul(k, self.count), I64(lanes.itemsize)))
         column = self._table("F")
+        # below every logit, and a number in float32 too
         with lanes.loop(0, self.count, lanes.value(-3e38)) as loop:
             at = loop.index
             logit = field * lanes.broadcast(column, at) + (
@@ -211,6 +216,7 @@ class _Kernel:
                 weight = share * arrays["row"][at]
                 by_logit = weight * (arrays["value"][at] - output)
                 arrays["by_point"].add(at, by_logit)
+                # f_l stands in the logits (times b_k) and in t_l; f_k, further down, in f_k F_l and in b_k
                 arrays["by_field"].add(at, asking * by_logit + self.V * weight)
                 row_field, row_column = columns.totals
                 columns.totals = [
@@ -224,6 +230,7 @@ class _Kernel:
         self._store("pooled", pooled)
         self._store_rows(by_slope, None)
         pull_sum, pull_along, pulled = self._pull()
+        # the sphere has the neighbour's radius, so r = |x| moves with x
         along = pull_sum * 2.0 - pull_along * self.per_r
         place = lanes.addresses(self.given["by_vectors"], self.rows, 3)
         for axis in range(3):
@@ -268,6 +275,7 @@ class _Kernel:
                 at = columns.index
                 weight = share * arrays["row"][at]
                 by_logit = weight * (arrays["value"][at] - output)
+                # every lane has sums of its own, which the caller adds up: here nothing runs across lanes
                 sums.add(at, by_logit)
                 arrays["column"].add(at, by_logit * field)
                 arrays["received"].add(at, weight)
@@ -363,6 +371,7 @@ class _Kernel:
             weight, moved = share * arrays["row"][at], arrays["row_dot"][at]
             centred = arrays["value"][at] - output
             by_logit = weight * centred
+            # M = w A (t - o) along the direction: A moves by A times its centred logit, t and o by theirs
             by_logit_dot = weight * (moved * centred + (arrays["value_dot"][at] - output_dot))
             arrays["by_point"].add(at, by_logit_dot)
             arrays["by_field"].add(at, asking * by_logit + self.V * weight)

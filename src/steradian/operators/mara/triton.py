@@ -112,6 +112,7 @@ def _(vectors: Tensor, nodes: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tenso
 def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.squared, ctx.ascending = inputs
     ctx.set_materialize_grads(False)
+    # first derivatives come along for the backward; they are differentiated there, by mara_tangent, all at once
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
@@ -147,6 +148,7 @@ _spread.register_fake(lambda gradient, vectors, nodes, *rest: (torch.empty_like(
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.squared, ctx.ascending = inputs
     ctx.set_materialize_grads(False)
+    # the three derivatives of every edge count as constants: mara_tangent begins with what they are made of
     ctx.save_for_backward(*tensors[:6])
 
 
@@ -260,6 +262,7 @@ def _to_nodes(by_slope: Tensor, by_point: Tensor, gradient: Tensor | None, rows:
         return torch.zeros_like(nodes)
     by_nodes = by_slope.new_empty(nodes.shape)
     points = min(32, _power_of_two(width - 1))
+    # an instance has all edges of an atom and takes them in order: no atomic additions, the same bits in every run
     grid = (num_nodes, num_heads, -(-(width - 1) // points))
     node_kernel[grid](
         by_slope, by_point, by_slope if gradient is None else gradient.contiguous(),
@@ -331,6 +334,7 @@ class _Run:
         block = min(16, _power_of_two(points))
         blocks = -(-points // block)
         size = points * (points + 3 * blocks) + 2 * blocks**2
+        # weights get something from every edge: fixed chunks of edges are summed, and then their sums in one order
         most = min(MOST_CHUNKS, max(1, BYTES_OF_SUMS // (size * heads * self.vectors.element_size())))
         chunk = max(EDGES_OF_CHUNK, -(-self.num_edges // most))
         chunks = -(-self.num_edges // chunk)
@@ -341,6 +345,7 @@ class _Run:
         )  # fmt: skip
         entries, others, pair = sums.sum(1).split([points**2, 3 * blocks * points, 2 * blocks**2], dim=1)
         rest = others.view(heads, 3, blocks, points).sum(2)  # by B, F and v
+        # zeros in the place of w: the weights of the rule are not learned
         return torch.cat([pair.view(heads, -1, 2).sum(1), rest.flatten(1), torch.zeros_like(rest[:, 0]), entries], 1)
 
 
