@@ -126,7 +126,7 @@ MUTATIONS = [
     Mutation("efa-sums-code", "found[half], t, [w for w, _ in rows]", "found[1 - half], t, [w for w, _ in rows]", UNIT + "test_efa_cpu.py", True),
     Mutation("efa-pairs-code", "wave * self._kept(\"given\"), \"queries\"", "wave * self._kept(\"taken\"), \"queries\"", UNIT + "test_efa_cpu.py", True),
     # ----------------------------------------------------------------------------------------------------- data, units
-    Mutation("virial-sign", "-stress_matrix(value", "stress_matrix(value", UNIT + "test_data_read.py"),
+    Mutation("virial-sign", "-stress_matrix(real_numbers", "stress_matrix(real_numbers", UNIT + "test_data_read.py"),
     Mutation("kbar", '"kbar": 0.1 * ase_units.GPa', '"kbar": 10 * ase_units.GPa', UNIT + "test_units.py"),
     Mutation("force-unit", "energy_factor(energy) / length_factor(length)", "energy_factor(energy) * length_factor(length)", UNIT + "test_units.py"),
     Mutation("fractions-in-the-fit", "fractions = counts / sizes[:, None]", "fractions = counts", UNIT + "test_data_statistics.py"),

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import struct
 import sys
@@ -37,6 +38,7 @@ __all__ = [
     "FORMAT_VERSION",
     "FolderInUseError",
     "ModelFileError",
+    "check_entries",
     "explained",
     "held",
     "made_folder",
@@ -55,6 +57,9 @@ __all__ = [
 
 #: 1: without a hash. 2: with one.
 FORMAT_VERSION = 2
+
+#: Name of a temporary file, of which file it is.
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 WAYS_OUT = {
     errno.ENOSPC: "free some space or write to another disk, then give the command again",
@@ -121,7 +126,7 @@ def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path.parent, path.name)
         temporary, stream = _temporary(path)
         try:
             with stream:
@@ -151,13 +156,13 @@ def _temporary(path: Path) -> tuple[Path, BinaryIO]:
         stream.close()  # swept between being made and being locked
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of a file: temporary files that nobody holds."""
-    for entry in os.scandir(path.parent):
-        named = entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp")
-        if named and entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(OSError), open(entry.path, "rb") as left:
-                if _lock(left.fileno(), unlockable=False):
+def _sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of a file, or of all files: temporary files that nobody holds."""
+    for entry in os.scandir(folder):
+        left = TEMPORARY.fullmatch(entry.name)
+        if left and name in (None, left[1]) and entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(OSError), open(entry.path, "rb") as stream:
+                if _lock(stream.fileno(), unlockable=False):
                     os.unlink(entry.path)
 
 
@@ -187,9 +192,10 @@ def made_folder(folder: Path) -> Iterator[None]:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder, "probe")
         temporary, stream = _temporary(folder / "probe")
         stream.close()
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # another process may have swept it since it is closed
     try:
         yield
     finally:
@@ -201,6 +207,8 @@ def made_folder(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def held(folder: Path, doing: str = "working") -> Iterator[None]:
     """Keep other processes from writing into a folder, which is made; a killed process holds nothing.
+
+    Temporary files that killed processes left in it are removed.
 
     Args:
         folder: of the results.
@@ -221,6 +229,7 @@ def held(folder: Path, doing: str = "working") -> Iterator[None]:
                 # whoever held it before may have removed the file after it was opened here: then it locks nothing
                 if not file.exists() or not os.path.samestat(os.fstat(lock), os.stat(file)):
                     continue
+                _sweep(folder)
                 try:
                     yield
                 finally:
@@ -325,6 +334,27 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_entries(stream: BinaryIO) -> None:
+    """Refuse a zip container without all of its entries; the stream is left at its start.
+
+    The lengths in its directory have no checksum: where one is damaged, what follows it is skipped without a word.
+
+    Raises:
+        ValueError: no zip container, or entries are missing.
+        zipfile.BadZipFile: its directory is damaged.
+    """
+    if not zipfile.is_zipfile(stream):
+        raise ValueError("it is no zip container")
+    with zipfile.ZipFile(stream) as container:
+        found = len(set(container.namelist()))  # one name twice: the other one was damaged
+    stream.seek(max(stream.seek(0, os.SEEK_END) - 22 - 65535, 0))
+    end = stream.read()
+    announced = struct.unpack_from("<H", end, end.rindex(b"PK\x05\x06") + 10)[0]
+    if announced not in (found, 0xFFFF):  # with more entries than that their number stands elsewhere
+        raise ValueError(f"{found} of {announced} entries are left")
+    stream.seek(0)
+
+
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """All arrays of an npz file; no pickle.
 
@@ -333,8 +363,7 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """
     try:
         with open(path, "rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no zip container")
+            check_entries(stream)
             with np.load(stream, allow_pickle=False) as file:  # compares the checksums
                 return {name: file[name] for name in file.files}
     except OSError as error:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from steradian.build import build_potential, save_potential
@@ -178,6 +179,27 @@ def test_a_signal_ends_dynamics_with_a_restart_point_and_a_line(folder, tmp_path
     assert not [entry for entry in (tmp_path / "run").iterdir() if entry.name.startswith(".")]
     answer = run(*command, "--steps", 5, "--resume", cwd=folder)
     assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_an_evaluation_with_a_line_and_leaves_nothing(folder, tmp_path, name):
+    atoms = Atoms("COH2", [[0, 0, 0], [1.2, 0.1, 0], [-0.6, 0.9, 0.1], [-0.5, -0.9, 0.2]])
+    atoms.calc = SinglePointCalculator(atoms, energy=-3026.0, forces=np.zeros((4, 3)))
+    write(tmp_path / "many.xyz", [atoms] * 4000, format="extxyz")
+    command = ["evaluate", "plain.safetensors", tmp_path / "many.xyz", "--out", tmp_path / "results", "--batch", 1]
+    arguments = [sys.executable, "-m", "steradian", *map(str, command)]
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not (tmp_path / "results").exists():  # made before the work begins
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert errors.strip().splitlines()[-1] == f"stopped by {name}"
+    assert "Traceback" not in errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["many.xyz"]
 
 
 def test_the_drift_is_said_where_energy_is_conserved(folder):

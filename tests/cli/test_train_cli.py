@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
@@ -119,6 +121,25 @@ def test_dry_run(own_data: Path, call: Call) -> None:
     assert result.exit_code == 0, result.output
     assert "nothing was written" in result.output
     assert not (own_data.parent / "runs").exists()
+
+
+def test_the_plan_names_the_likely_unit(own_data: Path, call: Call) -> None:
+    """Water in kcal/mol, its units undeclared: the plan warns, also where nothing is trained."""
+    generator = np.random.default_rng(0)
+    frames = []
+    for _ in range(24):
+        atoms = molecule("H2O")
+        atoms.positions += 0.05 * generator.normal(size=(3, 3))
+        labels = {"energy": 23.06 * (-2080.0 + generator.normal()), "forces": 23.06 * generator.normal(size=(3, 3))}
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        frames.append(atoms)
+    write(own_data.parent / "water.xyz", frames, format="extxyz")
+    said = call("train", "--data", "water.xyz", "--dry-run", *SMALL)
+    assert said.exit_code == 0, said.output
+    assert "data.units.energy=kcal/mol" in said.output
+    assert "data.units.forces=kcal/mol/Angstrom" in said.output
+    declared = call("train", "--data", "water.xyz", "--dry-run", *SMALL, "--set", "data.units.energy=kcal/mol")
+    assert "warning" not in declared.output
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -30,6 +31,7 @@ from steradian.checkpoint import (
     write_model_file,
 )
 from steradian.config import MACEConfig, ModelConfig
+from steradian.data.formats import load_npz
 from steradian.data.statistics import DatasetStatistics
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
@@ -160,6 +162,17 @@ def test_a_folder_is_held_once_and_goes_where_nothing_came_into_it(tmp_path):
         pass
 
 
+def test_what_a_kill_left_in_a_folder_goes(tmp_path):
+    ours, others = (".probe.0123456789abcdef.tmp", ".model.safetensors.0123456789abcdef.tmp"), (".mine.tmp", "a.tmp")
+    for name in ours + others:
+        (tmp_path / name).touch()
+    with made_folder(tmp_path):  # not held: only what made_folder itself leaves
+        assert {entry.name for entry in tmp_path.iterdir()} == {*ours[1:], *others}
+    with open_atomically(tmp_path / "written"), held(tmp_path):  # what another process writes at the time stays
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"written", *others}
+
+
 def test_plain_data_carries_a_hash(tmp_path, capsys):
     path, content = tmp_path / "restart.json", {"step": 3, "positions": [[0.1, -2.5e-7, 1e300]], "name": "Å"}
     write_json(path, content)
@@ -246,6 +259,24 @@ def test_npz_files_that_are_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not an npz file, or damaged"):
             read_arrays(path)
+
+
+def test_entries_that_a_damaged_directory_skips(tmp_path):
+    """A length in the directory of a zip container swallows what follows; every bit of the directory is flipped."""
+    path, arrays = tmp_path / "a.npz", {name: np.arange(3.0) for name in "abc"}
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    for place in range(8 * whole.index(b"PK\x01\x02"), 8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        for read in (read_arrays, load_npz):
+            found = None
+            with contextlib.suppress(ValueError):
+                found = read(path)
+            assert found is None or {name: array.tolist() for name, array in found.items()} == {
+                name: array.tolist() for name, array in arrays.items()
+            }
 
 
 def test_seeds():

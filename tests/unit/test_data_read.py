@@ -435,6 +435,18 @@ def test_bad_deepmd(tmp_path, change, match):
         read_structures(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.xyz"])
+def test_data_are_written_through_no_link(tmp_path, name):
+    (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "victim")  # a name that could be guessed
+    frame = Structure(np.array([1]), np.zeros((1, 3)), energy=1.0)
+    write_structures(tmp_path / name, [frame])
+    with pytest.raises(DataError):  # what fails leaves the file as it was
+        write_structures(tmp_path / name, [])
+    assert not (tmp_path / "victim").exists()
+    assert read_structures(tmp_path / name, require=("energy",))[0].energy == 1.0
+    assert {file.name for file in tmp_path.iterdir()} == {name, f"{name}.tmp"}
+
+
 def test_bad_writing(tmp_path):
     with pytest.raises(DataError, match="no frames to write"):
         write_structures(tmp_path / "a.xyz", [])

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from steradian.cli.dataset import app
-from steradian.data.files import read_structures
-from steradian.data.xtb import Recipe, autocorrelation_time, make_dataset, starting_geometry
+from steradian.data.files import read_structures, write_structures
+from steradian.data.xtb import Recipe, _State, autocorrelation_time, make_dataset, starting_geometry
 from steradian.graph.structures import DataError
 
 needs_tblite = pytest.mark.skipif(
@@ -75,7 +76,7 @@ def save_and_hang(self, path, recipe):
     save(self, path, recipe)
     if len(self.energies) == 5:
         print("saved", flush=True)
-        path.with_name(path.name + ".tmp").write_bytes(b"half written")
+        path.with_name(f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half written")
         import time; time.sleep(60)
 xtb._State.save = save_and_hang
 recipe = xtb.Recipe(molecule="H2O", frames=12, stride=2.0, equilibration=5.0, seed=3)
@@ -103,8 +104,7 @@ def test_a_killed_run_continues_to_the_same_frames(whole, tmp_path):
     assert report["frames_resumed"] == 5
     for mine, expected in zip(arrays(out), arrays(whole[0])):
         assert (mine == expected).all()
-    assert not (tmp_path / "water.npz.state").exists()
-    assert not (tmp_path / "water.npz.state.tmp").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"water.npz", "water.npz.recipe.json"}
 
 
 @needs_tblite
@@ -202,7 +202,8 @@ def test_autocorrelation_time_of_a_known_process():
 
 
 @needs_tblite
-def test_make_info_convert(tmp_path):
+def test_make_info_convert(tmp_path, monkeypatch):
+    monkeypatch.setenv("STERADIAN_BACKEND", "reference")  # labels need no kernels
     made = tmp_path / "w.npz"
     arguments = [
         "make",
@@ -290,3 +291,56 @@ def test_command_mistakes(tmp_path):
         assert match in result.output
         assert result.output.startswith("error: ")
         assert result.output.count("\n") == 1
+
+
+@needs_tblite
+def test_nothing_is_written_through_links_that_others_could_have_made(tmp_path):
+    out, victim = tmp_path / "water.npz", tmp_path / "victim"
+    victim.write_text("whole")
+    for name in ("water.npz", "water.npz.state", "water.npz.recipe.json", "water.extxyz"):
+        (tmp_path / f"{name}.tmp").symlink_to(victim)
+    make_dataset(Recipe(molecule="H2O", frames=1, stride=1.0, equilibration=1.0), out, progress=False)
+    write_structures(tmp_path / "water.extxyz", read_structures(out))
+    assert victim.read_text() == "whole"
+    assert len(read_structures(tmp_path / "water.extxyz")) == 1
+
+
+@needs_tblite
+def test_no_flipped_bit_of_a_data_set_or_its_state_is_read_silently(whole, tmp_path, monkeypatch):
+    """Dates and attributes of the zip container are not looked at; what is read is what was written."""
+    state = tmp_path / "water.npz.state"
+    with monkeypatch.context() as patch:
+        patch.setattr("steradian.data.xtb.write_structures", lambda *_: 1 / 0)  # killed with all frames made
+        with pytest.raises(ZeroDivisionError):
+            make_dataset(TINY, tmp_path / "water.npz", progress=False)
+
+    def content_of_set(path):
+        frames = read_structures(path)
+        return [(f.energy, f.positions.tobytes(), f.forces.tobytes(), f.config_type, f.periodic) for f in frames]
+
+    def content_of_state(path):
+        found = _State.load(path, TINY)
+        arrays = (found.positions, found.forces, found.energies, found.temperatures, found.atoms.get_momenta())
+        return [np.array(array).tobytes() for array in arrays] + [
+            found.equilibrated,
+            found.generator.bit_generator.state,
+        ]
+
+    for path, read in ((whole[0], content_of_set), (state, content_of_state)):
+        content, expected = path.read_bytes(), read(path)
+        draw, refused = random.Random(0), 0
+        damaged = tmp_path / f"damaged{path.suffix}"
+        for _ in range(100):
+            flipped = bytearray(content)
+            flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            damaged.write_bytes(flipped)
+            said = None
+            try:
+                assert read(damaged) == expected
+            except DataError as error:
+                said = str(error)
+            if said is not None:
+                refused += 1
+                assert str(damaged) in said
+                assert len(said.splitlines()) == 1
+        assert refused > 50

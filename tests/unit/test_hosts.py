@@ -161,3 +161,25 @@ def test_inspect_describes_every_host(host, tmp_path):
 def test_widths_of_visnet_that_do_not_fit_are_named(section, message):
     with pytest.raises(ValueError, match=message):
         ViSNetConfig(**section)
+
+
+@pytest.mark.parametrize("gate", ["none", "constant"])
+@pytest.mark.parametrize("host", SMALL)
+def test_a_system_without_atoms_has_no_energy(host, gate):
+    """As the empty part of a system that several processes share; nothing may divide by a number of atoms or edges."""
+    model = made(host, None if gate == "none" else lambda *_: Constant(0.5))
+    whole = graph()
+    rows = torch.zeros(0, dtype=torch.int64)
+    empty = dataclasses.replace(
+        whole,
+        positions=whole.positions[:0],
+        numbers=whole.numbers[:0],
+        system=rows,
+        senders=rows,
+        receivers=rows,
+        shifts=whole.shifts[:0],
+        topology=None,
+    )
+    found = model(empty)
+    assert found.energy.tolist() == [0.0] * whole.num_systems
+    assert found.forces.shape == (0, 3)

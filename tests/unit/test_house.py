@@ -129,7 +129,8 @@ def keeps_tensors(file: Path) -> bool:
 
 def test_nothing_is_kept_by_the_identity_of_a_tensor():
     found = {path_of(file) for file in FILES if keeps_tensors(file)}
-    found -= {"training/prepare.py", "config/text.py"}  # tell frames and YAML's nodes apart, and keep nothing
+    # tell frames and nodes of a text apart within one call, not tensors
+    found -= {"training/prepare.py", "config/text.py"}
     assert found == STANDING_CACHES
 
 

@@ -50,7 +50,7 @@ def test_validation_frame_with_two_atoms_at_one_place(folder: Path) -> None:
     frames[3].positions[1] = frames[3].positions[0]
     write(folder / "check.xyz", frames, format="extxyz")
     settings = ("data.split={}", f"data.validation='{folder}/check.xyz'", "data.validation_batch={graphs: 2}")
-    with pytest.raises(DataError, match=r"check\.xyz:3: atoms 0 and 1 are at the same place"):
+    with pytest.raises(DataError, match=r"check\.xyz, frame 3: atoms 0 and 1 are at the same place"):
         fit(toy_config(folder, "run", *SMALL, *settings), progress=False)
     assert not (folder / "runs").exists()
 
@@ -59,7 +59,7 @@ def test_training_frame_with_two_atoms_at_one_place(folder: Path) -> None:
     frames = toy_frames()
     frames[7].positions[2] = frames[7].positions[0]
     write(folder / "toy.xyz", frames, format="extxyz")
-    with pytest.raises(DataError, match=r"toy\.xyz:7: atoms 0 and 2 are at the same place"):
+    with pytest.raises(DataError, match=r"toy\.xyz, frame 7: atoms 0 and 2 are at the same place"):
         fit(toy_config(folder, "run", *SMALL), progress=False)
     assert not (folder / "runs").exists()
 

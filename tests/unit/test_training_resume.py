@@ -75,6 +75,20 @@ def test_killed_and_resumed_equals_whole(whole: RunDirectory, folder: Path) -> N
     assert not list(directory.path.glob(".*.tmp"))
 
 
+def test_a_finished_run_that_was_killed_at_the_very_end_is_clean(folder: Path) -> None:
+    config = toy_config(folder, "end", "training.max_epochs=1")
+    directory = RunDirectory(fit(config, progress=False).run_dir)
+    names = {file.name for file in directory.path.iterdir()}
+    for name in (".lock", ".log.txt.0123456789abcdef.tmp"):
+        (directory.path / name).touch()
+    directory.staging.mkdir()
+    (directory.staging / "config.yaml").touch()  # of a run that was to replace this one
+    assert fit(config, resume=directory.path, progress=False).reason == "finished"
+    assert {file.name for file in directory.path.iterdir()} == names
+    with directory.held(), pytest.raises(RunExistsError, match="another process is training there"):
+        fit(config, resume=directory.path, progress=False)
+
+
 def test_ctrl_c_saves_and_says_how_to_resume(whole: RunDirectory, folder: Path) -> None:
     process, directory = start(folder, "ctrl_c")
     wait_for_step(process, directory, 1)
@@ -133,7 +147,7 @@ def test_a_second_process_in_the_same_folder_is_refused(folder: Path) -> None:
         fit(config, progress=False)
     assert not directory.in_use
     fit(config, progress=False)
-    assert not directory.lock.exists()
+    assert not list(directory.path.glob(".*")), "nothing of the lock is left"
 
 
 def test_damaged_state_is_refused(folder: Path) -> None:

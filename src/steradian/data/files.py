@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from ase.io.extxyz import write_xyz
 
+from steradian.checkpoint import open_atomically
 from steradian.config import KeysConfig, UnitsConfig
 from steradian.data.extxyz import read_extxyz
 from steradian.data.formats import (
@@ -158,22 +160,13 @@ def write_structures(path: Path | str, structures: Sequence[Structure], *, singl
         raise DataError(f"{path}: cannot write this format; end the name with one of {', '.join(WRITABLE)}")
     if not path.parent.is_dir():
         raise DataError(f"{path}: there is no folder '{path.parent}'")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with open_atomically(path) as stream:
         if path.suffix.lower() == ".npz":
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **_arrays(structures, single_precision))  # type: ignore[arg-type]
-                os.fsync(file.fileno())
+            np.savez_compressed(stream, **_arrays(structures, single_precision))  # type: ignore[arg-type]
         else:
-            from ase.io.extxyz import write_xyz
-
-            with temporary.open("w", encoding="utf-8") as text:
-                write_xyz(text, [structure.to_ase() for structure in structures])
-                text.flush()
-                os.fsync(text.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            text = io.TextIOWrapper(stream, encoding="utf-8")
+            write_xyz(text, [structure.to_ase() for structure in structures])
+            text.detach()  # what it holds goes to the stream, which stays open
 
 
 def _arrays(structures: Sequence[Structure], single_precision: bool) -> dict[str, np.ndarray]:

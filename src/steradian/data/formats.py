@@ -14,6 +14,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from steradian.checkpoint import check_entries
 from steradian.config import KeysConfig
 from steradian.config.text import parse_json, read_text
 from steradian.data.extxyz import read_extxyz
@@ -31,7 +32,10 @@ __all__ = [
     "read_pymatgen_json",
 ]
 
-BROKEN = (ValueError, EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile, MemoryError, NotImplementedError)
+BROKEN = (
+    *(ValueError, EOFError, OSError, KeyError, MemoryError, RuntimeError, NotImplementedError),
+    *(zlib.error, zipfile.BadZipFile),
+)
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
@@ -45,6 +49,7 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as content:
             if content.read(6) == b"\x93NUMPY":
                 raise DataError(f"{path}: one array (npy) under the name of an npz file; write it with numpy.savez")
+            check_entries(content)
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if not entry.filename.endswith(".npy"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms, units
 
+from steradian.checkpoint import read_arrays, write_atomically
 from steradian.data.files import WRITABLE, read_structures, write_structures
 from steradian.graph.structures import DataError, Structure
 
@@ -157,7 +158,7 @@ def _make(recipe: Recipe, out: Path, progress: bool) -> dict[str, Any]:
             show(min(len(run.energies), recipe.frames))
     report = _report(run, recipe, time.monotonic() - started, resumed)
     content = {"recipe": asdict(recipe), "report": report, "versions": _versions()}
-    _replace(out.with_name(out.name + ".recipe.json"), json.dumps(content, indent=2).encode())
+    write_atomically(out.with_name(out.name + ".recipe.json"), json.dumps(content, indent=2).encode())
     write_structures(out, run.structures(recipe))
     state_file.unlink()
     return report
@@ -218,15 +219,14 @@ class _State:
             energies=np.array(self.energies),
             temperatures=np.array(self.temperatures),
         )
-        _replace(path, content.getvalue())
+        write_atomically(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path, recipe: Recipe) -> _State:
         try:
-            with np.load(path, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files}
+            arrays = read_arrays(path)
             header = json.loads(str(arrays["header"]))
-        except Exception:
+        except (ValueError, KeyError, RecursionError):
             raise DataError(f"{path}: not a readable state of a run; delete it to start again") from None
         for name, value in _fingerprint(recipe).items():
             if header["recipe"].get(name) != value:
@@ -404,15 +404,6 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("tblite", "ase", "numpy", "steradian")}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from steradian.data.statistics import DatasetStatistics, compute_statistics
 from steradian.data.summary import plausibility
 from steradian.evaluation.metrics import METRICS
 from steradian.graph.batches import BatchSampler, GraphDataset
-from steradian.graph.structures import DataError, Structure
+from steradian.graph.structures import Structure
 from steradian.potential import Potential
 from steradian.training.feeding import TrainingData
 from steradian.training.machine import Process, device_line
@@ -76,9 +76,8 @@ def prepare(
         raise ConfigError(
             "there are no validation frames: give data.validation (a file), data.split.validation or more frames"
         )
-    names = {role: frame_names(role, provenance) for role in ("train", "validation")}
-    train = checked_graphs(only(dataset.train, labels), config, names["train"])
-    validation = checked_graphs(only(dataset.validation, labels), config, names["validation"])
+    train = checked_graphs(only(dataset.train, labels), config)
+    validation = checked_graphs(only(dataset.validation, labels), config)
     statistics, chosen = training_statistics(dataset.train, train, config)
     frames = [dataset.train[index] for index in chosen]
     check_labels(frames, labels, "training")
@@ -92,7 +91,8 @@ def prepare(
     if len(chosen) < len(train):
         train = GraphDataset([train.structures[index] for index in chosen], train.cutoff)
     data = make_data(config, process, train, validation)
-    data.frame_names = [names["train"][index] for index in chosen]
+    names = frame_names(provenance)
+    data.frame_names = [names[index] for index in chosen]
     position = Position() if saved is None else restored_position(data, saved, directory, process)
     sets = {"training": frames, "validation": dataset.validation, "test": dataset.test or []}
     counts = len(data.train_sampler.batches(0)), len(data.validation_sampler.batches(0))
@@ -105,18 +105,14 @@ def prepare(
     return Prepared(config, potential, data, position, provenance, rows)
 
 
-def checked_graphs(frames: list[Structure], config: RunConfig, names: list[str]) -> GraphDataset:
+def checked_graphs(frames: list[Structure], config: RunConfig) -> GraphDataset:
     """Frames with all their neighbour lists.
 
     Raises:
         DataError: a frame has none, such as two atoms at one place; names file and frame.
     """
     graphs = GraphDataset(frames, config.model.host.cutoff_A)
-    for index, name in enumerate(names):
-        try:
-            graphs[index]
-        except DataError as error:
-            raise DataError(f"{name}: {str(error).removeprefix(f'frame {index}: ')}") from None
+    _ = graphs.num_edges  # makes the lists
     return graphs
 
 
@@ -156,12 +152,11 @@ def make_data(config: RunConfig, process: Process, train: GraphDataset, validati
     )
 
 
-def frame_names(role: str, provenance: dict[str, Any]) -> list[str]:
-    """``FILE:INDEX`` of every frame of a set, for messages; validation frames may be split off the training files."""
-    own = [file for file in provenance["files"] if file["role"] == role]
-    files = own or [file for file in provenance["files"] if file["role"] == "train"]
+def frame_names(provenance: dict[str, Any]) -> list[str]:
+    """``FILE:INDEX`` of every training frame, for messages."""
+    files = [file for file in provenance["files"] if file["role"] == "train"]
     places = [f"{file['path']}:{index}" for file in files for index in range(file["frames"])]
-    return places if own and role != "train" else [places[index] for index in provenance["indices"][role]]
+    return [places[index] for index in provenance["indices"]["train"]]
 
 
 def only(frames: list[Structure], labels: tuple[str, ...]) -> list[Structure]:

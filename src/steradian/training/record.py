@@ -99,7 +99,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; a killed process holds nothing.
+        """Keep other processes from training in this folder, and remove what killed ones left; these hold nothing.
 
         Raises:
             RunExistsError: another process trains there.
@@ -146,7 +146,7 @@ class RunDirectory:
             shutil.rmtree(self.staging, ignore_errors=True)
 
     def go_on(self, config: RunConfig, rows: int) -> None:
-        """Make the folder ready to go on: the table cut back, the settings of now, leftovers of a kill removed.
+        """Make the folder ready to go on: the table cut back, the settings of now.
 
         Raises:
             ResumeError: the table lacks rows.
@@ -155,8 +155,6 @@ class RunDirectory:
         with self.writing(self.config):
             if self.config.read_text(encoding="utf-8") != dump_config(config):
                 write_atomically(self.config, dump_config(config).encode())
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, file: Path) -> Iterator[None]:

@@ -89,6 +89,9 @@ def fit(
         if process.first and show_plan is not None:
             show_plan(prepared.rows)
         if saved is not None and is_over(prepared):
+            if process.first:
+                with suppress(OSError), directory.held():  # a folder that is read only can be asked, too
+                    pass  # what a kill after the last state left goes
             return result_of(directory, prepared.position, saved["best_metrics"], "finished")
         steps = make_steps(prepared, process)
         if dry_run:
