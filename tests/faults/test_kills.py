@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("kills.py")
+JOBS = ("train-overwrite", "md-device", "dataset-npz", "evaluate")  # one of every kind
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 def test_killed_commands_go_on_as_if_nothing_had_happened():
     ended = subprocess.run(
-        [sys.executable, str(SCRIPT), "--count", "3", "--operations", "2", "--seed", "5"],
+        [sys.executable, str(SCRIPT), "--only", *JOBS, "--count", "2", "--operations", "1", "--seed", "5"],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count(" killed") >= 7, ended.stdout
+    assert ended.stdout.count(" killed") >= 3, ended.stdout
