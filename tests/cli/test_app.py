@@ -164,7 +164,11 @@ def test_output_in_any_encoding(tmp_path, encoding):
 def test_a_signal_ends_dynamics_with_a_restart_point_and_a_line(folder, tmp_path, name, engine):
     command = ["md", "plain.safetensors", "formaldehyde.xyz", "--out", tmp_path / "run", "--engine", engine]
     arguments = [sys.executable, "-m", "steradian", *map(str, [*command, "--steps", 100_000])]
-    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # what a shell starts in the background ignores Ctrl-C, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     started = time.monotonic()
     while not (tmp_path / "run" / "restart.json").exists():
         assert process.poll() is None, process.communicate()
