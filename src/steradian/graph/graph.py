@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.graph.topology import Pairs, Share, Topology
+from steradian.graph.topology import OnTopology, Pairs, Share, Topology
 
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 
@@ -148,7 +148,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Edges:
+class Edges(OnTopology):
     """The geometry of a graph's edges as a host and its operators see it; differentiable.
 
     Attributes:
@@ -173,29 +173,6 @@ class Edges:
     cell: Tensor | None = None
     share: Share | None = None
     radial_of_pairs: Tensor | None = None
-
-    @property
-    def senders(self) -> Tensor:
-        """``[E]`` index j of the neighbour."""
-        return self.topology.senders
-
-    @property
-    def receivers(self) -> Tensor:
-        """``[E]`` index i of the centre, ascending."""
-        return self.topology.receivers
-
-    @property
-    def num_atoms(self) -> int:
-        return self.topology.num_atoms
-
-    @property
-    def system(self) -> Tensor:
-        """``[N]`` index of the system of each atom."""
-        return self.topology.system
-
-    @property
-    def num_systems(self) -> int:
-        return self.topology.num_systems
 
     @property
     def pbc(self) -> Tensor | None:

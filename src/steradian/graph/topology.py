@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "OnTopology",
     "Pairs",
     "Rows",
     "Share",
@@ -366,6 +367,35 @@ class Topology:
         if self._pairs is not None and "rows" in self._pairs.__dict__:
             self._pairs.rows.refresh()
         self._seen = [_seen(tensor) for tensor in self._tensors()]
+
+
+class OnTopology:
+    """What stands on a ``topology`` names its atoms and edges as that does."""
+
+    topology: Topology
+
+    @property
+    def senders(self) -> Tensor:
+        """``[E]`` index j of the neighbour."""
+        return self.topology.senders
+
+    @property
+    def receivers(self) -> Tensor:
+        """``[E]`` index i of the centre, ascending."""
+        return self.topology.receivers
+
+    @property
+    def num_atoms(self) -> int:
+        return self.topology.num_atoms
+
+    @property
+    def system(self) -> Tensor:
+        """``[N]`` index of the system of each atom."""
+        return self.topology.system
+
+    @property
+    def num_systems(self) -> int:
+        return self.topology.num_systems
 
 
 def _species(numbers: Tensor | None, table: Tensor, is_static: bool) -> Tensor:

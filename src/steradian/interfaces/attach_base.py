@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steradian.graph.topology import Topology
+from steradian.graph.topology import OnTopology, Topology
 from steradian.operators.base import SlotSpec
 
 __all__ = [
@@ -118,7 +118,7 @@ class ForeignEdges:
 
 
 @dataclass(frozen=True)
-class ForeignAtoms:
+class ForeignAtoms(OnTopology):
     """What an operator between all atoms sees of a batch of molecules; see :class:`steradian.graph.Edges`.
 
     Attributes:
@@ -137,19 +137,6 @@ class ForeignAtoms:
         """Atoms ``[N, 3]`` of systems ``[N]``."""
         none = system.new_zeros(0)
         return ForeignAtoms(positions, Topology(none, none, len(system), system=system, num_systems=num_systems))
-
-    @property
-    def system(self) -> Tensor:
-        """``[N]`` index of the system of each atom."""
-        return self.topology.system
-
-    @property
-    def num_systems(self) -> int:
-        return self.topology.num_systems
-
-    @property
-    def num_atoms(self) -> int:
-        return self.topology.num_atoms
 
 
 class Package(ABC):
