@@ -230,14 +230,21 @@ def _geometry(
     """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
     if strain is not None:
         symmetric = 0.5 * (strain + strain.transpose(1, 2))
-        positions = positions + torch.einsum("ni,nij->nj", positions, symmetric.index_select(0, topology.system))
+        positions = positions + _by_system(positions, symmetric, topology.system)
         cell = cell + cell @ symmetric
     vectors = positions.index_select(0, topology.senders) - positions.index_select(0, topology.receivers)
     if topology.is_periodic:
         assert topology.shifts is not None
-        edge_cells = cell.index_select(0, topology.system.index_select(0, topology.receivers))
-        vectors = vectors + torch.einsum("ei,eij->ej", topology.shifts.to(vectors.dtype), edge_cells)
+        system = topology.system.index_select(0, topology.receivers)
+        vectors = vectors + _by_system(topology.shifts.to(vectors.dtype), cell, system)
     return positions, cell, vectors
+
+
+def _by_system(rows: Tensor, matrices: Tensor, system: Tensor) -> Tensor:
+    """Rows ``[M, 3]`` times the matrix ``[S, 3, 3]`` of the system ``[M]`` that each belongs to."""
+    if len(matrices) == 1:  # without a matrix per row, which is most of this work and of its derivative
+        return rows @ matrices[0]
+    return torch.einsum("mi,mij->mj", rows, matrices.index_select(0, system))
 
 
 @contextmanager
