@@ -27,6 +27,7 @@ from steradian.graph import Graph, batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
 from steradian.operators.base import EdgeGate, SlotSpec
+from steradian.operators.mara import ChannelGate
 from steradian.potential import Potential
 from tests.systems import made_up
 
@@ -93,18 +94,28 @@ HOSTS: dict[str, HostConfig] = {
 #: whose larger features give the rules on the sphere larger errors than a tolerance that is absolute
 LOUDNESS = {"mace-agnostic": 3.0, "mace-foundation": 0.3, "o3mpnn": 10.0}
 
-SMALL = {"hidden_dim": 8, "num_heads": 2, "gate": "published"}
+SMALL: dict[str, Any] = {"form": "published", "frame": "lab", "hidden_dim": 8, "num_heads": 2, "gate": "published"}
 MARA = MARAConfig(**SMALL)
 INTRINSIC = MARAConfig(
-    frame="intrinsic", grid={"kind": "lebedev", "num_points": 86}, hidden_dim=8, num_heads=2, gate="published"
+    form="published", grid={"kind": "lebedev", "num_points": 86}, hidden_dim=8, num_heads=2, gate="published"
 )
 POLYNOMIAL = MARAConfig(
-    frame="intrinsic",
+    form="published",
     kernel="polynomial",
     grid={"kind": "lebedev", "num_points": 110},
     hidden_dim=8,
     num_heads=2,
     gate="published",
+)
+CHANNELS = MARAConfig(hidden_dim=8)
+CHANNELS_ALL = MARAConfig(
+    hidden_dim=8,
+    heads=2,
+    inputs=["scalars", "radial", "projections", "density", "sphere"],
+    activation="exp",
+    kernel="polynomial",
+    grid={"kind": "lebedev", "num_points": 26},
+    where="node",
 )
 # so many points that the rotation error of the rule is below that of rounding
 EFA = EFAConfig(
@@ -120,6 +131,8 @@ EFA_TENSORS = EFA.model_copy(update={"tensor_integration": TensorIntegrationConf
 #: what fills the slots, as sections of the model's configuration
 OPERATORS: dict[str, dict[str, Any]] = {
     "none": {},
+    "mara-channel": {"edge_gate": CHANNELS},
+    "mara-channel-all": {"edge_gate": CHANNELS_ALL},
     "mara": {"edge_gate": MARA},
     "mara-node": {"edge_gate": MARAConfig(where="node", **SMALL)},
     "mara-intrinsic": {"edge_gate": INTRINSIC},
@@ -153,7 +166,12 @@ def potential(
     config = ModelConfig(
         host=HOSTS[host], precision="float64" if dtype == torch.float64 else "float32", **OPERATORS[operator]
     )
-    return build_potential(config, statistics(host), make_gate=make_gate, seed=3).eval()
+    built = build_potential(config, statistics(host), make_gate=make_gate, seed=3).eval()
+    generator = torch.Generator().manual_seed(7)
+    for module in built.modules():
+        if isinstance(module, ChannelGate):  # which starts neutral
+            module.W_gate.data.normal_(generator=generator)
+    return built
 
 
 def ethanol(seed: int = 0, spread: float = 0.08) -> Structure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,10 @@ class ReadoutConfig(Section):
     )
 
 
+#: What the sum over neighbours is divided by: their average number (``mean``), its root, a number, or a learned one.
+MessageScale = Literal["mean", "root", "learned"] | Annotated[float, Field(gt=0)]
+SCALE = "messages are divided by the mean number of neighbours, its root, a number, or its root times a learned factor"
+
 InteractionName = Literal["residual", "agnostic", "density_residual", "density"]
 
 
@@ -54,6 +58,7 @@ class MACEConfig(Section):
     pair_repulsion: Literal["zbl"] | None = Field(None, description="energy of screened nuclei at short distances")
     readout: ReadoutConfig = ReadoutConfig()
     avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    message_scale: MessageScale = Field("root", description=SCALE + "; published: mean")
 
     @model_validator(mode="after")
     def _check_correlation(self) -> MACEConfig:
@@ -94,6 +99,7 @@ class NequIPConfig(Section):
     embedding_dim: int | None = Field(None, ge=1, description="width of the elements' embedding; null: num_channels")
     readout_mlp: list[int] = Field([], description="hidden widths of the readout; empty for a linear one")
     avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    message_scale: MessageScale = Field("root", description=SCALE + "; published: root")
     trainable_scales: bool = Field(False, description="learn the energy scale of every element")
     trainable_shifts: bool = Field(False, description="learn the energy shift of every element")
 

@@ -152,29 +152,57 @@ class NoGate(Section):
     kind: Literal["none"] = "none"
 
 
+GateInput = Literal["scalars", "radial", "projections", "density", "sphere"]
+
+
 class MARAConfig(Section):
-    """Modular Angular-Radial Attention (Leonardi, Bonev, Riesen 2026)."""
+    """Modular Angular-Radial Attention: a gate per channel, or the form of Leonardi, Bonev, Riesen 2026."""
 
     kind: Literal["mara"] = "mara"
-    grid: GridConfig = EquiangularGrid()
-    hidden_dim: int = Field(32, ge=1, description="attention channels d, all heads together")
-    num_heads: int = Field(1, ge=1)
+    form: Literal["channel", "published"] = Field(
+        "channel", description="a gate for every channel of a message, or the paper's one for all of them"
+    )
+    hidden_dim: int = Field(32, ge=1, description="width d of the gate's network, or of the attention of all heads")
     where: Literal["edge", "node"] = Field("edge", description="gate every message (equation 8) or every sender")
-    frame: Literal["lab", "intrinsic"] = Field("lab", description="published form, or the rotation-invariant one")
+    frozen_projections: bool = Field(False, description="ablation: all but the last weights stay at their random start")
+    layers: list[int] | None = Field(None, description="layers of the host that are gated; null for all")
+
+    heads: Literal["C"] | Annotated[int, Field(ge=1)] = Field(
+        "C", description="form channel: groups of channels with a gate each; C: every channel its own"
+    )
+    inputs: list[GateInput] = Field(
+        ["scalars", "radial", "projections"],
+        min_length=1,
+        description="form channel: scalars of both atoms, radial basis, their features along the edge, the neighbours' "
+        "density along the edge, attention on the sphere",
+    )
+    activation: Literal["linear", "sigmoid", "exp"] = Field(
+        "linear", description="form channel: alpha = 1 + z, 2 sigma(z) or exp(3 tanh(z / 3))"
+    )
+
+    grid: GridConfig | None = Field(
+        None, description="points of the sphere; null: 50 Lebedev points, in frame lab the paper's 4 x 8"
+    )
+    num_heads: int = Field(1, ge=1, description="of the attention on the sphere")
+    frame: Literal["intrinsic", "lab"] = Field("intrinsic", description="rotation-invariant, or the published axes")
     field: Literal["distance", "squared"] | None = Field(None, description="null: distance (lab), squared (intrinsic)")
     kernel: Literal["exp", "polynomial"] = "exp"
     signal_l_max: int = Field(2, ge=1, le=4, description="frame intrinsic: highest degree of the atom's signal")
+    positional: bool = Field(True, description="learnable vector per grid point, or the atom's signal")
     gate: Literal["neutral", "published"] = Field("neutral", description="neutral: alpha = 1 at the start")
-    positional: bool = Field(True, description="learnable vector per grid point")
-    frozen_projections: bool = Field(False, description="ablation: projections stay at their random start")
     dropout: float = Field(0.0, ge=0, lt=1)
     normalize: bool = Field(False, description="LayerNorm of the embeddings (figure 5)")
     residual: bool = Field(False, description="residual around the attention (figure 5)")
-    layers: list[int] | None = Field(None, description="layers of the host that are gated; null for all")
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is attention on a sphere."""
+        return self.form == "published" or "sphere" in self.inputs
 
     @model_validator(mode="after")
-    def _check_heads(self) -> MARAConfig:
-        if self.hidden_dim % self.num_heads:
+    def _check(self) -> MARAConfig:
+        self._check_form()
+        if self.attends and self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim ({self.hidden_dim}) must be a multiple of num_heads ({self.num_heads})")
         if self.frame == "intrinsic" and self.field == "distance":
             raise ValueError("frame 'intrinsic' needs the squared field (the distance field spoils the sphere rule)")
@@ -183,3 +211,19 @@ class MARAConfig(Section):
         if self.frame == "intrinsic" and (self.normalize or self.residual):
             raise ValueError("normalize and residual belong to the published form, frame 'lab'")
         return self
+
+    def _check_form(self) -> None:
+        """Settings of a form that is not asked for are mistakes, not to be passed over."""
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        if self.form == "published":
+            if wrong := sorted(changed & {"heads", "inputs", "activation"}):
+                raise ValueError(f"{', '.join(wrong)}: of form 'channel'; set form: channel or leave it out")
+            return
+        only = {"frame", "field", "gate", "dropout", "normalize", "residual"}
+        if not self.attends:
+            only |= {"grid", "num_heads", "kernel", "signal_l_max", "positional"}
+        if wrong := sorted(changed & only):
+            others = "" if self.attends else ", or list 'sphere' in inputs where the channel gate may attend on a sphere"
+            raise ValueError(f"{', '.join(wrong)}: of form 'published'; set form: published{others}")
+        if len(set(self.inputs)) != len(self.inputs):
+            raise ValueError(f"inputs lists one twice: {self.inputs}")

@@ -15,7 +15,7 @@ from steradian.graph import Edges
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
-__all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial"]
+__all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial", "gated_polynomial", "of_channels"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,23 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
     return polynomial, table
 
 
+@cache
+def gated_polynomial(polynomial: Polynomial) -> Polynomial:
+    """The product of :func:`channelwise_polynomial` with one more factor, a gate of one component per row and channel.
+
+    It stands before the features, so that code multiplies the weights of a path by it, once for all their terms.
+    """
+    (terms,) = polynomial.terms
+    indices = np.concatenate([np.zeros_like(terms.indices[:, :1]), terms.indices], axis=1)
+    return Polynomial(
+        (Operand("gate", 1), *polynomial.inputs),
+        polynomial.output,
+        (Terms((0, 1, 2, 3), indices, terms.outputs, terms.coefficients),),
+        outer=3,
+        folds=False,
+    )
+
+
 def _coupling(irrep_in: tuple[int, int], degree_y: int, irrep_out: tuple[int, int]) -> np.ndarray:
     """``[2 l1 + 1, 2 l2 + 1, 2 l3 + 1]`` coefficients of one path of cuequivariance's descriptor."""
     descriptor = cue.descriptors.channelwise_tensor_product(
@@ -132,28 +149,47 @@ class ChannelwiseTensorProduct(WithRole):
         return len(self.table.paths)
 
     def forward(self, features: Tensor, edges: Edges, weights: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Messages summed at the receivers ``[N, D_out, C]``, each times its gate ``[E]``; in the format of paths.
+        """Messages summed at the receivers ``[N, D_out, C]``, each times its gate; in the format of paths.
 
         Args:
             features: ``[N, D, C]``.
             edges: geometry.
             weights: ``[Q, P, C]`` of pairs, where the edges are sorted into pairs, else ``[E, P, C]``.
-            gate: None for ones.
+            gate: ``[E]``, ``[E, H]`` for groups of C / H channels, or None for ones.
         """
-        harmonics = edges.harmonics[:, : self.polynomial.inputs[1].dim]
-        if gate is not None:
-            harmonics = harmonics * gate.unsqueeze(1)
+        polynomial = self.polynomial
+        harmonics = edges.harmonics[:, : polynomial.inputs[1].dim]
         given = [cast(features, self.low), harmonics, weights]
+        gathers = [edges.topology.by_sender, None, None if edges.pairs is None else edges.pairs.rows]
+        if gate is not None and gate.dim() == 1:
+            given[1] = harmonics * gate.unsqueeze(1)
+        elif gate is not None:
+            polynomial = gated_polynomial(polynomial)
+            given, gathers = [of_channels(gate, features.shape[-1]).unsqueeze(1), *given], [None, *gathers]
         if self.accumulate_dtype is not None:
             given = [narrowed(value, self.accumulate_dtype) for value in given]
         stored = self.paths_dtype if self.paths_dtype == torch.bfloat16 else features.dtype
         return evaluate(
-            self.polynomial.rounded(self.tables_dtype),
+            polynomial.rounded(self.tables_dtype),
             given,
-            gathers=[edges.topology.by_sender, None, None if edges.pairs is None else edges.pairs.rows],
+            gathers=gathers,
             scatter=edges.topology.by_receiver,
             dtype=stored,
         )
+
+
+def of_channels(gate: Tensor, num_channels: int) -> Tensor:
+    """``[E, C]`` from a gate ``[E, H]`` whose heads own groups of C / H channels.
+
+    Raises:
+        ValueError: the channels cannot be shared out among the heads.
+    """
+    heads = gate.shape[1]
+    if heads == num_channels:
+        return gate
+    if num_channels % heads:
+        raise ValueError(f"a gate of {heads} heads does not fit {num_channels} channels")
+    return gate.repeat_interleave(num_channels // heads, dim=1)
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
 from steradian.radial import RadialBasis, polynomial_envelope, safe_norm
 
-__all__ = ["ConvolutionHost", "Host", "HostOutput", "TrainingFacts"]
+__all__ = ["ConvolutionHost", "Host", "HostOutput", "TrainingFacts", "message_divisor"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,21 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class HostOutput:
-    """Interaction energy of every atom ``[N]`` [eV], and alpha ``[E]`` of every gated layer."""
+    """Interaction energy of every atom ``[N]`` [eV], and alpha ``[E]`` or ``[E, H]`` of every gated layer."""
 
     atom_energies: Tensor
     gates: tuple[Tensor, ...] = ()
+
+
+def message_divisor(scale: str | float, avg_num_neighbors: float) -> float:
+    """What a ``message_scale`` divides the sum over neighbours by (``learned`` starts from the root).
+
+    Messages of N neighbours that are independent add up to N times the variance of one, so it is the root that keeps
+    the variance; the mean, as published for MACE, leaves 1 / N of it.
+    """
+    if isinstance(scale, float | int):
+        return float(scale)
+    return avg_num_neighbors if scale == "mean" else avg_num_neighbors**0.5
 
 
 class Host(nn.Module, ABC):

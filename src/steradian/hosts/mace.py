@@ -24,7 +24,7 @@ from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
-from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.precision import WithRole
 from steradian.radial import SILU_SECOND_MOMENT, RadialBasis, RadialNetwork, polynomial_envelope
@@ -85,9 +85,10 @@ class MACELayer(nn.Module):
         self.product = ChannelwiseTensorProduct(dims.degrees_in, config.l_max, dims.degrees_message)
         self.radial_network = RadialNetwork(config.radial.num, config.radial_mlp, self.product.num_paths, channels)
         dense = dims.block.startswith("density")
-        divisor = 1.0 if dense else avg_num_neighbors
+        divisor = 1.0 if dense else message_divisor(config.message_scale, avg_num_neighbors)
         self.linear_message = PathLinear(self.product.table, channels, dims.degrees_message, divisor=divisor)
         self.density = nn.Parameter(torch.randn(config.radial.num, 1)) if dense else None
+        self.message_gain = nn.Parameter(torch.ones(())) if config.message_scale == "learned" and not dense else None
         self.residual = dims.residual
         skip_degrees = _shared(dims.degrees_in, dims.degrees_out) if dims.residual else dims.degrees_message
         self.skip = ElementLinear(skip_degrees, dims.num_elements, channels, channels)
@@ -100,13 +101,15 @@ class MACELayer(nn.Module):
         self.mixer = mixer
 
     def forward(self, features: Tensor, species: Rows, positions: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
-        """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C]``."""
+        """Features ``[N, D_out, C]`` and alpha (None without a gate) from features ``[N, D_in, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
         weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C]
         messages = self.product(self.linear_up(features), edges, weights, alpha)  # [N, D_paths, C]
         messages = self.linear_message(messages)  # [N, D_message, C]
         if self.density is not None:
             messages = messages / self._density_of(self.density, edges)
+        if self.message_gain is not None:
+            messages = messages * self.message_gain
         if not self.residual:
             messages = self.skip(messages, species)
         update = self.linear_out(self.contraction(messages, species))  # [N, D_out, C]
@@ -188,6 +191,7 @@ class MACE(ConvolutionHost):
         self.repulsion = make_repulsion(config.pair_repulsion, facts.elements, config.radial.envelope_p)
         hidden = natural_degrees(config.hidden_l)
         scalars = natural_degrees(0)
+        neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
         layers, readouts = [], []
         for index in range(config.num_layers):
             first, last = index == 0, index == config.num_layers - 1
@@ -210,12 +214,10 @@ class MACE(ConvolutionHost):
                 cutoff=config.cutoff_A,
                 num_radial=config.radial.num,
                 degrees_out=dims.degrees_out,
+                avg_num_neighbors=neighbors,
+                l_max=config.l_max,
             )
-            layers.append(
-                MACELayer(
-                    dims, config, config.avg_num_neighbors or facts.avg_num_neighbors, make_gate(spec), make_mixer(spec)
-                )
-            )
+            layers.append(MACELayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
             readouts.append(Readout(config.num_channels, config.readout.mlp if last else None))
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)

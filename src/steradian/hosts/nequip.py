@@ -21,7 +21,7 @@ from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinea
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
-from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts
+from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole
@@ -137,7 +137,8 @@ class NequIPLayer(nn.Module):
         mixer: GlobalMixer | None,
     ) -> None:
         super().__init__()
-        self.normalization = avg_num_neighbors**-0.5
+        self.normalization = 1.0 / message_divisor(config.message_scale, avg_num_neighbors)
+        self.message_gain = nn.Parameter(torch.ones(())) if config.message_scale == "learned" else None
         self.linear_up = IrrepsLinear(dims.degrees_in, dims.channels_in, dims.channels_in)
         # what leaves the convolution, in e3nn's order: by degree, odd before even
         degrees_message = tuple(sorted(dims.degrees_out))
@@ -157,7 +158,7 @@ class NequIPLayer(nn.Module):
     def forward(
         self, features: Tensor, species: Rows, embedding: Tensor, positions: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor | None]:
-        """Features ``[N, D_out, C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D_in, C_in]``.
+        """Features ``[N, D_out, C]`` and alpha (None without a gate) from features ``[N, D_in, C_in]``.
 
         Args:
             features: of the layer before.
@@ -169,6 +170,8 @@ class NequIPLayer(nn.Module):
         alpha = None if self.gate is None else self.gate(features, edges)
         weights = self.radial_network(edges.pair_radial, lengths=edges.pair_lengths)  # [Q, P, C_in]
         mixed = self.linear_up(features) * self.normalization
+        if self.message_gain is not None:
+            mixed = mixed * self.message_gain
         blocks = self.linear_message.blocks(self.product(mixed, edges, weights, alpha))
         if self.skip is not None:
             for irrep, block in self.skip(features, species, embedding).items():
@@ -228,6 +231,7 @@ class NequIP(ConvolutionHost):
         self.embedding = nn.Parameter(torch.randn(facts.num_elements, embedding_dim))
         self.radial_basis = RadialBasis(config.radial, config.cutoff_A)
         layers = []
+        neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
         for index, (degrees_in, degrees_out) in enumerate(layer_degrees(config)):
             first = index == 0
             dims = LayerDims(
@@ -248,8 +252,9 @@ class NequIP(ConvolutionHost):
                 num_radial=config.radial.num,
                 degrees_out=degrees_out,
                 channels_out=channels,
+                avg_num_neighbors=neighbors,
+                l_max=config.l_max,
             )
-            neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
             layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)
         self.readout = Readout(channels, config.readout_mlp)

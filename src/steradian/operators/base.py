@@ -54,6 +54,8 @@ class SlotSpec:
             adds an update of any irreps.
         channels_out: channels of the local update, if not C.
         scalars_only: the layer uses nothing but scalars of what a mixer attends to.
+        avg_num_neighbors: edges per atom of the training set.
+        l_max: highest degree of ``edges.harmonics``.
         unit_weights: the host's weights have unit variance (and are scaled where they are used); a mixer's should too.
     """
 
@@ -68,6 +70,8 @@ class SlotSpec:
     channels_out: int | None = None
     scalars_only: bool = False
     unit_weights: bool = True
+    avg_num_neighbors: float = 1.0
+    l_max: int = 2
 
     @property
     def dim(self) -> int:
@@ -170,10 +174,10 @@ class Operator(nn.Module, ABC):
 
 
 class EdgeGate(Operator):
-    """Weights every message of a layer by an invariant number alpha before the sum over neighbours.
+    """Weights every message of a layer by invariant numbers alpha before the sum over neighbours.
 
-    A message is linear in its radial weights, so the host multiplies those by alpha and keeps its fused
-    gather - product - scatter.
+    alpha is one number per message, or one per head: H groups of C / H channels each. Where a message is multiplied by
+    it is the host's business; no tensor of paths and channels is formed.
     """
 
     grid: SphereGrid | None = None
@@ -181,7 +185,7 @@ class EdgeGate(Operator):
 
     @abstractmethod
     def forward(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
-        """Gate of every edge ``[E]`` from node features ``[N, D, C]`` (the invariants are ``features[:, 0]``)."""
+        """alpha of every edge, ``[E]`` or ``[E, H]``, from node features ``[N, D, C]`` (invariants: ``features[:, 0]``)."""
 
     def attention_maps(self, features: Tensor, edges: EdgesOfGate, chosen: Tensor | None = None) -> AttentionMaps:
         """What the gate looked at on its sphere, for pictures.

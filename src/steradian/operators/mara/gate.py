@@ -20,7 +20,7 @@ from steradian.operators.mara import factorised, paper, triton
 from steradian.polynomials import backend_for
 from steradian.precision import WithRole, cast
 
-__all__ = ["MARA", "SEAttention", "SphereGate"]
+__all__ = ["MARA", "SEAttention", "SphereGate", "mean_at_senders"]
 
 #: Size of the field at a usual neighbour distance, [Å] and [Å^2]: only the scale of the random start depends on it.
 TYPICAL_FIELD = {"distance": 4.0, "squared": 20.0}
@@ -103,7 +103,7 @@ class SphereGate(WithRole, EdgeGate):
             ValueError: features of the wrong width, or edges that lack what the form needs.
         """
         alpha = paper.gate(self.pooled(features, edges), self.W_gate, self.gate)
-        return alpha if self.where == "edge" else self._mean_at_senders(alpha, edges, features.shape[0])
+        return alpha if self.where == "edge" else mean_at_senders(alpha, edges, features.shape[0])
 
     @abstractmethod
     def pooled(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
@@ -134,17 +134,24 @@ class SphereGate(WithRole, EdgeGate):
         """Mean over the channels of each head: ``[..., d] -> [..., H]``."""
         return table.unflatten(-1, (self.num_heads, -1)).mean(-1)
 
-    def _mean_at_senders(self, alpha: Tensor, edges: EdgesOfGate, num_atoms: int) -> Tensor:
-        """:func:`steradian.operators.mara.paper.of_senders`, defined for atoms without neighbours, too."""
-        envelope = edges.envelope
-        if envelope is None:
-            raise ValueError("where='node' weighs neighbours with edges.envelope, which these edges do not have")
-        total = envelope.new_zeros(num_atoms).index_add(0, edges.receivers, envelope)
-        # the mean of alpha - 1, so that a neutral gate stays exactly 1
-        excess = envelope.new_zeros(num_atoms).index_add(0, edges.receivers, envelope * (alpha - 1))
-        reached = total > torch.finfo(total.dtype).eps
-        mean = torch.where(reached, excess, 0.0) / torch.where(reached, total, 1.0)
-        return (1 + mean).index_select(0, edges.senders)
+
+def mean_at_senders(alpha: Tensor, edges: EdgesOfGate, num_atoms: int) -> Tensor:
+    """:func:`steradian.operators.mara.paper.of_senders`, of ``[E]`` or ``[E, H]``; defined for atoms without neighbours.
+
+    Raises:
+        ValueError: edges without ``envelope``.
+    """
+    envelope = edges.envelope
+    if envelope is None:
+        raise ValueError("where='node' weighs neighbours with edges.envelope, which these edges do not have")
+    total = envelope.new_zeros(num_atoms).index_add(0, edges.receivers, envelope)
+    reached = total > torch.finfo(total.dtype).eps
+    # the mean of alpha - 1, so that a neutral gate stays exactly 1
+    shape = (-1, *[1] * (alpha.dim() - 1))
+    excess = envelope.view(shape) * (alpha - 1)
+    excess = excess.new_zeros((num_atoms, *alpha.shape[1:])).index_add(0, edges.receivers, excess)
+    mean = torch.where(reached.view(shape), excess, 0.0) / torch.where(reached, total, 1.0).view(shape)
+    return (1 + mean).index_select(0, edges.senders)
 
 
 class MARA(SphereGate):
