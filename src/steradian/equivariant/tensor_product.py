@@ -98,15 +98,25 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
 
 
 @cache
-def gated_polynomial(polynomial: Polynomial) -> Polynomial:
-    """The product of :func:`channelwise_polynomial` with one more factor, a gate of one component per row and channel.
+def gated_polynomial(polynomial: Polynomial, groups: int, period: int | None) -> Polynomial:
+    """The product of :func:`channelwise_polynomial` with one more factor, a gate.
 
-    It stands before the features, so that code multiplies the weights of a path by it, once for all their terms.
+    Args:
+        polynomial: the product.
+        groups: components of the gate: 1, one per degree of the harmonics, or one per path.
+        period: channels of the gate, where they repeat.
+
+    Raises:
+        ValueError: another number of components.
     """
     (terms,) = polynomial.terms
-    indices = np.concatenate([np.zeros_like(terms.indices[:, :1]), terms.indices], axis=1)
+    degrees = np.sqrt(terms.indices[:, 1]).astype(int)
+    choices = {polynomial.inputs[2].dim: terms.indices[:, 2], int(degrees.max()) + 1: degrees, 1: 0 * degrees}
+    if groups not in choices:
+        raise ValueError(f"a gate of {groups} components does not fit; one of {sorted(choices)} would")
+    indices = np.concatenate([choices[groups][:, None], terms.indices], axis=1)
     return Polynomial(
-        (Operand("gate", 1), *polynomial.inputs),
+        (Operand("gate", groups, period=period), *polynomial.inputs),
         polynomial.output,
         (Terms((0, 1, 2, 3), indices, terms.outputs, terms.coefficients),),
         outer=3,
@@ -155,7 +165,8 @@ class ChannelwiseTensorProduct(WithRole):
             features: ``[N, D, C]``.
             edges: geometry.
             weights: ``[Q, P, C]`` of pairs, where the edges are sorted into pairs, else ``[E, P, C]``.
-            gate: ``[E]``, ``[E, H]`` for groups of C / H channels, or None for ones.
+            gate: ``[E]``; ``[E, H]``, where channel c belongs to head c modulo H; ``[E, G, H]`` with one for every
+                path or for every degree of the harmonics; or None for ones.
         """
         polynomial = self.polynomial
         harmonics = edges.harmonics[:, : polynomial.inputs[1].dim]
@@ -164,8 +175,10 @@ class ChannelwiseTensorProduct(WithRole):
         if gate is not None and gate.dim() == 1:
             given[1] = harmonics * gate.unsqueeze(1)
         elif gate is not None:
-            polynomial = gated_polynomial(polynomial)
-            given, gathers = [of_channels(gate, features.shape[-1]).unsqueeze(1), *given], [None, *gathers]
+            gate = gate.unsqueeze(1) if gate.dim() == 2 else gate
+            repeats = _repeats(gate, features.shape[-1])
+            polynomial = gated_polynomial(polynomial, gate.shape[1], gate.shape[2] if repeats else None)
+            given, gathers = [gate, *given], [None, *gathers]
         if self.accumulate_dtype is not None:
             given = [narrowed(value, self.accumulate_dtype) for value in given]
         stored = self.paths_dtype if self.paths_dtype == torch.bfloat16 else features.dtype
@@ -178,18 +191,21 @@ class ChannelwiseTensorProduct(WithRole):
         )
 
 
-def of_channels(gate: Tensor, num_channels: int) -> Tensor:
-    """``[E, C]`` from a gate ``[E, H]`` whose heads own groups of C / H channels.
+def _repeats(gate: Tensor, num_channels: int) -> bool:
+    """Whether a gate ``[..., H]`` has fewer heads than there are channels.
 
     Raises:
         ValueError: the channels cannot be shared out among the heads.
     """
-    heads = gate.shape[1]
-    if heads == num_channels:
-        return gate
+    heads = gate.shape[-1]
     if num_channels % heads:
         raise ValueError(f"a gate of {heads} heads does not fit {num_channels} channels")
-    return gate.repeat_interleave(num_channels // heads, dim=1)
+    return heads != num_channels
+
+
+def of_channels(gate: Tensor, num_channels: int) -> Tensor:
+    """``[E, C]`` from a gate ``[E, H]``: channel c belongs to head c modulo H."""
+    return gate.repeat(1, num_channels // gate.shape[1]) if _repeats(gate, num_channels) else gate
 
 
 def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,9 +21,9 @@ from steradian.compiler.folding import Folded
 from steradian.graph.topology import Rows
 from steradian.polynomials.backend import backend_for, set_backend, use_backend
 from steradian.polynomials.cuequivariance import evaluate_cuequivariance
-from steradian.polynomials.polynomial import Operand, Polynomial, Terms
+from steradian.polynomials.polynomial import Operand, Polynomial, Terms, without_periods
 from steradian.polynomials.program import RowIndices
-from steradian.polynomials.reference import evaluate_reference, sample
+from steradian.polynomials.reference import evaluate_reference, sample, widened
 
 __all__ = ["Operand", "Polynomial", "Terms", "backend_for", "evaluate", "set_backend", "use_backend"]
 
@@ -45,7 +45,8 @@ def evaluate(
 
     Args:
         polynomial: the table.
-        inputs: one tensor per input, ``[rows, dim, C]`` or, without channels, ``[rows, dim]``. Inputs of 16 bits are
+        inputs: one tensor per input, ``[rows, dim, C]`` (``[rows, dim, period]`` where the numbers repeat, with a
+            period that divides C) or, without channels, ``[rows, dim]``. Inputs of 16 bits are
             read exactly; the arithmetic and the result are in the widest format given, at least float32.
         gathers: for each input None or ``[B]`` the row to take for row b of the product; best prepared
             (:class:`~steradian.graph.topology.Rows`), else sorted anew in every call that needs it.
@@ -71,6 +72,7 @@ def evaluate(
     first = inputs[0] if inputs[0].dtype == wide else inputs[0].new_empty(0, dtype=wide)
     backend = backend_for(first)
     if backend in ("triton", "cuequivariance"):
+        inputs, polynomial = widened(polynomial, inputs), without_periods(polynomial)
         found = _on_gpu(backend, polynomial, inputs, gathers, scatter, num_rows, wide, dtype or wide)
         if found is not None:
             return found
@@ -94,8 +96,9 @@ def _check_shapes(polynomial: Polynomial, inputs: Sequence[Tensor]) -> None:
     if len(inputs) != len(polynomial.inputs):
         raise ValueError(f"{len(polynomial.inputs)} inputs expected, got {len(inputs)}")
     for operand, value in zip(polynomial.inputs, inputs):
-        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim:
-            expected = f"[rows, {operand.dim}, C]" if operand.has_channels else f"[rows, {operand.dim}]"
+        wrong = operand.period is not None and value.shape[-1] != operand.period
+        if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim or wrong:
+            expected = f"[rows, {operand.dim}, {operand.period or 'C'}]" if operand.has_channels else f"[rows, {operand.dim}]"
             raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
 
 

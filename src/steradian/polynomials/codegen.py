@@ -122,8 +122,8 @@ class _Generator(Lanes):
         b = self.b
         places = {}
         for number, slot in enumerate(self.program.outputs):
-            if slot.index is None or not slot.operand.has_channels:
-                continue
+            if slot.index is None or not slot.operand.has_channels or slot.operand.period is not None:
+                continue  # what is a sum over channels too is zero before the first block
             place = self.sums.get(number)
             if place is None:
                 place = b.add(self.output_bases[number], b.mul(segment, I64(self._row_size(slot, False))))
@@ -198,10 +198,13 @@ class _Generator(Lanes):
         b = self.b
         with self.loop(*self.block_range, *[Value(self, self.zero)] * len(dots)) as loop:
             offsets = {half: b.mul(loop.index, I64(32 if half else 64)) for half in (False, True)}
-            self.input_places = [b.add(base, offsets[half]) for base, half in zip(self.input_rows, self.half_inputs)]
+            self.input_places = [
+                b.add(base, self._offset(slot, half, offsets))
+                for slot, base, half in zip(self.program.inputs, self.input_rows, self.half_inputs)
+            ]
             output_places = [
-                b.add(base, offsets[half and number not in self.sums])
-                for number, (base, half) in enumerate(zip(output_rows, self.half_outputs))
+                b.add(base, self._offset(slot, half and number not in self.sums, offsets))
+                for number, (slot, base, half) in enumerate(zip(self.program.outputs, output_rows, self.half_outputs))
             ]
             self._prefetch(offsets)
             self.registers: dict[int, ir.Value] = {}
@@ -223,7 +226,7 @@ class _Generator(Lanes):
                         self._store(output, component, output_places[output], self._vector(node))
             for output, (slot, nodes) in enumerate(zip(self.program.outputs, self.program.nodes)):
                 for component, node in enumerate(nodes):
-                    if node is None and slot.index is None and slot.operand.has_channels:
+                    if node is None and slot.index is None and slot.operand.has_channels and not slot.operand.period:
                         self._store(output, component, output_places[output], self.zero)
             loop.totals = [Value(self, totals[node]) for node in dots]
         return [total.ir for total in loop.totals]
@@ -232,7 +235,17 @@ class _Generator(Lanes):
 
     def _row_size(self, slot: Slot, half: bool) -> int:
         """Bytes of one row."""
-        return slot.operand.dim * (self.stride if slot.operand.has_channels else self.itemsize) // (1 + half)
+        return slot.operand.dim * (self._stride(slot) if slot.operand.has_channels else self.itemsize) // (1 + half)
+
+    def _stride(self, slot: Slot) -> int:
+        """Bytes of one component of an input or output with channels."""
+        return self.stride if slot.operand.period is None else slot.operand.period * self.itemsize
+
+    def _offset(self, slot: Slot, half: bool, offsets: dict[bool, ir.Value]) -> ir.Value:
+        """Bytes from a component's start to a block of channels, of the few that repeat to the same one again."""
+        if slot.operand.period is None:
+            return offsets[half]
+        return self.b.urem(offsets[half], I64(self._stride(slot) // (1 + half)))
 
     def _count_products(self) -> int:
         return sum(len(self.graph.terms[node]) for node in self.order)
@@ -270,11 +283,11 @@ class _Generator(Lanes):
         if node in self.registers:
             return self.registers[node]
         operand, component = source
-        b = self.b
+        b, stride = self.b, self._stride(self.program.inputs[operand])
         if self.half_inputs[operand]:
-            value = self._load_half(b.add(self.input_places[operand], I64(self.stride // 2 * component)))
+            value = self._load_half(b.add(self.input_places[operand], I64(stride // 2 * component)))
         else:
-            value = self._get(b.add(self.input_places[operand], I64(self.stride * component)))
+            value = self._get(b.add(self.input_places[operand], I64(stride * component)))
         # a vector of bfloat16 costs two instructions to widen, one that has gone to the stack a read
         if node in self.kept or self.half_inputs[operand]:
             self.registers[node] = value
@@ -304,8 +317,9 @@ class _Generator(Lanes):
         if self.half_outputs[output] and output not in self.sums:
             self._store_half(b.add(place, I64(self.stride // 2 * component)), value)
             return
-        address = b.add(place, I64(self.stride * component))
-        if self.program.outputs[output].index is not None:
+        slot = self.program.outputs[output]
+        address = b.add(place, I64(self._stride(slot) * component))
+        if slot.index is not None or slot.operand.period is not None:
             # a plain sum, no atomic one: a thread has whole segments (or whole channels), so nobody else writes here
             value = b.fadd(self._get(address), value, flags=FLAGS)
         self._put(value, address)
@@ -316,9 +330,9 @@ class _Generator(Lanes):
         for node in self.order:
             source = graph.source[node]
             if source is not None and source[0] in self.next_places:
-                half = self.half_inputs[source[0]]
-                start = b.add(self.next_places[source[0]], offsets[half])
-                self.prefetch(b.add(start, I64(self.stride // (1 + half) * source[1])))
+                slot, half = self.program.inputs[source[0]], self.half_inputs[source[0]]
+                start = b.add(self.next_places[source[0]], self._offset(slot, half, offsets))
+                self.prefetch(b.add(start, I64(self._stride(slot) // (1 + half) * source[1])))
 
     def _number(self, value: float) -> ir.Constant:
         """A number of the type, not a vector."""

@@ -18,9 +18,9 @@ from steradian.compiler.lanes import lanes_of
 from steradian.compiler.native import Code, run_tasks
 from steradian.graph.topology import Rows
 from steradian.polynomials.codegen import compiled
-from steradian.polynomials.polynomial import Operand, Polynomial
+from steradian.polynomials.polynomial import Operand, Polynomial, without_periods
 from steradian.polynomials.program import Program, RowIndices, folded, program_of
-from steradian.polynomials.reference import ROWS, evaluate_program, sample
+from steradian.polynomials.reference import ROWS, evaluate_program, sample, widened
 
 __all__ = ["evaluate_cpu", "run_program"]
 
@@ -41,7 +41,7 @@ class Pass:
         positions: of the outputs in the whole program.
         index: the row index that sorts the work, or None.
         written: for each output whether every number of it is written; others are added to.
-        sums_channels: whether an output has no channels, so that a row's channels belong to one thread.
+        sums_channels: whether an output is a sum over channels, so that a row's channels belong to one thread.
         weight: multiply-adds per row and channel.
     """
 
@@ -81,8 +81,9 @@ def _divided(program: Program) -> list[Pass]:
 
 def _make_pass(program: Program, index: int | None, positions: tuple[int, ...]) -> Pass:
     part = program.part(positions)
-    written = tuple(slot.operand.has_channels for slot in part.outputs)
-    sums = any(not slot.operand.has_channels for slot in part.outputs)
+    # what repeats with the channels is a sum over them too
+    written = tuple(slot.operand.has_channels and slot.operand.period is None for slot in part.outputs)
+    sums = not all(written)
     return Pass(part, positions, index, written, sums, part.num_terms)
 
 
@@ -173,7 +174,8 @@ def _run(
         for position, written, dtype in zip(one.positions, one.written, formats):
             slot = program.outputs[position]
             count = num_rows if slot.index is None else rows[slot.index].num_rows
-            shape = (count, slot.operand.dim, channels) if slot.operand.has_channels else (count, slot.operand.dim)
+            own = slot.operand.period or channels
+            shape = (count, slot.operand.dim, own) if slot.operand.has_channels else (count, slot.operand.dim)
             outputs[position] = (
                 inputs[0].new_empty(shape, dtype=dtype) if written else inputs[0].new_zeros(shape, dtype=dtype)
             )
@@ -245,7 +247,7 @@ class _Apply(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.program, ctx.rows, ctx.num_rows = program, rows, num_rows
         ctx.save_for_backward(*inputs)
-        channels = next(value.shape[2] for slot, value in zip(program.inputs, inputs) if slot.operand.has_channels)
+        channels = max(value.shape[2] for value in inputs if value.ndim == 3)
         return tuple(run_program(program, rows, num_rows, [value.contiguous() for value in inputs], channels, formats))
 
     @staticmethod
@@ -275,6 +277,9 @@ def evaluate_cpu(
     """See :func:`steradian.polynomials.evaluate`."""
     if not any(operand.has_channels for operand in polynomial.inputs):
         return _rows_as_channels(polynomial, inputs[0])
+    size = max(4, *(value.element_size() for value in inputs))
+    if any(operand.period is not None and operand.period % lanes_of(size) for operand in polynomial.inputs):
+        inputs, polynomial = widened(polynomial, inputs), without_periods(polynomial)  # code reads whole vectors
     outer = polynomial.outer
     if outer is not None and gathers[outer] is not None and polynomial.folds:
         # weights shared by many rows: put everything linear in them together first
@@ -290,7 +295,7 @@ def evaluate_cpu(
     work = numbered.num_work(inputs)
     channels = max(value.shape[2] for value in inputs if value.ndim == 3)
     # whole vectors: the code has no remainder to treat, and its inner addresses are constants
-    missing = -channels % lanes_of(max(4, *(value.element_size() for value in inputs)))
+    missing = -channels % lanes_of(size)
     if missing:
         inputs = [torch.nn.functional.pad(value, (0, missing)) if value.ndim == 3 else value for value in inputs]
     formats = None if dtype is None or not polynomial.output.has_channels else (dtype,)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Made", "Operand", "Polynomial", "Terms"]
+__all__ = ["Made", "Operand", "Polynomial", "Terms", "without_periods"]
 
 
 class Made(dict):
@@ -43,12 +43,14 @@ class Operand:
         dim: number of components.
         has_channels: or the same number for all channels.
         read_once: where it is gathered, a row is read once or twice, and comes from memory every time.
+        period: with channels, of which there are only so many: channel c has the numbers of c modulo this.
     """
 
     name: str
     dim: int
     has_channels: bool = True
     read_once: bool = False
+    period: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,3 +124,11 @@ def _rounded(polynomial: Polynomial) -> Polynomial:
         for group in polynomial.terms
     )
     return replace(polynomial, terms=tuple(terms))
+
+
+@cache
+def without_periods(polynomial: Polynomial) -> Polynomial:
+    """The polynomial of inputs that have all their channels; itself where all have."""
+    if all(operand.period is None for operand in polynomial.inputs):
+        return polynomial
+    return replace(polynomial, inputs=tuple(replace(operand, period=None) for operand in polynomial.inputs))

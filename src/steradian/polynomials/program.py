@@ -221,7 +221,10 @@ class Program:
         """Everything that code made of it depends on; equal in every process."""
         graph = self.graph
         slots = [
-            [(one.operand.dim, one.operand.has_channels, one.operand.read_once, one.index) for one in side]
+            [
+                (one.operand.dim, one.operand.has_channels, one.operand.read_once, one.operand.period, one.index)
+                for one in side
+            ]
             for side in (self.inputs, self.outputs)
         ]
         nodes = [(node, graph.vector[node], graph.source[node], graph.terms[node]) for node in needed_in_order(self)]

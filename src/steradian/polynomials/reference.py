@@ -22,7 +22,7 @@ from torch import Tensor
 from steradian.polynomials.polynomial import Polynomial, Terms
 from steradian.polynomials.program import Program
 
-__all__ = ["Sample", "evaluate_program", "evaluate_reference", "sample"]
+__all__ = ["Sample", "evaluate_program", "evaluate_reference", "sample", "widened"]
 
 #: Rows of a sample, how many of them are the user's own, and what the random ones are gathered from and added to.
 ROWS, OWN, TARGETS = 40, 20, 4
@@ -38,6 +38,7 @@ def evaluate_reference(
     num_rows: int | None,
 ) -> Tensor:
     """See :func:`steradian.polynomials.evaluate`."""
+    inputs = widened(polynomial, inputs)
     rows = [value if index is None else value.index_select(0, index) for value, index in zip(inputs, gathers)]
     out: Tensor | None = None
     for plan in _plans(polynomial):
@@ -48,6 +49,17 @@ def evaluate_reference(
     if scatter is None:
         return out
     return out.new_zeros((num_rows or 0, *out.shape[1:])).index_add(0, scatter, out)
+
+
+def widened(polynomial: Polynomial, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs, those of few channels that repeat (``period``) with all of them."""
+    if all(operand.period is None for operand in polynomial.inputs):
+        return list(inputs)
+    channels = max(value.shape[2] for value in inputs if value.ndim == 3)
+    return [
+        value if operand.period in (None, channels) else value.repeat(1, 1, channels // value.shape[2])
+        for operand, value in zip(polynomial.inputs, inputs)
+    ]
 
 
 def evaluate_program(
