@@ -268,7 +268,7 @@ def test_what_the_signal_is_made_of():
 
 def test_from_config():
     config = MARAConfig(
-        frame="intrinsic", kernel="polynomial", grid=SphericalDesign(degree=7), hidden_dim=16, num_heads=2
+        form="published", kernel="polynomial", grid=SphericalDesign(degree=7), hidden_dim=16, num_heads=2
     )
     spec = SlotSpec("mace", 1, 2, UP_TO_TWO, CHANNELS, 5.0)
     gate = gate_of(config, spec)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
+from steradian.config.hosts import SCALE, MessageScale
 from steradian.config.section import Section
 
 __all__ = [
@@ -91,7 +92,8 @@ class O3MPNNConfig(Section):
     dipole_embedding: bool = Field(False, description="atoms come with dipoles, which enter as vectors")
     use_switch: bool = Field(True, description="learned balance of local and global update per layer")
     zero_init: bool = Field(True, description="updates and energy start from zero")
-    avg_num_neighbors: float | None = Field(None, gt=0, description="not used: messages are plain sums")
+    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    message_scale: MessageScale = Field(1.0, description=SCALE + "; published: 1, plain sums")
 
     @property
     def hidden_l(self) -> int:

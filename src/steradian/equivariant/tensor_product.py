@@ -99,7 +99,7 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
 
 @cache
 def gated_polynomial(polynomial: Polynomial) -> Polynomial:
-    """The product of :func:`channelwise_polynomial` with one more factor, a gate of one component per row and channel.
+    """A product such as :func:`channelwise_polynomial` with one more factor, a gate of one component per row and channel.
 
     It stands before the features, so that code multiplies the weights of a path by it, once for all their terms.
     """
@@ -108,9 +108,9 @@ def gated_polynomial(polynomial: Polynomial) -> Polynomial:
     return Polynomial(
         (Operand("gate", 1), *polynomial.inputs),
         polynomial.output,
-        (Terms((0, 1, 2, 3), indices, terms.outputs, terms.coefficients),),
-        outer=3,
-        folds=False,
+        (Terms((0, *(1 + factor for factor in terms.factors)), indices, terms.outputs, terms.coefficients),),
+        outer=None if polynomial.outer is None else 1 + polynomial.outer,
+        folds=polynomial.folds,
     )
 
 

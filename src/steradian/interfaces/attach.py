@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steradian.checkpoint import ModelFileError, read_tensors, write_tensors
 from steradian.config import EFAConfig, MARAConfig
+from steradian.config.earlier import FIRST_COMPLETE_FORMAT, complete_gate
 from steradian.graph import Edges
 from steradian.interfaces.attach_base import AttachError, ForeignAtoms, MixingSlot, Package, Seen, Slot
 from steradian.interfaces.attach_packages import package_of
@@ -279,7 +280,10 @@ def load_attached(
     if header["package"] != name:
         raise ModelFileError(f"{path}: written for a model of {header['package']}, this one is of {name}")
     sections: dict[str, Any] = {"mara": MARAConfig, "efa": EFAConfig}
-    given: Any = [sections[entry["kind"]].model_validate(entry) for entry in header["operators"]] or operator
+    entries = header["operators"]
+    if int(header["format_version"]) < FIRST_COMPLETE_FORMAT:
+        entries = [complete_gate(entry) for entry in entries]
+    given: Any = [sections[entry["kind"]].model_validate(entry) for entry in entries] or operator
     if given is None:
         raise ModelFileError(f"{path}: its operators were not made from a configuration; give `operator`")
     attachment = attach(model, given, header["layers"])

@@ -180,6 +180,9 @@ class EdgeGate(Operator):
     it is the host's business; no tensor of paths and channels is formed.
     """
 
+    further_reach = 0
+    """Cutoffs by which alpha of a message sees farther than the message's two atoms and the receiver's neighbours do:
+    1 where it depends on the neighbours of the sender, as a gate of atoms does."""
     grid: SphereGrid | None = None
     """The sphere that the gate attends on; None where there is none to show."""
 

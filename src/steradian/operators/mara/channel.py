@@ -113,8 +113,13 @@ class ChannelGate(WithRole, EdgeGate):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not '{activation}'")
         if ("sphere" in inputs) != (sphere is not None):
             raise ValueError("the input 'sphere' and the attention belong together")
+        if where not in ("edge", "node"):
+            raise ValueError(f"where must be edge or node, not '{where}'")
+        if "density" in inputs and spec.l_max < 1:
+            raise ValueError(f"the input 'density' needs harmonics of degree 1: give host {spec.host} an l_max of 1 or more")
         self.num_features, self.hidden_dim, self.activation, self.where = channels, hidden_dim, activation, where
         self.unit = spec.unit_weights
+        self.further_reach = ("density" in inputs) + (where == "node")
         self.uses_radial = "radial" in inputs
         self._place_tables(spec, inputs)
         self.W_r = self._weight(spec.num_radial, hidden_dim) if self.uses_radial else None
@@ -139,7 +144,7 @@ class ChannelGate(WithRole, EdgeGate):
             self.blocks += [
                 (degree, start)
                 for (degree, parity), start in zip(spec.degrees, starts)
-                if degree and parity == (-1) ** degree
+                if 0 < degree <= spec.l_max and parity == (-1) ** degree
             ]
         # both sides of an edge with one product: W_i beside W_j, U beside V
         self.tables = nn.ParameterList(self._weight(self.num_features, 2 * self.hidden_dim) for _ in self.blocks)
@@ -249,7 +254,7 @@ class _Density(nn.Module):
 
     def __init__(self, spec: SlotSpec, width: int, weight: Callable[[int, int], nn.Parameter]) -> None:
         super().__init__()
-        self.l_max = max(spec.l_max, 1)
+        self.l_max = spec.l_max
         self.product = ChannelwiseTensorProduct(natural_degrees(0), self.l_max, natural_degrees(self.l_max)[1:])
         self.degrees = list(range(1, self.l_max + 1))
         self.width, self.scale = width, spec.avg_num_neighbors**-0.5

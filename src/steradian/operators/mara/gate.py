@@ -58,6 +58,7 @@ class SphereGate(WithRole, EdgeGate):
         grid.require_positive_weights("MARA's softmax")
         self.grid, self.num_features, self.hidden_dim, self.num_heads = grid, num_features, hidden_dim, num_heads
         self.field, self.where, self.gate = field, where, gate
+        self.further_reach = int(where == "node")
 
         field_scale = 0.5 / TYPICAL_FIELD[field]
         self.W_h = nn.Parameter(nn.init.xavier_uniform_(torch.empty(hidden_dim, num_features)))
