@@ -317,7 +317,10 @@ def test_an_empty_slot_and_a_neutral_gate_leave_the_host_as_it_is(host, form):
     graph = cases.graph(cases.ethanol())
     a, b = bare(graph), gated(graph)
     assert torch.equal(a.energy, b.energy)
-    assert torch.equal(a.forces, b.forces)
+    if form == "published":
+        assert torch.equal(a.forces, b.forces)
+    else:  # a kernel with one more factor, which is 1, adds up its derivatives in another order
+        assert torch.allclose(a.forces, b.forces, rtol=0, atol=1e-14 * max(1.0, float(a.forces.abs().max())))
     assert len(b.gates) == len(gated.host.layers)
     assert torch.equal(b.gates[0], torch.ones_like(b.gates[0]))
 

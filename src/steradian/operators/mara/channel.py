@@ -126,7 +126,10 @@ class ChannelGate(WithRole, EdgeGate):
         self.density = _Density(spec, hidden_dim, self._weight) if "density" in inputs else None
         self.sphere = sphere
         if sphere is not None:
-            sphere.W_gate.requires_grad_(False)  # its heads are read before its own last step
+            # its heads are read before its own last step, so it has none to learn
+            dead = sphere.W_gate
+            del sphere.W_gate
+            sphere.register_buffer("W_gate", torch.zeros_like(dead), persistent=False)
             self.rotation, self.grid = sphere.rotation, sphere.grid
         self.W_a = self._weight(sphere.num_heads, hidden_dim) if sphere is not None else None
         self.W_2 = self._weight(hidden_dim, hidden_dim)
@@ -270,7 +273,7 @@ class _Density(nn.Module):
         """``[N, 2 l + 1, 2 d]`` for every degree."""
         scalars = features[:, :1] @ self._scaled(self.W_h, self.scale)
         radial = edges.pair_radial @ self._scaled(self.W_r)  # type: ignore[attr-defined]
-        summed = self.product(scalars, edges, radial.view(len(radial), -1, self.width))  # type: ignore[arg-type]
+        summed = self.product(scalars, edges, radial.view(len(radial), self.product.num_paths, self.width))  # type: ignore[arg-type]
         parts = summed.split([2 * degree + 1 for degree in self.degrees], dim=1)
         return [
             part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
