@@ -44,9 +44,12 @@ def complete_run(content: dict[str, Any]) -> dict[str, Any]:
     ``steradian config``); what somebody wrote by hand has the defaults of today and comes back as it is.
     """
     model = content.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("host"), dict):
+    host = model.get("host") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(host, dict):
         return content
+    settings = {"kind", "num_layers", "num_channels", "cutoff_A"}
+    if host.get("kind") != "visnet":
+        settings.add("avg_num_neighbors")
     every_section = {"host", "edge_gate", "global_mixer", "precision"} <= model.keys()
-    named = {"cutoff_A", "num_layers", "num_channels", "kind"} <= model["host"].keys()
-    is_earlier = every_section and named and "message_scale" not in model["host"]
+    is_earlier = every_section and settings <= host.keys() and "message_scale" not in host
     return {**content, "model": complete_model(model)} if is_earlier else content
