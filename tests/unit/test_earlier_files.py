@@ -1,4 +1,4 @@
-"""Files of earlier versions, which name neither the scale of messages nor the form of a gate, mean what was published."""
+"""Files of earlier versions, which name neither message scale nor form of a gate, mean what was published."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def backend(request):
 
 
 PUBLISHED = MARAConfig(form="published", frame="lab")
+LEBEDEV_230 = LebedevGrid(num_points=230)
 SPEC = SlotSpec("mace", 1, 2, ((0, 1), (1, -1)), 6, 5.0)
 
 
@@ -487,7 +488,7 @@ def test_grid_keeps_its_digits_through_casts():
         (lambda: MARA(5, hidden_dim=10, num_heads=4), "multiple of num_heads"),
         (lambda: MARA(5, dropout=1.0), "dropout must be"),
         (lambda: MARA(5, where="atom"), "where must be 'edge' or 'node', not 'atom'"),
-        (lambda: gate_of(PUBLISHED.model_copy(update={"grid": LebedevGrid(num_points=230)}), SPEC), "230 has negative ones"),
+        (lambda: gate_of(PUBLISHED.model_copy(update={"grid": LEBEDEV_230}), SPEC), "Lebedev 230 has negative ones"),
         (lambda: MARA(5)(torch.zeros(2, 4), edges_of(torch.zeros(0, 3))), "built for 5 features per atom, got 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The channel gate: its value as the formula stands, symmetry, derivatives, neutral start, and what it does in a host."""
+"""The channel gate: its value as the formula stands, symmetry, derivatives, neutral start, and it in every host."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def written(gate: ChannelGate, degrees, features: Tensor, edges: Edges, inputs) 
     tables = iter(gate.tables)
     starts = [sum(2 * degree + 1 for degree, _ in degrees[:place]) for place in range(len(degrees))]
     of_scalars = next(tables) if "scalars" in inputs else None
-    turning = [(degree, start) for (degree, parity), start in zip(degrees, starts) if degree and parity == (-1) ** degree]
-    turning = [(degree, start, next(tables)) for degree, start in turning] if "projections" in inputs else []
+    natural = [(irrep[0], start) for irrep, start in zip(degrees, starts) if irrep[0] and irrep[1] == (-1) ** irrep[0]]
+    turning = [(degree, start, next(tables)) for degree, start in natural] if "projections" in inputs else []
     rows = []
     for e, (i, j) in enumerate(zip(edges.receivers.tolist(), edges.senders.tolist())):
         x = features.new_zeros(WIDTH)
@@ -202,7 +202,7 @@ def test_rotations_and_reflections_change_nothing(degrees, where):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("inputs", [["scalars", "radial", "projections"], ["scalars", "radial", "projections", "density"]])
+@pytest.mark.parametrize("inputs", [INPUTS[4], [*INPUTS[4], "density"]], ids=["default", "density"])
 def test_first_and_second_derivatives(inputs, backend):
     features, positions = system()
     gate = made(inputs=inputs, heads=2, activation="exp")
@@ -254,7 +254,7 @@ def test_one_head_is_a_number_per_message(host):
 
 @pytest.mark.parametrize("operator", ["mara-channel", "mara-channel-all"])
 @pytest.mark.parametrize("host", ["mace", "nequip", "visnet", "o3mpnn"])
-@pytest.mark.parametrize("precision", ["mixed", "half", {"preset": "mixed", "roles": {"attention": "bfloat16"}}], ids=str)
+@pytest.mark.parametrize("precision", ["mixed", "half", {"preset": "mixed", "roles": {"attention": "bfloat16"}}])
 def test_low_precision_is_close_and_trains(host, operator, precision):
     graph = cases.graph(cases.ethanol())
     exact = cases.potential(host, operator)(graph).forces

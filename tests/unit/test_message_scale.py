@@ -26,7 +26,8 @@ ROWS = {"mace": 9.0, "nequip": 9.0, "visnet": 10.0, "o3mpnn": 9.0}
 
 def made(host, make_gate=None, **changes):
     section = HOSTS[host].model_copy(update={"avg_num_neighbors": NEIGHBORS} | changes)
-    return build_potential(ModelConfig(host=section, precision="float64"), STATISTICS, seed=2, make_gate=make_gate).eval()
+    config = ModelConfig(host=section, precision="float64")
+    return build_potential(config, STATISTICS, seed=2, make_gate=make_gate).eval()
 
 
 def test_rules():
@@ -153,7 +154,7 @@ def test_a_gate_multiplies_the_channels_of_every_message_exactly_once(host):
             else:
                 layer.radial_network.weights[-1].view(-1, layer.product.num_paths, channels).mul_(alpha)
     if host == "visnet":
-        features, filters, positions, edges, rows, shared = inputs_of(bare, 1)
+        features, filters, _, edges, rows, shared = inputs_of(bare, 1)
         layer = bare.host.layers[1]
         kept, scalars = [], layer.norm(features[:, 0])
         attended = tuple(torch.nn.functional.silu(part).unsqueeze(1) for part in layer.filters.blocks(filters)[:2])

@@ -225,7 +225,7 @@ class MARAConfig(Section):
         if not self.attends:
             only |= {"grid", "num_heads", "kernel", "signal_l_max", "positional"}
         if wrong := sorted(changed & only):
-            others = "" if self.attends else ", or list 'sphere' in inputs where the channel gate may attend on a sphere"
+            others = "" if self.attends else ", or list 'sphere' in inputs for a channel gate that attends on a sphere"
             raise ValueError(f"{', '.join(wrong)}: of form 'published'; set form: published{others}")
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError(f"inputs lists one twice: {self.inputs}")

@@ -99,7 +99,7 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
 
 @cache
 def gated_polynomial(polynomial: Polynomial) -> Polynomial:
-    """A product such as :func:`channelwise_polynomial` with one more factor, a gate of one component per row and channel.
+    """A product such as :func:`channelwise_polynomial` with one more factor: a gate, one number per row and channel.
 
     It stands before the features, so that code multiplies the weights of a path by it, once for all their terms.
     """

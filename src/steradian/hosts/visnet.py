@@ -23,9 +23,9 @@ from steradian.compiler.folding import constant
 from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
+from steradian.equivariant.tensor_product import of_channels
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows, Topology
-from steradian.equivariant.tensor_product import of_channels
 from steradian.hosts.base import Host, HostOutput, TrainingFacts, message_divisor
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot

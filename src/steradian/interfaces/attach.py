@@ -1,8 +1,8 @@
 """Operators in live models of other packages: mace-torch, nequip and torch_geometric's ViSNet.
 
     from steradian.interfaces.attach import attach, detach
-    attach(model, MARAConfig(hidden_dim=32))     # every layer is gated; with gate="neutral" nothing changes yet
-    attach(model, [MARAConfig(), EFAConfig()])   # both
+    attach(model, MARAConfig(form="published"))  # every layer is gated; with gate="neutral" nothing changes yet
+    attach(model, [MARAConfig(form="published"), EFAConfig()])   # both
     detach(model)                                # the model is what it was
 
 Layers are found by the types of the package's own modules. Two hooks per layer and operator do the work. A gate: one
@@ -217,6 +217,11 @@ def detach(model: nn.Module) -> Attachment:
 
 def _factory(operator: Operator) -> OperatorFactory:
     if isinstance(operator, MARAConfig):
+        if operator.form == "channel":
+            raise AttachError(
+                "a gate per channel is not attached to models of other packages yet: convert the model and set its "
+                "edge_gate, or attach MARAConfig(form='published')"
+            )
         return mara_factory(operator)
     if isinstance(operator, EFAConfig):
         return efa_factory(operator)

@@ -188,7 +188,7 @@ class EdgeGate(Operator):
 
     @abstractmethod
     def forward(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
-        """alpha of every edge, ``[E]`` or ``[E, H]``, from node features ``[N, D, C]`` (invariants: ``features[:, 0]``)."""
+        """alpha of every edge, ``[E]`` or ``[E, H]``, from features ``[N, D, C]`` (invariants: ``features[:, 0]``)."""
 
     def attention_maps(self, features: Tensor, edges: EdgesOfGate, chosen: Tensor | None = None) -> AttentionMaps:
         """What the gate looked at on its sphere, for pictures.

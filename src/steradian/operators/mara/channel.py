@@ -116,7 +116,7 @@ class ChannelGate(WithRole, EdgeGate):
         if where not in ("edge", "node"):
             raise ValueError(f"where must be edge or node, not '{where}'")
         if "density" in inputs and spec.l_max < 1:
-            raise ValueError(f"the input 'density' needs harmonics of degree 1: give host {spec.host} an l_max of 1 or more")
+            raise ValueError(f"the input 'density' needs harmonics of degree 1: give host {spec.host} an l_max of 1")
         self.num_features, self.hidden_dim, self.activation, self.where = channels, hidden_dim, activation, where
         self.unit = spec.unit_weights
         self.further_reach = ("density" in inputs) + (where == "node")
@@ -150,7 +150,7 @@ class ChannelGate(WithRole, EdgeGate):
                 if 0 < degree <= spec.l_max and parity == (-1) ** degree
             ]
         # both sides of an edge with one product: W_i beside W_j, U beside V
-        self.tables = nn.ParameterList(self._weight(self.num_features, 2 * self.hidden_dim) for _ in self.blocks)
+        self.tables = nn.ParameterList(self._weight(spec.num_channels, 2 * self.hidden_dim) for _ in self.blocks)
 
     def _weight(self, size_in: int, size_out: int) -> nn.Parameter:
         start = torch.randn(size_in, size_out)

@@ -137,7 +137,7 @@ class SphereGate(WithRole, EdgeGate):
 
 
 def mean_at_senders(alpha: Tensor, edges: EdgesOfGate, num_atoms: int) -> Tensor:
-    """:func:`steradian.operators.mara.paper.of_senders`, of ``[E]`` or ``[E, H]``; defined for atoms without neighbours.
+    """:func:`steradian.operators.mara.paper.of_senders`, of ``[E]`` or ``[E, H]``; defined without neighbours, too.
 
     Raises:
         ValueError: edges without ``envelope``.
