@@ -76,13 +76,14 @@ def prepare(case: str) -> tuple[Callable[[], Any], list[list[float]]]:
     import torch
 
     import steradian
+    from steradian.config import MARAConfig
     from steradian.data.statistics import DatasetStatistics
 
     torch.set_num_threads(1)
     host, operators, kind, task = CASES[case]
     elements = (1, 6, 7, 8)
     statistics_ = DatasetStatistics(elements, dict.fromkeys(elements, 0.0), avg_num_neighbors=15.0)
-    fields = steradian.config.MARAConfig.model_fields
+    fields = MARAConfig.model_fields
     operators = {slot: {key: value for key, value in section.items() if slot != "edge_gate" or key in fields}
                  for slot, section in operators.items()}  # fmt: skip
     config = steradian.parse_config({"model": {"host": host, **operators, "precision": "float32"}})
