@@ -49,7 +49,7 @@ def measure(package: str, arguments: argparse.Namespace) -> dict[str, Any]:
         np.savez(folder / "structures.npz", **structures("3bpa", 5, arguments.data))
         case |= {"avg_num_neighbors": 2242 / 135}
         (bare, about), (gated, _) = prepared(package, folder, case), prepared(package, folder, case)
-    attachment = attach(gated.model, MARAConfig())
+    attachment = attach(gated.model, MARAConfig(form="published", frame="lab"))
     result: dict[str, Any] = {"about": about, "layers": len(attachment.layers)}
     for task in TASKS:
         for side in (bare, gated):

@@ -109,7 +109,9 @@ def main() -> None:
         reference_report="zero",
     )
     host = MACEConfig(num_channels=128, hidden_l=1, l_max=3, correlation=3, cutoff_A=5.0)
-    model = build_potential(ModelConfig(host=host, edge_gate=MARAConfig()), numbers, seed=0)
+    model = build_potential(
+        ModelConfig(host=host, edge_gate=MARAConfig(form="published", frame="lab")), numbers, seed=0
+    )
 
     def training_step() -> None:
         prediction = model.train()(graph)

@@ -45,7 +45,7 @@ def first_calls(task: str, gated: bool) -> list[float]:
         reference_report="zero",
     )
     host = MACEConfig(num_channels=128, hidden_l=1, l_max=3, correlation=3, cutoff_A=5.0)
-    config = ModelConfig(host=host, edge_gate=MARAConfig() if gated else NoGate())
+    config = ModelConfig(host=host, edge_gate=MARAConfig(form="published", frame="lab") if gated else NoGate())
     model = build_potential(config, numbers, seed=0)
     model.requires_grad_(task == "training step")
     graph = make_graph(_structure(molecule("CH3CH2OH")), 5.0)

@@ -186,7 +186,7 @@ def model_config(kind: str, smoke: bool = False, gate: bool = False, correlation
             **{"num_channels": 32, "num_layers": 5, "l_max": 2, "parity": True} | few | layers
         ),
     }
-    extra = {"edge_gate": MARAConfig()} if gate else {}
+    extra = {"edge_gate": MARAConfig(form="published", frame="lab")} if gate else {}
     return ModelConfig(host=hosts[kind](), **extra)
 
 

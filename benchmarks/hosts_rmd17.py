@@ -24,7 +24,7 @@ from typing import Any
 from settings import RESULTS, ROOT, machine, write
 
 HOSTS = {"MACE": "mace", "NequIP": "nequip", "ViSNet": "visnet"}
-MARA = {"model.edge_gate": "{kind: mara, grid: {kind: equiangular, num_lat: 4, num_lon: 8}, hidden_dim: 32}"}
+MARA = {"model.edge_gate": "{kind: mara, form: published, frame: lab, hidden_dim: 32}"}
 MODELS = {
     f"{host}{'-MARA' if gated else ''}": (kind, f"{kind}{'_mara' if gated else ''}", MARA if gated else {})
     for host, kind in HOSTS.items()

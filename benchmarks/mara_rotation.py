@@ -27,18 +27,18 @@ from steradian.graph.structures import Structure
 
 GATES: dict[str, dict[str, Any]] = {
     "no gate": {"kind": "none"},
-    "published, 4 x 8": {"kind": "mara"},
+    "published, 4 x 8": {"kind": "mara", "form": "published", "frame": "lab"},
     **{
         f"intrinsic exp, {points} points": {
             "kind": "mara",
-            "frame": "intrinsic",
+            "form": "published",
             "grid": {"kind": "lebedev", "num_points": points},
         }
         for points in (14, 26, 38, 50, 86)
     },
     "intrinsic polynomial, 26 points": {
         "kind": "mara",
-        "frame": "intrinsic",
+        "form": "published",
         "kernel": "polynomial",
         "grid": {"kind": "lebedev", "num_points": 26},
     },
@@ -47,7 +47,7 @@ GATES: dict[str, dict[str, Any]] = {
 
 def rotation_error(gate: dict[str, Any], num_turns: int) -> dict[str, float]:
     """Largest change of the energy [eV per atom] and of the forces, turned back [eV/Å]."""
-    host = {"kind": "mace", "num_channels": 16, "l_max": 2}
+    host = {"kind": "mace", "num_channels": 16, "l_max": 2, "message_scale": "mean"}
     content = {"model": {"host": host, "precision": "float64", "edge_gate": gate}}
     config: ModelConfig = parse_config(content).model
     references = {1: -13.6, 6: -1030.0, 8: -2040.0}

@@ -18,10 +18,13 @@ from typing import Any
 from settings import RESULTS, ROOT, machine, write
 
 SMALL = {"num_channels": 32, "num_layers": 2, "cutoff_A": 4.0}
-MACE = {"kind": "mace", "hidden_l": 1, "l_max": 2, "correlation": 3, "radial_mlp": [64, 64], **SMALL}
+MACE = {
+    "kind": "mace", "hidden_l": 1, "l_max": 2, "correlation": 3, "radial_mlp": [64, 64], "message_scale": "mean",
+    **SMALL,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "MACE": {"host": MACE},
-    "MACE-MARA": {"host": MACE, "edge_gate": {"kind": "mara"}},
+    "MACE-MARA": {"host": MACE, "edge_gate": {"kind": "mara", "form": "published", "frame": "lab"}},
     "NequIP": {"host": {"kind": "nequip", "l_max": 2, "radial_mlp": [64, 64], **SMALL}},
     "EFA network": {"host": {"kind": "o3mpnn", "l_max": 2, **SMALL}, "global_mixer": {"kind": "efa"}},
 }

@@ -45,7 +45,8 @@ def files(name: str, data: Path) -> tuple[Path, Path, dict[str, Any]]:
 
 def configuration(name: str, precision: str, data: Path, runs: Path, seed: int) -> dict[str, Any]:
     train, _, units = files(name, data)
-    host = {"kind": "mace", "num_channels": 32, "hidden_l": 1, "l_max": 2, "correlation": 3, "radial_mlp": [64, 64]}
+    host = {"kind": "mace", "num_channels": 32, "hidden_l": 1, "l_max": 2, "correlation": 3, "radial_mlp": [64, 64],
+            "message_scale": "mean"}  # fmt: skip
     return {
         "name": f"{name}_{precision}_{seed}",
         "output": str(runs),

@@ -167,7 +167,7 @@ class Steradian(Side):
             config, numbers, state = config_and_weights_from_mace_torch(dict(file), hyperparameters(case))
         self.gated = case.get("mara", False)
         if self.gated:
-            config = config.model_copy(update={"edge_gate": MARAConfig()})
+            config = config.model_copy(update={"edge_gate": MARAConfig(form="published", frame="lab")})
         self.model = build_potential(config, numbers, seed=0)
         self.model.host.load_state_dict(state, strict=not self.gated)
         frames = read_atoms(self.folder)

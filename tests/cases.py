@@ -169,8 +169,8 @@ def potential(
     built = build_potential(config, statistics(host), make_gate=make_gate, seed=3).eval()
     generator = torch.Generator().manual_seed(7)
     for module in built.modules():
-        if isinstance(module, ChannelGate):  # which starts neutral
-            module.W_gate.data.normal_(generator=generator)
+        if isinstance(module, ChannelGate):  # which starts neutral; larger ones make models too rough for differences
+            module.W_gate.data.normal_(std=0.3, generator=generator)
     return built
 
 

@@ -23,6 +23,7 @@ from steradian.config import (
     PrecisionConfig,
     ViSNetConfig,
 )
+from steradian.config.earlier import FIRST_COMPLETE_FORMAT, complete_model
 from steradian.data.statistics import DatasetStatistics
 from steradian.execution.self_test import SelfTest, SelfTestError
 from steradian.hosts.base import Host, TrainingFacts
@@ -171,7 +172,8 @@ def _rebuilt(
         ModelFileError: configuration, statistics or weights that cannot be, or do not fit each other.
     """
     try:
-        config = ModelConfig.model_validate(header["model"])
+        is_earlier = int(header["format_version"]) < FIRST_COMPLETE_FORMAT
+        config = ModelConfig.model_validate(complete_model(header["model"]) if is_earlier else header["model"])
         statistics = DatasetStatistics.from_dict(header["statistics"])
         _check_statistics(statistics)
         potential = build_potential(config, statistics, seed=0)

@@ -55,8 +55,9 @@ __all__ = [
     "write_tensors",
 ]
 
-#: 1: without a hash. 2: with one.
-FORMAT_VERSION = 2
+#: 1: without a hash. 2: with one. 3: the scale of messages and the form of a gate are named; in files before they are
+#: the published ones (see :mod:`steradian.config.earlier`).
+FORMAT_VERSION = 3
 
 #: Name of a temporary file, of which file it is.
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")

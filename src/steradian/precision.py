@@ -214,7 +214,8 @@ def assign(host: nn.Module, policy: PrecisionPolicy) -> None:
             if module.takes_int8 and not operator:
                 module.int8 = policy.int8.get(module.role)
         for role in ("accumulate", "tables", "harmonics", "paths"):
-            if hasattr(module, f"{role}_dtype"):
+            # an operator's products have no map of paths behind them that reads another format
+            if hasattr(module, f"{role}_dtype") and not (operator and role == "paths"):
                 setattr(module, f"{role}_dtype", format_of(role, layer if role in LAYER_ROLES else None))
 
 

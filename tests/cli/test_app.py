@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
     """A model with MARA, one without, and a molecule."""
     path = tmp_path_factory.mktemp("models")
     host = MACEConfig(num_channels=4, l_max=2, correlation=2, radial_mlp=[8], cutoff_A=3.0)
-    for name, gate in (("plain", {"kind": "none"}), ("mara", MARAConfig(gate="published", hidden_dim=8))):
+    mara = MARAConfig(form="published", frame="lab", gate="published", hidden_dim=8)
+    for name, gate in (("plain", {"kind": "none"}), ("mara", mara)):
         save_potential(
             path / f"{name}.safetensors", build_potential(ModelConfig(host=host, edge_gate=gate), STATISTICS, seed=0)
         )

@@ -33,7 +33,7 @@ HOSTS = {
 }
 SLOTS = {
     "bare": {},
-    "mara": {"edge_gate": MARAConfig(hidden_dim=8)},
+    "mara": {"edge_gate": MARAConfig(form="published", frame="lab", hidden_dim=8)},
     "efa": {"global_mixer": EFAConfig(max_degree=0, num_features_qk=4, num_features_v=4, zero_init=False)},
 }
 

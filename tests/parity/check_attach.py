@@ -31,7 +31,8 @@ torch.set_default_dtype(torch.float64)
 FRAME = frozen.structures()["molecule"]
 TYPES = {1: 0, 6: 1, 7: 2, 8: 3}
 CUTOFF = 4.5
-LIVELY = MARAConfig(hidden_dim=8, num_heads=2, gate="published")
+NEUTRAL = MARAConfig(form="published", frame="lab", hidden_dim=8)
+LIVELY = MARAConfig(form="published", frame="lab", hidden_dim=8, num_heads=2, gate="published")
 
 
 EFA = EFAConfig(num_points=50, max_length_A=8.0, num_features_qk=4, zero_init=False)
@@ -192,7 +193,7 @@ def changed(left, right):
 def test_a_neutral_gate_changes_no_bit_and_detaching_restores_the_model(case):
     model, call = case
     before, names = call(model, FRAME["positions"]), list(model.state_dict())
-    attachment = attach(model, [MARAConfig(hidden_dim=8), EFA.model_copy(update={"zero_init": True})])
+    attachment = attach(model, [NEUTRAL, EFA.model_copy(update={"zero_init": True})])
     assert len(attachment.layers) == len(attachment.mixers) > 0
     assert equal(call(model, FRAME["positions"]), before)
     assert all(torch.equal(alpha, torch.ones_like(alpha)) for alpha in attachment.gates)
@@ -227,7 +228,7 @@ def test_the_intrinsic_frame_keeps_the_model_invariant(case, kernel):
     model, call = case
     bare = call(model, FRAME["positions"])
     grid = {"kind": "lebedev", "num_points": 110}
-    attach(model, MARAConfig(frame="intrinsic", kernel=kernel, grid=grid, hidden_dim=8, gate="published"))
+    attach(model, MARAConfig(form="published", kernel=kernel, grid=grid, hidden_dim=8, gate="published"))
     energy, forces = call(model, FRAME["positions"])
     matrix = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(4)))[0].numpy()
     turned_energy, turned = call(model, FRAME["positions"] @ matrix.T)
@@ -240,7 +241,7 @@ def test_the_intrinsic_frame_keeps_the_model_invariant(case, kernel):
 def test_parameters_train_with_the_models_own(case):
     model, call = case
     own = {id(parameter) for parameter in model.parameters()}
-    attachment = attach(model, [MARAConfig(hidden_dim=8), EFA.model_copy(update={"zero_init": True})])
+    attachment = attach(model, [NEUTRAL, EFA.model_copy(update={"zero_init": True})])
     new = [parameter for parameter in model.parameters() if id(parameter) not in own]
     assert {id(parameter) for parameter in attachment.parameters()} == {id(parameter) for parameter in new}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

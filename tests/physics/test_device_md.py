@@ -329,7 +329,7 @@ HOSTS = {
 @pytest.mark.parametrize("host", HOSTS)
 def test_padding_changes_nothing(host, slot, backend):
     slots = {
-        "mara": {"edge_gate": MARAConfig(gate="published", hidden_dim=8)},
+        "mara": {"edge_gate": MARAConfig(form="published", frame="lab", gate="published", hidden_dim=8)},
         "efa": {"global_mixer": EFAConfig(max_degree=0, num_features_qk=4, num_features_v=4, zero_init=False)},
     }.get(slot, {})
     model = potential(HOSTS[host], **slots)

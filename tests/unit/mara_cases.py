@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.graph import Edges
 from steradian.graph.topology import Topology
 from steradian.operators.mara import paper
@@ -42,3 +43,28 @@ def written_alpha(gate, features, edges):
     """alpha as the paper's equations stand, every tensor formed."""
     written = gate.as_written(features, edges)
     return paper.of_senders(written.alpha, edges, len(features)) if gate.where == "node" else written.alpha
+
+
+def random_turn(seed, improper=False):
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE, generator=generator)).Q
+    return turn * torch.linalg.det(turn).round() * (-1 if improper else 1)
+
+
+def turn_features(features, degrees, turn):
+    """Act on ``[N, D, C]`` with a rotation or reflection, from the harmonics' own transformation."""
+    improper = bool(torch.linalg.det(turn) < 0)
+    generator = torch.Generator().manual_seed(0)
+    directions = nn.functional.normalize(torch.randn(40, 3, dtype=DOUBLE, generator=generator), dim=1)
+    blocks, start = [], 0
+    for degree, parity in degrees:
+        part = slice(degree**2, (degree + 1) ** 2)
+        before = spherical_harmonics(directions, degree)[:, part]
+        after = spherical_harmonics(directions @ turn.T, degree)[:, part]
+        matrix = torch.linalg.lstsq(before, after).solution.T
+        if improper:
+            matrix = matrix * parity * (-1) ** degree
+        size = 2 * degree + 1
+        blocks.append(torch.einsum("ab,nbc->nac", matrix, features[:, start : start + size]))
+        start += size
+    return torch.cat(blocks, dim=1)

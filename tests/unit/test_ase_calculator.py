@@ -20,9 +20,10 @@ from tests.systems import STATISTICS
 
 
 def potential(gate: bool = False, precision: str = "float64"):
+    mara = MARAConfig(form="published", frame="lab", gate="published", hidden_dim=8)
     config = ModelConfig(
         host=MACEConfig(num_channels=4, l_max=2, correlation=2, radial_mlp=[8], cutoff_A=3.0),
-        edge_gate=MARAConfig(gate="published", hidden_dim=8) if gate else {"kind": "none"},
+        edge_gate=mara if gate else {"kind": "none"},
         precision=precision,
     )
     return build_potential(config, STATISTICS, seed=1).eval()

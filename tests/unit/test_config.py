@@ -49,10 +49,20 @@ def test_the_default_training_set_is_the_bundled_one():
         ({"model": {"host": {"correlation": 7}}}, "correlation must be between 1 and 4, not 7"),
         ({"model": {"host": {"correlation": [3]}}}, "correlation lists 1 orders for 2 layers"),
         (
-            {"model": {"edge_gate": {"kind": "mara", "hidden_dim": 30, "num_heads": 4}}},
+            {"model": {"edge_gate": {"kind": "mara", "form": "published", "hidden_dim": 30, "num_heads": 4}}},
             "must be a multiple of num_heads",
         ),
-        ({"model": {"edge_gate": {"kind": "mara", "frame": "intrinsic", "field": "distance"}}}, "squared field"),
+        ({"model": {"edge_gate": {"kind": "mara", "form": "published", "field": "distance"}}}, "squared field"),
+        (
+            {"model": {"edge_gate": {"kind": "mara", "frame": "lab", "dropout": 0.1}}},
+            "model.edge_gate: dropout, frame: of form 'published'; set form: published",
+        ),
+        (
+            {"model": {"edge_gate": {"kind": "mara", "form": "published", "heads": 4}}},
+            "heads: of form 'channel'; set form: channel or leave it out",
+        ),
+        ({"model": {"edge_gate": {"kind": "mara", "inputs": ["radial", "radial"]}}}, "inputs lists one twice"),
+        ({"model": {"host": {"message_scale": 0.0}}}, "message_scale"),
         ({"training": {"loss": {"kind": "mae"}}}, "input should be 'mse', 'huber' or 'l1' (got 'mae')"),
     ],
 )

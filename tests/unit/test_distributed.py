@@ -24,12 +24,28 @@ TENSORS = EFA.model_copy(update={"tensor_integration": TensorIntegrationConfig(m
 MODELS = {
     "mace": ModelConfig(
         host=MACEConfig(num_channels=4, hidden_l=1, l_max=1, correlation=2, cutoff_A=CUTOFF, radial_mlp=[8]),
-        edge_gate=MARAConfig(frame="intrinsic", grid={"kind": "lebedev", "num_points": 50}, hidden_dim=8),
+        edge_gate=MARAConfig(form="published", grid={"kind": "lebedev", "num_points": 50}, hidden_dim=8),
         global_mixer=EFA,
         precision="float64",
     ),
     "nequip": ModelConfig(
         host=NequIPConfig(num_layers=3, num_channels=4, cutoff_A=CUTOFF, radial_mlp=[8]), precision="float64"
+    ),
+    # both look at neighbours of the sender: farther than the host does
+    "mace by node": ModelConfig(
+        host=MACEConfig(num_channels=4, hidden_l=1, l_max=1, correlation=2, cutoff_A=CUTOFF, radial_mlp=[8]),
+        edge_gate=MARAConfig(form="published", frame="lab", gate="published", hidden_dim=8, where="node"),
+        precision="float64",
+    ),
+    "mace by channel": ModelConfig(
+        host=MACEConfig(num_channels=4, hidden_l=1, l_max=1, correlation=2, cutoff_A=CUTOFF, radial_mlp=[8]),
+        edge_gate=MARAConfig(hidden_dim=8, inputs=["scalars", "radial", "projections", "density"], where="node"),
+        precision="float64",
+    ),
+    "nequip by channel": ModelConfig(
+        host=NequIPConfig(num_layers=2, num_channels=4, cutoff_A=CUTOFF, radial_mlp=[8]),
+        edge_gate=MARAConfig(hidden_dim=8, inputs=["radial", "density"]),
+        precision="float64",
     ),
     "visnet": ModelConfig(
         host=ViSNetConfig(num_layers=2, num_channels=8, num_heads=2, l_max=1, cutoff_A=CUTOFF, radial={"num": 8}),
@@ -83,11 +99,20 @@ def structures():
     }
 
 
+def made(config):
+    """Gates that do something: a neutral one sees nothing."""
+    potential = build_potential(config, STATISTICS, seed=2).eval()
+    for key, parameter in potential.named_parameters():
+        if key.endswith("W_gate"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
+    return potential
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed")
     for name, config in MODELS.items():
-        save_potential(path / f"{name}.safetensors", build_potential(config, STATISTICS, seed=2))
+        save_potential(path / f"{name}.safetensors", made(config))
     arrays = {}
     for name, structure in structures().items():
         for key in ("numbers", "positions", "cell", "pbc"):
@@ -118,7 +143,7 @@ def test_processes_together_equal_one(folder, size, models):
     results = [dict(np.load(folder / f"found_{rank}_of_{size}.npz")) for rank in range(size)]
     for model in models:
         config = MODELS[model]
-        potential = build_potential(config, STATISTICS, seed=2).eval()
+        potential = made(config)
         for name, structure in structures().items():
             truth = potential(make_graph(structure, CUTOFF), stress=True)
             assert truth.forces.abs().max() > 1e-3

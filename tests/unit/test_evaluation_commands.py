@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     statistics = made_up({1: 0.0, 6: 0.0, 8: 0.0})
     host = MACEConfig(num_layers=1, num_channels=4, hidden_l=0, l_max=1, correlation=1, cutoff_A=3.0, radial_mlp=[8])
-    for name, gate in (("bare", None), ("gated", MARAConfig(hidden_dim=4, gate="published"))):
+    mara = MARAConfig(form="published", frame="lab", hidden_dim=4, gate="published")
+    for name, gate in (("bare", None), ("gated", mara)):
         config = ModelConfig(host=host, **({"edge_gate": gate} if gate else {}))
         save_potential(root / name / "model.safetensors", build_potential(config, statistics, seed=0))
     (root / "bare" / "metrics.csv").write_text("epoch,validation/forces_mae\n0,0.2\n1,0.1\n")

@@ -160,7 +160,8 @@ def test_buffers_follow_changes_in_place_and_do_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "operator"), [("mace", "none"), ("mace", "both"), ("nequip", "mara"), ("visnet", "none")]
+    ("host", "operator"),
+    [("mace", "none"), ("mace", "both"), ("nequip", "mara"), ("visnet", "none"), ("visnet", "mara-channel-all")],
 )
 def test_runner_gives_what_the_potential_gives(host: str, operator: str) -> None:
     potential = cases.potential(host, operator)

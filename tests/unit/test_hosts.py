@@ -65,7 +65,8 @@ def test_a_gate_acts_on_every_message_exactly_once(host):
 
 def test_nequip_gated_by_node_scales_the_features_before_the_convolution():
     """Algorithm 2 of the MARA paper: the gate of a sender multiplies its features once they are mixed."""
-    config = ModelConfig(host=SMALL["nequip"], edge_gate=MARAConfig(where="node", gate="published", hidden_dim=8))
+    gate = MARAConfig(form="published", frame="lab", where="node", gate="published", hidden_dim=8)
+    config = ModelConfig(host=SMALL["nequip"], edge_gate=gate)
     potential = build_potential(config.model_copy(update={"precision": "float64"}), STATISTICS, seed=2).eval()
     features, species, embedding, positions, edges = layer_inputs(potential)
     layer = potential.host.layers[1]

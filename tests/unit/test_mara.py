@@ -25,6 +25,8 @@ def backend(request):
         yield request.param
 
 
+PUBLISHED = MARAConfig(form="published", frame="lab")
+LEBEDEV_230 = LebedevGrid(num_points=230)
 SPEC = SlotSpec("mace", 1, 2, ((0, 1), (1, -1)), 6, 5.0)
 
 
@@ -439,7 +441,13 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
 
 def test_from_config_and_state():
     config = MARAConfig(
-        num_heads=2, hidden_dim=16, where="node", grid=GaussLegendreGrid(num_lat=3, num_lon=6), dropout=0.1
+        form="published",
+        frame="lab",
+        num_heads=2,
+        hidden_dim=16,
+        where="node",
+        grid=GaussLegendreGrid(num_lat=3, num_lon=6),
+        dropout=0.1,
     )
     mara = gate_of(config, SPEC)
     assert (mara.num_features, mara.hidden_dim, mara.num_heads, mara.where, mara.field) == (
@@ -480,7 +488,7 @@ def test_grid_keeps_its_digits_through_casts():
         (lambda: MARA(5, hidden_dim=10, num_heads=4), "multiple of num_heads"),
         (lambda: MARA(5, dropout=1.0), "dropout must be"),
         (lambda: MARA(5, where="atom"), "where must be 'edge' or 'node', not 'atom'"),
-        (lambda: gate_of(MARAConfig(grid=LebedevGrid(num_points=230)), SPEC), "Lebedev 230 has negative ones"),
+        (lambda: gate_of(PUBLISHED.model_copy(update={"grid": LEBEDEV_230}), SPEC), "Lebedev 230 has negative ones"),
         (lambda: MARA(5)(torch.zeros(2, 4), edges_of(torch.zeros(0, 3))), "built for 5 features per atom, got 4"),
     ],
 )

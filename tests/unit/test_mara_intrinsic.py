@@ -15,37 +15,13 @@ from steradian.operators.mara import gate_of, intrinsic
 from steradian.operators.mara.gate import MARA
 from steradian.operators.mara.intrinsic import IntrinsicMARA
 from tests.unit import mara_cases
+from tests.unit.mara_cases import random_turn, turn_features
 
 DOUBLE = torch.float64
 SCALARS, VECTORS = ((0, 1),), ((0, 1), (1, -1))
 UP_TO_TWO = ((0, 1), (1, -1), (2, 1))
 MIXED = ((0, 1), (0, -1), (1, -1), (1, 1), (2, -1))  # with irreps that must be left out
 CHANNELS = 6
-
-
-def random_turn(seed, improper=False):
-    generator = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE, generator=generator)).Q
-    return turn * torch.linalg.det(turn).round() * (-1 if improper else 1)
-
-
-def turn_features(features, degrees, turn):
-    """Act on ``[N, D, C]`` with a rotation or reflection, from the harmonics' own transformation."""
-    improper = bool(torch.linalg.det(turn) < 0)
-    generator = torch.Generator().manual_seed(0)
-    directions = nn.functional.normalize(torch.randn(40, 3, dtype=DOUBLE, generator=generator), dim=1)
-    blocks, start = [], 0
-    for degree, parity in degrees:
-        part = slice(degree**2, (degree + 1) ** 2)
-        before = spherical_harmonics(directions, degree)[:, part]
-        after = spherical_harmonics(directions @ turn.T, degree)[:, part]
-        matrix = torch.linalg.lstsq(before, after).solution.T
-        if improper:
-            matrix = matrix * parity * (-1) ** degree
-        size = 2 * degree + 1
-        blocks.append(torch.einsum("ab,nbc->nac", matrix, features[:, start : start + size]))
-        start += size
-    return torch.cat(blocks, dim=1)
 
 
 def edges_of(positions, cutoff=5.0):
@@ -268,7 +244,7 @@ def test_what_the_signal_is_made_of():
 
 def test_from_config():
     config = MARAConfig(
-        frame="intrinsic", kernel="polynomial", grid=SphericalDesign(degree=7), hidden_dim=16, num_heads=2
+        form="published", kernel="polynomial", grid=SphericalDesign(degree=7), hidden_dim=16, num_heads=2
     )
     spec = SlotSpec("mace", 1, 2, UP_TO_TWO, CHANNELS, 5.0)
     gate = gate_of(config, spec)

@@ -176,7 +176,8 @@ def cluster():
 
 def potential(**options):
     host = MACEConfig(num_channels=4, cutoff_A=4.0, radial_mlp=[4], correlation=2)
-    gate = MARAConfig(gate="published", **({"grid": {"kind": "lebedev", "num_points": 6}, "hidden_dim": 8} | options))
+    usual = {"form": "published", "frame": "lab", "grid": {"kind": "lebedev", "num_points": 6}, "hidden_dim": 8}
+    gate = MARAConfig(gate="published", **(usual | options))
     statistics = DatasetStatistics((1, 8), {1: -13.6, 8: -2000.0}, avg_num_neighbors=3.0, force_rms=1.3)
     config = ModelConfig(host=host, precision="float64", edge_gate=gate)
     return build_potential(config, statistics, seed=0).to(DEVICE)

@@ -35,7 +35,11 @@ def model(precision="float64", gated=False):
     gates = (
         {
             "edge_gate": MARAConfig(
-                hidden_dim=4, gate="published", grid={"kind": "equiangular", "num_lat": 2, "num_lon": 3}
+                form="published",
+                frame="lab",
+                hidden_dim=4,
+                gate="published",
+                grid={"kind": "equiangular", "num_lat": 2, "num_lon": 3},
             )
         }
         if gated

@@ -86,6 +86,7 @@ COMBINATIONS = [
     *((host, "none") for host in cases.HOSTS),
     *((host, operator) for host in ("mace", "nequip") for operator in cases.OPERATORS if operator != "none"),
     *((host, operator) for host in ("visnet", "o3mpnn") for operator in ("mara", "efa", "both")),
+    *((host, operator) for host in ("visnet", "o3mpnn") for operator in ("mara-channel", "mara-channel-all")),
 ]
 
 

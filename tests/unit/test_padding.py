@@ -21,7 +21,9 @@ COMBINATIONS = [
     *((host, "none") for host in cases.HOSTS),
     *(("mace", operator) for operator in cases.OPERATORS if operator != "none"),
     *((host, "both") for host in ("nequip", "visnet", "o3mpnn")),
-    *((host, "mara") for host in ("nequip", "visnet")),
+    *((host, operator) for host in ("nequip", "visnet") for operator in ("mara", "mara-channel-all")),
+    ("visnet", "mara-channel"),
+    ("o3mpnn", "mara-channel-all"),
 ]
 #: Sums over atoms and edges run in another order, relative to the largest number.
 ROUNDING = 1e-11

@@ -72,14 +72,21 @@ def test_another_list_with_the_same_senders_is_not_mistaken():
     assert other.prepared().pairs is None  # no edge has an opposite any more
 
 
-@pytest.mark.parametrize("gate", ["none", "mara"])
+@pytest.mark.parametrize("gate", ["none", "mara", "channels"])
 @pytest.mark.parametrize("name", list(HOSTS))
 @pytest.mark.parametrize("training", [False, True])
 def test_hosts_give_the_same_numbers_without_pairs(name, gate, training, monkeypatch):
-    sections = {"edge_gate": MARAConfig(hidden_dim=8, gate="published")} if gate == "mara" else {}
+    gates = {
+        "mara": MARAConfig(form="published", frame="lab", hidden_dim=8, gate="published"),
+        "channels": MARAConfig(hidden_dim=8, inputs=["scalars", "radial", "projections", "density"]),
+    }
+    sections = {"edge_gate": gates[gate]} if gate in gates else {}
     potential = build_potential(
         ModelConfig(host=HOSTS[name], precision="float64", **sections), STATISTICS, seed=1
     ).train(training)
+    for key, parameter in potential.named_parameters():
+        if key.endswith("W_gate"):  # a channel gate starts neutral
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
 
     def numbers():
         graph = batch_graphs([molecule(3), crystal()])

@@ -92,8 +92,8 @@ def test_every_role_has_an_effect_and_a_small_one(host):
     ("host", "operator"),
     [
         ("o3mpnn", {"global_mixer": EFAConfig(zero_init=False), "host_changes": {"zero_init": False}}),
-        ("mace", {"edge_gate": MARAConfig(gate="published", hidden_dim=8)}),
-        ("mace", {"edge_gate": MARAConfig(gate="published", hidden_dim=8, frame="intrinsic")}),
+        ("mace", {"edge_gate": MARAConfig(form="published", frame="lab", gate="published", hidden_dim=8)}),
+        ("mace", {"edge_gate": MARAConfig(form="published", gate="published", hidden_dim=8)}),
     ],
     ids=["efa", "mara", "intrinsic mara"],
 )

@@ -49,7 +49,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("operator", ["none", "mara"])
+@pytest.mark.parametrize("operator", ["none", "mara", "mara-channel-all"])
 @pytest.mark.parametrize("host", cases.HOSTS)
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_in_place_gives_the_new_answer(host: str, operator: str, edit: str) -> None:

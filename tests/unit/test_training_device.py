@@ -112,7 +112,8 @@ BATCHES = [[0, 3], [2, 1], [4, 0, 2], [1, 3], [0]]
 
 @pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize(
-    ("host", "operator"), [("mace", "none"), ("mace", "mara"), ("nequip", "none"), ("visnet", "none")]
+    ("host", "operator"),
+    [("mace", "none"), ("mace", "mara"), ("mace", "mara-channel-all"), ("nequip", "none"), ("visnet", "none")],
 )
 def test_recorded_steps_give_the_plain_gradients(host: str, operator: str, on_device: bool) -> None:
     graphs = frames()

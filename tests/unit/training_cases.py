@@ -74,6 +74,8 @@ def toy_sections(folder: Path, name: str = "run") -> dict[str, Any]:
             },
             "edge_gate": {
                 "kind": "mara",
+                "form": "published",
+                "frame": "lab",
                 "hidden_dim": 4,
                 "grid": {"kind": "equiangular", "num_lat": 2, "num_lon": 4},
                 "dropout": 0.2,

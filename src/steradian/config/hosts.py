@@ -8,7 +8,16 @@ from pydantic import Field, model_validator
 
 from steradian.config.section import Section
 
-__all__ = ["ExpNormalConfig", "MACEConfig", "NequIPConfig", "RadialConfig", "ReadoutConfig", "ViSNetConfig"]
+__all__ = [
+    "SCALE",
+    "ExpNormalConfig",
+    "MACEConfig",
+    "MessageScale",
+    "NequIPConfig",
+    "RadialConfig",
+    "ReadoutConfig",
+    "ViSNetConfig",
+]
 
 
 class RadialConfig(Section):
@@ -141,6 +150,10 @@ class ViSNetConfig(Section):
     vector_norm: Literal["max_min"] | None = Field(None, description="rescale the lengths of vectors; has kinks")
     trainable_vector_norm: bool = Field(False, description="learn a factor on every channel of the vectors")
     smooth: bool = Field(True, description="vector messages vanish at the cutoff; false for the published model")
+    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    message_scale: MessageScale = Field(
+        1.0, description=SCALE + " (an atom is its own neighbour too); published: 1, plain sums"
+    )
 
     @model_validator(mode="after")
     def _check_widths(self) -> ViSNetConfig:

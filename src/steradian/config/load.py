@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from steradian.config.earlier import complete_run
 from steradian.config.hosts import MACEConfig, NequIPConfig, ViSNetConfig
 from steradian.config.operators import EFAConfig, MARAConfig, NoGate, O3MPNNConfig
 from steradian.config.precision import PRESETS, ElementTablesConfig, PrecisionConfig, Preset
@@ -129,11 +130,15 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunCo
 
 
 def parse_config(content: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "config") -> RunConfig:
-    """Validate a nested dictionary; see :func:`load_config`."""
+    """Validate a nested dictionary; see :func:`load_config`.
+
+    One in which an earlier version wrote out every default means what it meant then (:mod:`.earlier`).
+    """
     try:
         content = json.loads(json.dumps(content, default=str))
     except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a dictionary within itself
         raise ConfigError(f"{source}: {error}") from None
+    content = complete_run(content)
     given: dict[str, str] = {}
     for override in overrides:
         key = override.partition("=")[0].strip()

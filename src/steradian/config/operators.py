@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
+from steradian.config.hosts import SCALE, MessageScale
 from steradian.config.section import Section
 
 __all__ = [
@@ -91,7 +92,8 @@ class O3MPNNConfig(Section):
     dipole_embedding: bool = Field(False, description="atoms come with dipoles, which enter as vectors")
     use_switch: bool = Field(True, description="learned balance of local and global update per layer")
     zero_init: bool = Field(True, description="updates and energy start from zero")
-    avg_num_neighbors: float | None = Field(None, gt=0, description="not used: messages are plain sums")
+    avg_num_neighbors: float | None = Field(None, gt=0, description="null: measured on the training set")
+    message_scale: MessageScale = Field(1.0, description=SCALE + "; published: 1, plain sums")
 
     @property
     def hidden_l(self) -> int:
@@ -152,7 +154,7 @@ class NoGate(Section):
     kind: Literal["none"] = "none"
 
 
-GateInput = Literal["scalars", "radial", "projections", "density", "first-density", "sphere"]
+GateInput = Literal["scalars", "radial", "projections", "density", "sphere"]
 
 
 class MARAConfig(Section):
@@ -167,14 +169,19 @@ class MARAConfig(Section):
     frozen_projections: bool = Field(False, description="ablation: all but the last weights stay at their random start")
     layers: list[int] | None = Field(None, description="layers of the host that are gated; null for all")
 
-    heads: Literal["C"] | Annotated[int, Field(ge=1)] = Field(
-        "C", description="form channel: groups of channels with a gate each; C: every channel its own"
+    heads: Literal["C"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="form channel: gates per weight of a message; channel c has number c modulo heads; C: each its "
+        "own; null: up to 16, as many as divide the channels",
+    )
+    resolution: Literal["path", "message"] = Field(
+        "path", description="form channel: gates for every coupling path of a message, or for the message as a whole"
     )
     inputs: list[GateInput] = Field(
-        ["scalars", "radial", "projections"],
+        ["scalars", "radial", "projections", "density"],
         min_length=1,
-        description="form channel: scalars of both atoms, radial basis, their features along the edge, the neighbours' "
-        "density along the edge, attention on the sphere",
+        description="form channel: scalars of both atoms, radial basis, their features along the edge, the density of "
+        "the receiver's neighbours along the edge, attention on the sphere",
     )
     activation: Literal["linear", "sigmoid", "exp"] = Field(
         "linear", description="form channel: alpha = 1 + z, 2 sigma(z) or exp(3 tanh(z / 3))"
@@ -216,14 +223,14 @@ class MARAConfig(Section):
         """Settings of a form that is not asked for are mistakes, not to be passed over."""
         changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
         if self.form == "published":
-            if wrong := sorted(changed & {"heads", "inputs", "activation"}):
+            if wrong := sorted(changed & {"heads", "resolution", "inputs", "activation"}):
                 raise ValueError(f"{', '.join(wrong)}: of form 'channel'; set form: channel or leave it out")
             return
         only = {"frame", "field", "gate", "dropout", "normalize", "residual"}
         if not self.attends:
             only |= {"grid", "num_heads", "kernel", "signal_l_max", "positional"}
         if wrong := sorted(changed & only):
-            others = "" if self.attends else ", or list 'sphere' in inputs where the channel gate may attend on a sphere"
+            others = "" if self.attends else ", or list 'sphere' in inputs for a channel gate that attends on a sphere"
             raise ValueError(f"{', '.join(wrong)}: of form 'published'; set form: published{others}")
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError(f"inputs lists one twice: {self.inputs}")

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from steradian.equivariant.harmonics import coupling
 from steradian.equivariant.irreps import Degrees, all_degrees, dim, has_pseudotensors, max_degree, natural_degrees
 from steradian.equivariant.linear import Dense, lecun_normal
+from steradian.equivariant.tensor_product import with_gate
 from steradian.graph import Edges
+from steradian.graph.topology import Rows
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
@@ -198,13 +200,15 @@ class MessagePassing(WithRole):
     """Sum over neighbours of the product of a filter and the neighbour's features.
 
     The filter is ``Y_lm(direction) R_l(r)``: harmonics whose squares sum to one, times a linear map (no bias) of the
-    radial basis for every degree l and channel. No normalisation by the number of neighbours.
+    radial basis for every degree l and channel.
 
     Args:
         degrees: irreps of the neighbours' features.
         l_max: highest degree of the filter.
         num_radial, num_channels: R, C.
         highest, pseudotensors: of the result; see :func:`coupled_degrees`.
+        divisor: what the sum is divided by; as published by nothing.
+        learned_gain: a learned factor on the sum, 1 at the start.
     """
 
     role = "radial"
@@ -217,6 +221,9 @@ class MessagePassing(WithRole):
         num_channels: int,
         highest: int | None = None,
         pseudotensors: bool = True,
+        *,
+        divisor: float = 1.0,
+        learned_gain: bool = False,
     ) -> None:
         super().__init__()
         harmonics = natural_degrees(l_max)
@@ -225,16 +232,31 @@ class MessagePassing(WithRole):
         self.num_channels, self.l_max = num_channels, l_max
         self.filter = nn.Parameter(lecun_normal((l_max + 1, num_radial, num_channels), num_radial))
         self.weights = PathWeights(self.paths, num_channels)
+        self.divisor = divisor
+        self.message_gain = nn.Parameter(torch.ones(())) if learned_gain else None
 
     def forward(self, features: Tensor, edges: Edges, gate: Tensor | None = None) -> Tensor:
-        """Messages ``[N, D', C]``; edges carry basis times envelope. Every message is multiplied by ``gate [E]``."""
-        radial = edges.radial if gate is None else edges.radial * gate.unsqueeze(-1)
-        filters = cast(self.filter, self.low).transpose(0, 1).flatten(1)
-        weights = cast(radial, self.low) @ filters  # [E, (l_max + 1) C]
-        products = evaluate(
-            _message_polynomial(self.paths),
-            [features, edges.harmonics[:, : (self.l_max + 1) ** 2], weights.unflatten(1, (self.l_max + 1, -1))],
-            gathers=[edges.topology.by_sender, None, None],
-            scatter=edges.topology.by_receiver,
-        )
-        return self.weights(products)
+        """Messages ``[N, D', C]``, each times its gate; edges carry basis times envelope.
+
+        Args:
+            features: ``[N, D, C]``.
+            edges: geometry.
+            gate: ``[E]``, ``[E, H]`` or ``[E, l_max + 1, H]`` (channel c belongs to head c modulo H), or None for ones.
+        """
+        polynomial, radial = _message_polynomial(self.paths), edges.radial
+        if gate is not None and gate.dim() == 1:
+            radial, gate = radial * gate.unsqueeze(-1), None
+        weights = cast(radial, self.low) @ cast(self._filters(), self.low)  # [E, (l_max + 1) C]
+        harmonics = edges.harmonics[:, : (self.l_max + 1) ** 2]
+        given = [features, harmonics, weights.unflatten(1, (self.l_max + 1, -1))]
+        gathers: list[Rows | None] = [edges.topology.by_sender, None, None]
+        if gate is not None:
+            polynomial, given, gathers = with_gate(polynomial, given, gathers, gate)
+        return self.weights(evaluate(polynomial, given, gathers=gathers, scatter=edges.topology.by_receiver))
+
+    def _filters(self) -> Tensor:
+        """``[R, (l_max + 1) C]``, over the divisor: few numbers, and messages are linear in them."""
+        filters = self.filter.transpose(0, 1).flatten(1)
+        if self.divisor != 1.0:
+            filters = filters / self.divisor
+        return filters if self.message_gain is None else filters * self.message_gain

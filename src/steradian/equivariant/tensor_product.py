@@ -12,10 +12,19 @@ from torch import Tensor
 
 from steradian.equivariant.irreps import Degrees, format_degrees, natural_degrees, to_cue
 from steradian.graph import Edges
+from steradian.graph.topology import Rows
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
 from steradian.precision import WithRole, cast
 
-__all__ = ["ChannelwiseTensorProduct", "PathTable", "channelwise_polynomial", "gated_polynomial", "of_channels"]
+__all__ = [
+    "ChannelwiseTensorProduct",
+    "PathTable",
+    "channelwise_polynomial",
+    "gated_polynomial",
+    "num_paths",
+    "of_channels",
+    "with_gate",
+]
 
 
 @dataclass(frozen=True)
@@ -99,29 +108,47 @@ def channelwise_polynomial(degrees_in: Degrees, l_max: int, degrees_allowed: Deg
 
 @cache
 def gated_polynomial(polynomial: Polynomial, groups: int, period: int | None) -> Polynomial:
-    """The product of :func:`channelwise_polynomial` with one more factor, a gate.
+    """A product such as :func:`channelwise_polynomial` with one more factor, a gate.
 
     Args:
-        polynomial: the product.
-        groups: components of the gate: 1, one per degree of the harmonics, or one per path.
-        period: channels of the gate, where they repeat.
+        polynomial: features, harmonics and weights.
+        groups: components of the gate: 1, or one per weight.
+        period: channels of the gate, where they repeat; None where it has all.
 
     Raises:
         ValueError: another number of components.
     """
     (terms,) = polynomial.terms
-    degrees = np.sqrt(terms.indices[:, 1]).astype(int)
-    choices = {polynomial.inputs[2].dim: terms.indices[:, 2], int(degrees.max()) + 1: degrees, 1: 0 * degrees}
-    if groups not in choices:
-        raise ValueError(f"a gate of {groups} components does not fit; one of {sorted(choices)} would")
-    indices = np.concatenate([choices[groups][:, None], terms.indices], axis=1)
+    weight = terms.indices[:, terms.factors.index(2)]
+    if groups not in (1, polynomial.inputs[2].dim):
+        raise ValueError(f"a gate of {groups} components does not fit {polynomial.inputs[2].dim} weights per message")
+    indices = np.concatenate([weight[:, None] if groups > 1 else 0 * weight[:, None], terms.indices], axis=1)
     return Polynomial(
         (Operand("gate", groups, period=period), *polynomial.inputs),
         polynomial.output,
-        (Terms((0, 1, 2, 3), indices, terms.outputs, terms.coefficients),),
-        outer=3,
-        folds=False,
+        (Terms((0, *(1 + factor for factor in terms.factors)), indices, terms.outputs, terms.coefficients),),
+        outer=None if polynomial.outer is None else 1 + polynomial.outer,
+        folds=polynomial.folds,
     )
+
+
+def with_gate(
+    polynomial: Polynomial, given: list[Tensor], gathers: list[Rows | None], gate: Tensor
+) -> tuple[Polynomial, list[Tensor], list[Rows | None]]:
+    """Polynomial, inputs and gathers of a product whose messages have a gate ``[E, H]`` or ``[E, P, H]``.
+
+    Raises:
+        ValueError: heads or groups that do not fit the product.
+    """
+    gate = gate.unsqueeze(1) if gate.dim() == 2 else gate
+    repeats = _repeats(gate, given[0].shape[-1])
+    polynomial = gated_polynomial(polynomial, gate.shape[1], gate.shape[2] if repeats else None)
+    return polynomial, [gate, *given], [None, *gathers]
+
+
+def num_paths(degrees_in: Degrees, l_max: int, degrees_allowed: Degrees) -> int:
+    """Coupling paths of :class:`ChannelwiseTensorProduct`, the weights of a message per channel."""
+    return len(channelwise_polynomial(degrees_in, l_max, degrees_allowed)[1].paths)
 
 
 def _coupling(irrep_in: tuple[int, int], degree_y: int, irrep_out: tuple[int, int]) -> np.ndarray:
@@ -165,20 +192,17 @@ class ChannelwiseTensorProduct(WithRole):
             features: ``[N, D, C]``.
             edges: geometry.
             weights: ``[Q, P, C]`` of pairs, where the edges are sorted into pairs, else ``[E, P, C]``.
-            gate: ``[E]``; ``[E, H]``, where channel c belongs to head c modulo H; ``[E, G, H]`` with one for every
-                path or for every degree of the harmonics; or None for ones.
+            gate: ``[E]``; ``[E, H]``, where channel c belongs to head c modulo H; ``[E, P, H]`` with one for every
+                path; or None for ones.
         """
         polynomial = self.polynomial
         harmonics = edges.harmonics[:, : polynomial.inputs[1].dim]
         given = [cast(features, self.low), harmonics, weights]
-        gathers = [edges.topology.by_sender, None, None if edges.pairs is None else edges.pairs.rows]
+        gathers: list[Rows | None] = [edges.topology.by_sender, None, None if edges.pairs is None else edges.pairs.rows]
         if gate is not None and gate.dim() == 1:
             given[1] = harmonics * gate.unsqueeze(1)
         elif gate is not None:
-            gate = gate.unsqueeze(1) if gate.dim() == 2 else gate
-            repeats = _repeats(gate, features.shape[-1])
-            polynomial = gated_polynomial(polynomial, gate.shape[1], gate.shape[2] if repeats else None)
-            given, gathers = [gate, *given], [None, *gathers]
+            polynomial, given, gathers = with_gate(polynomial, given, gathers, gate)
         if self.accumulate_dtype is not None:
             given = [narrowed(value, self.accumulate_dtype) for value in given]
         stored = self.paths_dtype if self.paths_dtype == torch.bfloat16 else features.dtype

@@ -212,7 +212,8 @@ class Prediction:
         interaction_energy: ``[S]`` total minus the reference energies of the atoms, float64.
         forces: ``[N, 3]`` or None.
         stress: ``[S, 3, 3]`` or None; zero for systems without a cell.
-        gates: one ``[E]`` tensor of edge weights alpha per gated layer (empty where no gate is in use).
+        gates: one tensor of edge weights alpha per gated layer, ``[E]`` or, of H heads, ``[E, H]`` (empty where no gate
+            is in use).
     """
 
     energy: Tensor

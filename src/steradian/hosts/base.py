@@ -74,8 +74,10 @@ class Host(nn.Module, ABC):
 
     @property
     def reach(self) -> float:
-        """Distance [Å] beyond which an atom tells another one nothing through neighbours: a cutoff per layer."""
-        return self.cutoff * len(list(self.get_submodule("layers").children()))
+        """Distance [Å] beyond which an atom tells another one nothing through neighbours: a cutoff per layer, and more
+        where a gate looks beyond the two atoms of a message."""
+        layers = self.get_submodule("layers").children()
+        return self.cutoff * sum(1 + getattr(layer.gate, "further_reach", 0) for layer in layers)
 
     @abstractmethod
     def forward(self, graph: Graph, species: Rows, positions: Tensor, vectors: Tensor) -> HostOutput:

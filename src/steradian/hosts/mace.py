@@ -21,7 +21,7 @@ from steradian.config.precision import ElementTablesConfig
 from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
-from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
+from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, num_paths
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
@@ -216,6 +216,7 @@ class MACE(ConvolutionHost):
                 degrees_out=dims.degrees_out,
                 avg_num_neighbors=neighbors,
                 l_max=config.l_max,
+                num_weights=num_paths(dims.degrees_in, config.l_max, dims.degrees_message),
             )
             layers.append(MACELayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
             readouts.append(Readout(config.num_channels, config.readout.mlp if last else None))

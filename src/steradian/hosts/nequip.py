@@ -18,7 +18,7 @@ from steradian.compiler.activations import silu
 from steradian.config import NequIPConfig
 from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
-from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
+from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, num_paths
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
@@ -254,6 +254,7 @@ class NequIP(ConvolutionHost):
                 channels_out=channels,
                 avg_num_neighbors=neighbors,
                 l_max=config.l_max,
+                num_weights=num_paths(degrees_in, config.l_max, tuple(sorted(degrees_out))),
             )
             layers.append(NequIPLayer(dims, config, neighbors, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)

@@ -19,7 +19,7 @@ from steradian.equivariant.linear import MLP, Dense, add_features, change_degree
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows
-from steradian.hosts.base import Host, HostOutput, TrainingFacts
+from steradian.hosts.base import Host, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.radial import bernstein_basis, cosine_envelope, safe_norm, smooth_envelope
 
@@ -30,11 +30,12 @@ SCALARS: Degrees = natural_degrees(0)
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Which layer of the network, and the irreps that enter it."""
+    """Which layer of the network, the irreps that enter it, and edges per atom."""
 
     index: int
     last: bool
     degrees: Degrees
+    avg_num_neighbors: float
 
 
 class O3Layer(nn.Module):
@@ -54,7 +55,14 @@ class O3Layer(nn.Module):
         channels, last = config.num_channels, place.last
         self.gate = gate
         self.message = MessagePassing(
-            place.degrees, config.l_max, config.num_radial, channels, 0 if last else None, pseudotensors=not last
+            place.degrees,
+            config.l_max,
+            config.num_radial,
+            channels,
+            0 if last else None,
+            pseudotensors=not last,
+            divisor=message_divisor(config.message_scale, place.avg_num_neighbors),
+            learned_gain=config.message_scale == "learned",
         )
         self.degrees_message = self.message.degrees_out
         self.degrees_in = place.degrees
@@ -72,6 +80,8 @@ class O3Layer(nn.Module):
             num_radial=config.num_radial,
             scalars_only=last,
             unit_weights=False,
+            avg_num_neighbors=place.avg_num_neighbors,
+            l_max=config.l_max,
         )
         self.mixer: GlobalMixer | None = make_mixer(spec)
         degrees = union(self.degrees_x, self.degrees_y)
@@ -88,7 +98,7 @@ class O3Layer(nn.Module):
         self.degrees_out = degrees
 
     def forward(self, features: Tensor, positions: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
-        """Features ``[N, D', C]`` and alpha ``[E]`` (None without a gate) from features ``[N, D, C]``."""
+        """Features ``[N, D', C]`` and alpha (None without a gate) from features ``[N, D, C]``."""
         alpha = None if self.gate is None else self.gate(features, edges)
         messages = self.message(features, edges, alpha)
         x = change_degrees(features, self.degrees_in, self.degrees_x)
@@ -112,8 +122,8 @@ class O3MPNN(Host):
 
     Args:
         config: hyper-parameters.
-        facts: of the training set; messages are sums, so the number of neighbours is not used. Scale 1 and shift 0 are
-            the published form.
+        facts: of the training set; ``config.avg_num_neighbors`` wins where it is set, and is used where
+            ``config.message_scale`` asks for it. Scale 1 and shift 0 are the published form.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot.
     """
 
@@ -135,9 +145,22 @@ class O3MPNN(Host):
             self.dipole = Dense(((1, -1),), 1, channels, bias=False)
             degrees = natural_degrees(1)
         layers: list[O3Layer] = []
+        neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
         for index in range(config.num_layers):
-            spec = SlotSpec("o3mpnn", index, config.num_layers, degrees, channels, config.cutoff_A, config.num_radial)
-            place = LayerPlace(index, index == config.num_layers - 1, degrees)
+            spec = SlotSpec(
+                host="o3mpnn",
+                layer=index,
+                num_layers=config.num_layers,
+                degrees=degrees,
+                num_channels=channels,
+                cutoff=config.cutoff_A,
+                num_radial=config.num_radial,
+                unit_weights=False,
+                avg_num_neighbors=neighbors,
+                l_max=config.l_max,
+                num_weights=config.l_max + 1,
+            )
+            place = LayerPlace(index, index == config.num_layers - 1, degrees, neighbors)
             layers.append(O3Layer(config, place, make_gate(spec), make_mixer))
             degrees = layers[-1].degrees_out
         self.layers = nn.ModuleList(layers)

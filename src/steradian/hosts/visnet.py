@@ -6,12 +6,12 @@ an effect: the vectors that enter the first layer are zero, and those that leave
 used, so the weights that act on them are dead in the published model.
 
 Published, every atom is its own neighbour too, at distance zero and in no direction. These rows stand behind those of
-the edges here, and no gate acts on them.
+the edges here, and no gate acts on them. They are rows of the sums over neighbours like all others, so it is one more
+than the average number of neighbours that ``message_scale`` counts in a layer.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,11 @@ from steradian.compiler.folding import constant
 from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
+from steradian.equivariant.tensor_product import of_channels
 from steradian.graph import Edges, Graph
 from steradian.graph.topology import Rows, Topology
 from steradian.hosts.base import Host, HostOutput, TrainingFacts
+from steradian.hosts.visnet_parts import ExpNormalBasis, Rescale, VectorNorm
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import evaluate
@@ -62,62 +64,6 @@ class BlockLinear(WithRole, nn.Linear):
         parts = zip(cast(self.weight, self.low).split(self.sizes_out), biases)
         maps = (nn.functional.linear(rows, weight, bias) for weight, bias in parts)
         return [out.to(x.dtype).unflatten(0, x.shape[:-1]) for out in maps]
-
-
-class ExpNormalBasis(nn.Module):
-    """``c(r) exp(-beta_n (exp(-5 r / r_c) - mu_n)^2)``, ``[E] -> [E, R]`` (Unke and Meuwly 2019, equation 7).
-
-    Args:
-        num: R.
-        cutoff: r_c [Å].
-        trainable: learn mu and beta.
-    """
-
-    def __init__(self, num: int, cutoff: float, trainable: bool) -> None:
-        super().__init__()
-        self.cutoff = cutoff
-        start = math.exp(-cutoff)  # as published; the exponential at the cutoff is exp(-5)
-        means = torch.linspace(start, 1.0, num, dtype=torch.float64)
-        betas = torch.full((num,), (2.0 / num * (1.0 - start)) ** -2, dtype=torch.float64)
-        self.means: Tensor
-        self.betas: Tensor
-        for name, value in (("means", means), ("betas", betas)):
-            if trainable:
-                setattr(self, name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
-
-    def forward(self, lengths: Tensor, envelope: Tensor) -> Tensor:
-        shape = torch.exp(-5.0 / self.cutoff * lengths).unsqueeze(-1) - self.means
-        return envelope.unsqueeze(-1) * torch.exp(-self.betas * shape.square())
-
-
-class VectorNorm(nn.Module):
-    """Scales vectors ``[N, size, C]`` channel by channel, after the published ``max_min`` rescaling of their lengths.
-
-    With ``max_min`` the lengths of the channels of one degree and atom are mapped to [0, 1]; that has kinks where the
-    longest or shortest channel changes.
-    """
-
-    def __init__(self, num_channels: int, l_max: int, kind: str | None, trainable: bool) -> None:
-        super().__init__()
-        self.kind = kind
-        self.sizes = [2 * degree + 1 for degree in range(1, l_max + 1)]
-        self.weight: Tensor | None = None
-        if trainable:
-            self.weight = nn.Parameter(torch.ones(num_channels))
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        if self.kind == "max_min":
-            vectors = torch.cat([self._rescaled(part) for part in vectors.split(self.sizes, dim=1)], dim=1)
-        return vectors if self.weight is None else vectors * self.weight
-
-    @staticmethod
-    def _rescaled(vectors: Tensor) -> Tensor:
-        lengths = safe_norm(vectors.transpose(1, 2)).clamp(min=1e-12)  # [N, C]
-        low, high = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
-        spread = torch.where(high == low, 1.0, high - low)
-        return ((lengths - low) / spread / lengths).unsqueeze(1) * vectors
 
 
 @dataclass(frozen=True)
@@ -190,12 +136,19 @@ class ViSNetLayer(nn.Module):
 
     Args:
         config: hyper-parameters.
+        avg_num_neighbors: edges per atom.
         first, last: the first layer sees no vectors, the last one has no edges to update.
         gate, mixer: operators in the slots.
     """
 
     def __init__(
-        self, config: ViSNetConfig, first: bool, last: bool, gate: EdgeGate | None, mixer: GlobalMixer | None
+        self,
+        config: ViSNetConfig,
+        avg_num_neighbors: float,
+        first: bool,
+        last: bool,
+        gate: EdgeGate | None,
+        mixer: GlobalMixer | None,
     ) -> None:
         super().__init__()
         channels = config.num_channels
@@ -204,6 +157,7 @@ class ViSNetLayer(nn.Module):
         self.has_vectors = not first
         self.updates_edges = not first and not last
         self.vertex = config.vertex and self.updates_edges
+        self.rescale = Rescale(config, avg_num_neighbors + 1)
         filters = [channels, channels]
         vectors = [channels] * 3
         if self.updates_edges:
@@ -230,7 +184,7 @@ class ViSNetLayer(nn.Module):
         rows: LinkGeometry,
         shared: Rows | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Updates of features ``[N, 1 + size, C]`` and of filters ``[E + N, C]`` (None), and alpha ``[E]`` (None).
+        """Updates of features ``[N, 1 + size, C]`` and of filters ``[E + N, C]`` (None), and alpha (None).
 
         Args:
             features: ``[N, 1 + size, C]``, in the first layer ``[N, 1, C]``.
@@ -250,6 +204,7 @@ class ViSNetLayer(nn.Module):
         attended = (key_filter, value_filter)
         messages = self._messages(self.norm(scalars), attended, alpha, rows, shared)  # [E + N, C]
         summed = messages.new_zeros((rows.num_atoms, channels)).index_add(0, rows.links.receivers.index, messages)
+        summed = self.rescale(summed)
         weights = silu(self.vector_weights(messages)).unflatten(1, (-1, channels))
         if vectors is None or self.vectors is None or self.vector_norm is None:
             scalar_update = self.update(summed)
@@ -282,12 +237,18 @@ class ViSNetLayer(nn.Module):
             product_polynomial(3), [query, key, key_filter], gathers=[rows.links.receivers, rows.links.senders, shared]
         )
         attention = silu(products.view(-1, self.num_heads, self.num_channels // self.num_heads).sum(2))
-        weight = rows.envelope
-        if alpha is not None:
-            # no gate on what an atom tells itself
+        weight, factors, gathers = rows.envelope, [value, value_filter], [rows.links.senders, shared]
+        if alpha is not None and alpha.dim() == 2 and alpha.shape[1] == 1:
+            alpha = alpha.squeeze(1)  # one number for all channels is less work on the attention
+        # no gate on what an atom tells itself
+        if alpha is not None and alpha.dim() == 1:
             weight = torch.cat([weight[: rows.num_edges] * alpha, weight[rows.num_edges :]])
+        elif alpha is not None:
+            of_links = torch.cat([alpha, alpha.new_ones((rows.num_atoms, alpha.shape[1]))])
+            factors = [of_channels(of_links, self.num_channels).unsqueeze(1), *factors]
+            gathers = [None, *gathers]
         attention = attention * weight.unsqueeze(1)
-        values = evaluate(product_polynomial(2), [value, value_filter], gathers=[rows.links.senders, shared])
+        values = evaluate(product_polynomial(len(factors)), factors, gathers=gathers)
         per_head = values.view(-1, self.num_heads, self.num_channels // self.num_heads)
         return (per_head * attention.unsqueeze(2)).view(-1, self.num_channels)
 
@@ -295,12 +256,13 @@ class ViSNetLayer(nn.Module):
         """Vector messages summed at the receivers, ``[N, size, C]``."""
         inputs = [weights, rows.geometry] if vectors is None else [vectors, weights, rows.geometry]
         gathers = [None, None] if vectors is None else [rows.links.senders, None, None]
-        return evaluate(
+        carried = evaluate(
             vector_message(self.size, vectors is not None),
             inputs,
             gathers=gathers,
             scatter=rows.links.receivers,
         )
+        return self.rescale(carried)
 
     def _edge_update(
         self, ends: list[Tensor], filters: list[Tensor], rows: LinkGeometry, shared: Rows | None
@@ -362,7 +324,9 @@ class ViSNet(Host):
 
     Args:
         config: hyper-parameters.
-        facts: of the training set; sums over neighbours are not rescaled, so their number is not used.
+        facts: of the training set; ``config.avg_num_neighbors`` wins where it is set, and is used where
+            ``config.message_scale`` asks for it. Sums over neighbours are all rescaled alike: that of the embedding,
+            and those of the scalar and vector messages of every layer.
         make_gate, make_mixer: factories of the operators in the slots; return None for an empty slot. A gate weighs the
             attention.
     """
@@ -383,6 +347,8 @@ class ViSNet(Host):
         self.neighbor_filter = BlockLinear(config.radial.num, [channels])
         self.combine = BlockLinear(2 * channels, [channels])
         self.edge_filter = BlockLinear(config.radial.num, [channels])
+        neighbors = config.avg_num_neighbors or facts.avg_num_neighbors
+        self.rescale = Rescale(config, neighbors)
         layers = []
         for index in range(config.num_layers):
             first = index == 0
@@ -396,8 +362,11 @@ class ViSNet(Host):
                 num_radial=config.radial.num,
                 degrees_out=natural_degrees(config.l_max),
                 unit_weights=False,
+                avg_num_neighbors=neighbors,
+                l_max=config.l_max,
             )
-            layers.append(ViSNetLayer(config, first, index == config.num_layers - 1, make_gate(spec), make_mixer(spec)))
+            last = index == config.num_layers - 1
+            layers.append(ViSNetLayer(config, neighbors, first, last, make_gate(spec), make_mixer(spec)))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(channels)
         self.vector_norm = VectorNorm(channels, config.l_max, config.vector_norm, config.trainable_vector_norm)
@@ -459,7 +428,7 @@ class ViSNet(Host):
             scatter=edges.topology.by_receiver,
         )
         own = self.embedding.index_select(0, species)
-        scalars = self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1))
+        scalars = self.combine(torch.cat([own, self.rescale(neighbors.squeeze(1))], dim=1))
         at_zero = self.radial_basis(edges.lengths.new_zeros(1), edges.lengths.new_ones(1))
         shapes = self.edge_filter(torch.cat([radial, at_zero]))
         shapes = torch.cat([shapes[:-1], shapes[-1:].expand(edges.num_atoms, -1)])

@@ -1,8 +1,8 @@
 """Operators in live models of other packages: mace-torch, nequip and torch_geometric's ViSNet.
 
     from steradian.interfaces.attach import attach, detach
-    attach(model, MARAConfig(hidden_dim=32))     # every layer is gated; with gate="neutral" nothing changes yet
-    attach(model, [MARAConfig(), EFAConfig()])   # both
+    attach(model, MARAConfig(form="published"))  # every layer is gated; with gate="neutral" nothing changes yet
+    attach(model, [MARAConfig(form="published"), EFAConfig()])   # both
     detach(model)                                # the model is what it was
 
 Layers are found by the types of the package's own modules. Two hooks per layer and operator do the work. A gate: one
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steradian.checkpoint import ModelFileError, read_tensors, write_tensors
 from steradian.config import EFAConfig, MARAConfig
+from steradian.config.earlier import FIRST_COMPLETE_FORMAT, complete_gate
 from steradian.graph import Edges
 from steradian.interfaces.attach_base import AttachError, ForeignAtoms, MixingSlot, Package, Seen, Slot
 from steradian.interfaces.attach_packages import package_of
@@ -216,6 +217,11 @@ def detach(model: nn.Module) -> Attachment:
 
 def _factory(operator: Operator) -> OperatorFactory:
     if isinstance(operator, MARAConfig):
+        if operator.form == "channel":
+            raise AttachError(
+                "a gate per channel is not attached to models of other packages yet: convert the model and set its "
+                "edge_gate, or attach MARAConfig(form='published')"
+            )
         return mara_factory(operator)
     if isinstance(operator, EFAConfig):
         return efa_factory(operator)
@@ -279,7 +285,10 @@ def load_attached(
     if header["package"] != name:
         raise ModelFileError(f"{path}: written for a model of {header['package']}, this one is of {name}")
     sections: dict[str, Any] = {"mara": MARAConfig, "efa": EFAConfig}
-    given: Any = [sections[entry["kind"]].model_validate(entry) for entry in header["operators"]] or operator
+    entries = header["operators"]
+    if int(header["format_version"]) < FIRST_COMPLETE_FORMAT:
+        entries = [complete_gate(entry) for entry in entries]
+    given: Any = [sections[entry["kind"]].model_validate(entry) for entry in entries] or operator
     if given is None:
         raise ModelFileError(f"{path}: its operators were not made from a configuration; give `operator`")
     attachment = attach(model, given, header["layers"])

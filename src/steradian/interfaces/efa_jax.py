@@ -161,6 +161,7 @@ def model_config(hyper: Mapping[str, Any]) -> ModelConfig:
         dipole_embedding=hyper.get("atomic_dipole_embedding", False),
         use_switch=hyper.get("use_switch", True),
         zero_init=hyper.get("output_is_zero_at_init", True),
+        message_scale=1.0,
     )
     if hyper.get("era_use_in_iterations") is None:
         return ModelConfig(host=host)

@@ -135,6 +135,7 @@ def _config(hyper: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> ModelC
             # a model of one layer has only the linear readout there
             readout=ReadoutConfig(mlp=_readout_width(hyper) if num_layers > 1 else None),
             avg_num_neighbors=float(hyper["avg_num_neighbors"]),
+            message_scale="mean",
         ),
         precision="float32" if floating == np.float32 else "float64",
     )

@@ -140,6 +140,7 @@ def _config(hyper: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> ModelC
             embedding_dim=hyper.get("type_embed_num_features"),
             readout_mlp=[int(hyper.get("readout_mlp_hidden_layers_width") or width)] * depth,
             avg_num_neighbors=float(neighbors),
+            message_scale="root",
             trainable_scales=bool(hyper.get("per_type_energy_scales_trainable", False)),
             trainable_shifts=bool(hyper.get("per_type_energy_shifts_trainable", False)),
         ),

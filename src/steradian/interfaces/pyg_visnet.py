@@ -97,6 +97,7 @@ def _config(hyper: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> ModelC
             vector_norm=norm,
             trainable_vector_norm=bool(hyper.get("trainable_vecnorm", False)),
             smooth=False,
+            message_scale=1.0,
         ),
         precision="float32" if floating == np.float32 else "float64",
     )

@@ -56,6 +56,7 @@ class SlotSpec:
         scalars_only: the layer uses nothing but scalars of what a mixer attends to.
         avg_num_neighbors: edges per atom of the training set.
         l_max: highest degree of ``edges.harmonics``.
+        num_weights: P, the weights of a message per channel (its coupling paths), which a gate may scale one by one.
         unit_weights: the host's weights have unit variance (and are scaled where they are used); a mixer's should too.
     """
 
@@ -72,6 +73,7 @@ class SlotSpec:
     unit_weights: bool = True
     avg_num_neighbors: float = 1.0
     l_max: int = 2
+    num_weights: int = 1
 
     @property
     def dim(self) -> int:
@@ -176,16 +178,23 @@ class Operator(nn.Module, ABC):
 class EdgeGate(Operator):
     """Weights every message of a layer by invariant numbers alpha before the sum over neighbours.
 
-    alpha is one number per message, or one per head: H groups of C / H channels each. Where a message is multiplied by
-    it is the host's business; no tensor of paths and channels is formed.
+    alpha is one number per message, one per head (channel c belongs to head c modulo H), or one per weight of the
+    message (a coupling path) and head. Where a message is multiplied by it is the host's business; no tensor of paths
+    and channels is formed.
     """
 
+    further_reach = 0
+    """Cutoffs by which alpha of a message sees farther than the message's two atoms and the receiver's neighbours do:
+    1 where it depends on the neighbours of the sender, as a gate of atoms does."""
     grid: SphereGrid | None = None
     """The sphere that the gate attends on; None where there is none to show."""
 
     @abstractmethod
     def forward(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
-        """alpha of every edge, ``[E]`` or ``[E, H]``, from node features ``[N, D, C]`` (invariants: ``features[:, 0]``)."""
+        """alpha of every edge, ``[E]``, ``[E, H]`` or ``[E, P, H]``, from node features ``[N, D, C]``.
+
+        The first component of the features are the invariants, ``features[:, 0]``.
+        """
 
     def attention_maps(self, features: Tensor, edges: EdgesOfGate, chosen: Tensor | None = None) -> AttentionMaps:
         """What the gate looked at on its sphere, for pictures.

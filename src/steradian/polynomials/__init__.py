@@ -98,7 +98,9 @@ def _check_shapes(polynomial: Polynomial, inputs: Sequence[Tensor]) -> None:
     for operand, value in zip(polynomial.inputs, inputs):
         wrong = operand.period is not None and value.shape[-1] != operand.period
         if value.ndim != 2 + operand.has_channels or value.shape[1] != operand.dim or wrong:
-            expected = f"[rows, {operand.dim}, {operand.period or 'C'}]" if operand.has_channels else f"[rows, {operand.dim}]"
+            expected = (
+                f"[rows, {operand.dim}, {operand.period or 'C'}]" if operand.has_channels else f"[rows, {operand.dim}]"
+            )
             raise ValueError(f"input '{operand.name}' must be {expected}, got {list(value.shape)}")
 
 

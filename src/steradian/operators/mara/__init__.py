@@ -29,11 +29,12 @@ def gate_of(config: MARAConfig, spec: SlotSpec) -> SphereGate | ChannelGate:
     if config.form == "channel":
         return ChannelGate(
             spec,
-            None if config.heads == "C" else config.heads,
+            spec.num_channels if config.heads == "C" else config.heads,
             config.inputs,
             config.hidden_dim,
             config.activation,
             config.where,
+            resolution=config.resolution,
             frozen_projections=config.frozen_projections,
             sphere=_intrinsic(config, spec, where="edge") if config.attends else None,
         )
@@ -41,7 +42,8 @@ def gate_of(config: MARAConfig, spec: SlotSpec) -> SphereGate | ChannelGate:
         if config.dropout:
             raise ValueError("dropout belongs to frame 'lab'; set model.edge_gate.dropout to 0")
         return _intrinsic(config, spec, gate=config.gate, where=config.where)
-    own: dict[str, Any] = {name: getattr(config, name) for name in ("gate", "where", "dropout", "normalize", "residual")}
+    names = ("gate", "where", "dropout", "normalize", "residual")
+    own: dict[str, Any] = {name: getattr(config, name) for name in names}
     return MARA(spec.num_channels, field=config.field or "distance", **own, **_shared(config))
 
 

@@ -1,16 +1,21 @@
-r"""The channel gate: an invariant number for every channel of every message, exact under rotations and reflections.
+r"""The channel gate: invariant numbers for paths and channels of every message, exact under rotations and reflections.
 
 With :math:`h^l` the degree-l features of an atom, :math:`Y^l` the harmonics of the edge's direction, b its radial
-basis times envelope and d hidden numbers,
+basis times envelope, d hidden numbers and :math:`A_i^l = \sum_j R(r_{ij}) (W h_j^0) Y^l / \sqrt{\bar n}` the density of
+the receiver's neighbours,
 
 .. math::
     x = \frac{W_i h_i^0 + W_j h_j^0}{\sqrt C} + \frac{W_r b(r_{ij})}{\sqrt R}
         + \sum_{l \ge 1} \frac{(h_i^l U_l + h_j^l V_l) \cdot Y^l}{\sqrt{3 (2 l + 1) C}}
+        + \sum_{l \ge 1} \frac{(A_i^l T_l) \cdot Y^l}{\sqrt{3 (2 l + 1) d}}
 
-    α_c = g(W_{gate}\, s(W_2\, s(x) / \sqrt d))_c, \qquad s(x) = 1.679\, \mathrm{silu}(x)
+    α_{pk} = g(W_{gate}\, s(W_2\, s(x) / \sqrt d))_{pk}, \qquad s(x) = 1.679\, \mathrm{silu}(x)
+
+and the weight of path p and channel c of the message is multiplied by :math:`α_{pk}`, k = c modulo the number of heads.
 
 :math:`h^l \cdot Y^l` is the signal on the sphere of :mod:`steradian.operators.mara.intrinsic` read at the edge's own
-direction: the sharp limit of attention on the sphere. ``W_gate`` starts at zero, so alpha is exactly 1.
+direction: the sharp limit of attention on the sphere. The density gives directions to a first layer, whose features
+have none, and higher degrees to the others. ``W_gate`` starts at zero, so alpha is exactly 1.
 """
 
 from __future__ import annotations
@@ -35,6 +40,9 @@ from steradian.radial import SILU_SECOND_MOMENT
 
 __all__ = ["ACTIVATIONS", "ChannelGate"]
 
+#: Heads of a gate that is not told how many: one vector of float32, so that code reads a gate once for all channels.
+MOST_HEADS = 16
+
 #: alpha of z; all are 1 at zero. The last two are positive, the second is bounded by 2, the last by exp(3).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda z: 1 + z,
@@ -44,32 +52,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @cache
-def sum_polynomial(degrees: tuple[int, ...], radial: bool) -> Polynomial:
-    """``x = a_i + b_j + r + sum_lm (a_i,lm + b_j,lm) Y_lm`` of tables of both atoms whose blocks are these degrees.
+def sum_polynomial(receiver: tuple[int, ...], sender: tuple[int, ...], radial: bool) -> Polynomial:
+    """``x = a_i0 + b_j0 + r + sum_lm (a_i,lm + b_j,lm) Y_lm`` of tables of both atoms whose blocks are these degrees.
 
-    A block of degree 0 is added as it is. Operands: tables of the receiver and the sender ``[N, B, d]``, harmonics
-    ``[E, (l_max + 1)^2]`` and, with ``radial``, ``[Q, 1, d]``.
+    Operands: tables of the receiver and the sender ``[N, B, d]``, harmonics ``[E, (l_max + 1)^2]`` and, with
+    ``radial``, ``[Q, 1, d]``. A block of degree 0 is added as it is.
     """
-    dim = sum(2 * degree + 1 for degree in degrees)
-    plain, along, place = [], [], 0
-    for degree in degrees:
-        for component in range(2 * degree + 1):
-            if degree:
-                along.append((place, degree**2 + component))
-            else:
-                plain.append((place,))
-            place += 1
-    top = max(degrees, default=0)
-    operands = [Operand("receiver", dim), Operand("sender", dim), Operand("harmonics", (top + 1) ** 2, False)]
+    top = max((*receiver, *sender), default=0)
+    operands = [Operand("harmonics", (top + 1) ** 2, False)]
     terms = []
-    for side in (0, 1):
-        if plain:
-            terms.append(Terms((side,), np.array(plain), np.zeros(len(plain), int), np.ones(len(plain))))
-        if along:
-            terms.append(Terms((side, 2), np.array(along), np.zeros(len(along), int), np.ones(len(along))))
+    for name, degrees in (("receiver", receiver), ("sender", sender)):
+        if not degrees:
+            continue
+        operand, places = len(operands), np.cumsum([0] + [2 * degree + 1 for degree in degrees])
+        operands.append(Operand(name, int(places[-1])))
+        for degree, place in zip(degrees, places):
+            component = np.arange(2 * degree + 1)
+            columns = np.stack([place + component, degree**2 + component], axis=1)
+            columns, factors = (columns, (operand, 0)) if degree else (columns[:, :1], (operand,))
+            terms.append(Terms(factors, columns, 0 * component, np.ones(len(component))))
     if radial:
+        terms.append(Terms((len(operands),), np.zeros((1, 1), int), np.zeros(1, int), np.ones(1)))
         operands.append(Operand("radial", 1))
-        terms.append(Terms((3,), np.zeros((1, 1), int), np.zeros(1, int), np.ones(1)))
     return Polynomial(tuple(operands), Operand("gate input", 1), tuple(terms))
 
 
@@ -78,10 +82,11 @@ class ChannelGate(WithRole, EdgeGate):
 
     Args:
         spec: the slot.
-        heads: H; None for one per channel.
+        heads: H; None for as many up to 16 as divide the channels. Channel c belongs to head c modulo H.
+        resolution: ``path``: every weight of a message has gates of its own; ``message``: all share them.
         inputs: of ``scalars`` (both atoms' invariants), ``radial``, ``projections`` (features along the edge),
-            ``density`` (of both atoms' neighbours along the edge: the elements around an atom, seen in the edge's
-            direction), ``sphere`` (pooled attention on the sphere).
+            ``density`` (of the receiver's neighbours: the elements around it, seen in the edge's direction),
+            ``sphere`` (pooled attention on the sphere).
         hidden_dim: d.
         activation: g, a name in :data:`ACTIVATIONS`.
         where: ``edge``, or ``node``: all messages of a sender get the mean of its gates, weighted by the envelope.
@@ -96,41 +101,49 @@ class ChannelGate(WithRole, EdgeGate):
         self,
         spec: SlotSpec,
         heads: int | None = None,
-        inputs: Sequence[str] = ("scalars", "radial", "projections"),
+        inputs: Sequence[str] = ("scalars", "radial", "projections", "density"),
         hidden_dim: int = 32,
         activation: str = "linear",
         where: str = "edge",
         *,
+        resolution: str = "path",
         frozen_projections: bool = False,
         sphere: IntrinsicMARA | None = None,
     ) -> None:
         super().__init__()
         channels = spec.num_channels
-        self.heads = channels if heads is None else heads
+        self.heads = heads or max(h for h in range(1, MOST_HEADS + 1) if channels % h == 0)
+        self.num_weights = spec.num_weights if resolution == "path" else 1
         if channels % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide the {channels} channels of host {spec.host}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not '{activation}'")
         if ("sphere" in inputs) != (sphere is not None):
             raise ValueError("the input 'sphere' and the attention belong together")
+        if where not in ("edge", "node"):
+            raise ValueError(f"where must be edge or node, not '{where}'")
+        if "density" in inputs and spec.l_max < 1:
+            raise ValueError(f"the input 'density' needs harmonics of degree 1: give host {spec.host} an l_max of 1")
         self.num_features, self.hidden_dim, self.activation, self.where = channels, hidden_dim, activation, where
         self.unit = spec.unit_weights
+        self.further_reach = int(where == "node")  # the mean is one over the sender's neighbours
         self.uses_radial = "radial" in inputs
         self._place_tables(spec, inputs)
         self.W_r = self._weight(spec.num_radial, hidden_dim) if self.uses_radial else None
-        directed = any(degree and parity == (-1) ** degree for degree, parity in spec.degrees)
-        dense = "density" in inputs or ("first-density" in inputs and not directed)
-        self.density = _Density(spec, hidden_dim, self._weight) if dense else None
+        self.density = _Density(spec, hidden_dim, self._weight) if "density" in inputs else None
         self.sphere = sphere
         if sphere is not None:
-            sphere.W_gate.requires_grad_(False)  # its heads are read before its own last step
+            # its heads are read before its own last step, so it has none to learn
+            dead = sphere.W_gate
+            del sphere.W_gate
+            sphere.register_buffer("W_gate", torch.zeros_like(dead), persistent=False)
             self.rotation, self.grid = sphere.rotation, sphere.grid
         self.W_a = self._weight(sphere.num_heads, hidden_dim) if sphere is not None else None
         self.W_2 = self._weight(hidden_dim, hidden_dim)
         if frozen_projections:
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
-        self.W_gate = nn.Parameter(torch.zeros(hidden_dim, self.heads))
+        self.W_gate = nn.Parameter(torch.zeros(hidden_dim, self.num_weights * self.heads))
 
     def _place_tables(self, spec: SlotSpec, inputs: Sequence[str]) -> None:
         """What is read of the node features: ``blocks`` of (degree, first component), and a matrix for each."""
@@ -141,10 +154,10 @@ class ChannelGate(WithRole, EdgeGate):
             self.blocks += [
                 (degree, start)
                 for (degree, parity), start in zip(spec.degrees, starts)
-                if degree and parity == (-1) ** degree
+                if 0 < degree <= spec.l_max and parity == (-1) ** degree
             ]
         # both sides of an edge with one product: W_i beside W_j, U beside V
-        self.tables = nn.ParameterList(self._weight(self.num_features, 2 * self.hidden_dim) for _ in self.blocks)
+        self.tables = nn.ParameterList(self._weight(spec.num_channels, 2 * self.hidden_dim) for _ in self.blocks)
 
     def _weight(self, size_in: int, size_out: int) -> nn.Parameter:
         start = torch.randn(size_in, size_out)
@@ -155,12 +168,13 @@ class ChannelGate(WithRole, EdgeGate):
         return weight if scale == 1.0 else weight * scale
 
     def summary(self) -> str:
-        return f"channel gate, {self.heads} heads; rotation: {self.rotation}"
+        what = f"{self.num_weights} x {self.heads}" if self.num_weights > 1 else str(self.heads)
+        return f"channel gate, {what} numbers per message; rotation: {self.rotation}"
 
     # -------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
-        """alpha of every edge, ``[E, H]``.
+        """alpha of every edge, ``[E, H]``, or ``[E, P, H]`` for every weight of a message.
 
         Args:
             features: ``[N, D, C]`` node features, invariants first.
@@ -175,6 +189,8 @@ class ChannelGate(WithRole, EdgeGate):
         hidden = silu(x) @ self._scaled(self.W_2, gain)
         z = silu(hidden) @ (self.W_gate * (gain * self.hidden_dim**-0.5))
         alpha = ACTIVATIONS[self.activation](z)
+        if self.num_weights > 1:
+            alpha = alpha.unflatten(1, (self.num_weights, self.heads))
         return alpha if self.where == "edge" else mean_at_senders(alpha, edges, features.shape[0])
 
     def _sum(self, features: Tensor, edges: EdgesOfGate) -> Tensor:
@@ -183,17 +199,17 @@ class ChannelGate(WithRole, EdgeGate):
             raise ValueError(
                 f"this gate was built for features [N, D, {self.num_features}], got {list(features.shape)}"
             )
-        tables = [
-            _product(features[:, start : start + 2 * degree + 1], self._matrix(number, degree), self.low)
-            for number, (degree, start) in enumerate(self.blocks)
-        ]
-        degrees = [degree for degree, _ in self.blocks]
+        receiver: dict[int, Tensor] = {}
+        sender: dict[int, Tensor] = {}
+        for number, (degree, start) in enumerate(self.blocks):
+            both = _product(features[:, start : start + 2 * degree + 1], self._matrix(number, degree), self.low)
+            for side, part in zip((receiver, sender), both.split(self.hidden_dim, dim=2)):
+                side[degree] = side[degree] + part if degree in side else part
         if self.density is not None:
-            tables += self.density(features, edges)
-            degrees += self.density.degrees
-        by_receiver, by_sender, pairs = _rows(edges, len(features))
-        if tables:
-            x = self._along(tables, tuple(degrees), edges, by_receiver, by_sender, pairs)
+            for degree, part in self.density(features, edges).items():
+                receiver[degree] = receiver[degree] + part if degree in receiver else part
+        if receiver or sender:
+            x = self._along(receiver, sender, edges)
         elif self.uses_radial:
             x = self._radial(edges, of_pairs=False)
         else:  # a first layer, whose features have no direction, with projections alone
@@ -202,29 +218,27 @@ class ChannelGate(WithRole, EdgeGate):
             x = x + self.sphere.pooled(features, edges) @ self._scaled(self.W_a)
         return x
 
-    def _along(
-        self,
-        tables: list[Tensor],
-        degrees: tuple[int, ...],
-        edges: EdgesOfGate,
-        by_receiver: Rows | Tensor,
-        by_sender: Rows | Tensor,
-        pairs: Rows | None,
-    ) -> Tensor:
-        table = tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)  # [N, B, 2 d]
-        size = (max(degrees) + 1) ** 2
+    def _along(self, receiver: dict[int, Tensor], sender: dict[int, Tensor], edges: EdgesOfGate) -> Tensor:
+        """The sum of what both atoms and the edge say, ``[E, d]``, from a table ``[N, 2 l + 1, d]`` per degree."""
+        by_receiver, by_sender, pairs = _rows(edges)
+        top = max(*receiver, *sender)
         harmonics = edges.harmonics
-        if size == 1:
-            harmonics = table.new_ones((len(edges.senders), 1))  # not read
-        if harmonics is None or harmonics.shape[1] < size:
-            raise ValueError(f"the gate reads harmonics up to degree {max(degrees)}, which these edges do not have")
-        given = [table[..., : self.hidden_dim], table[..., self.hidden_dim :], harmonics[:, :size]]
-        gathers: list[Rows | Tensor | None] = [by_receiver, by_sender, None]
+        if not top:
+            harmonics = edges.vectors.new_ones((len(edges.senders), 1))  # not read
+        if harmonics is None or harmonics.shape[1] < (top + 1) ** 2:
+            raise ValueError(f"the gate reads harmonics up to degree {top}, which these edges do not have")
+        given = [harmonics[:, : (top + 1) ** 2]]
+        gathers: list[Rows | Tensor | None] = [None]
+        for side, rows in ((receiver, by_receiver), (sender, by_sender)):
+            if side:
+                parts = [side[degree] for degree in sorted(side)]
+                given.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+                gathers.append(rows)
         if self.uses_radial:
             given.append(self._radial(edges, pairs is not None).unsqueeze(1))
             gathers.append(pairs)
-        x = evaluate(sum_polynomial(degrees, self.uses_radial), given, gathers=gathers)
-        return x.squeeze(1)
+        polynomial = sum_polynomial(tuple(sorted(receiver)), tuple(sorted(sender)), self.uses_radial)
+        return evaluate(polynomial, given, gathers=gathers).squeeze(1)
 
     def _matrix(self, number: int, degree: int) -> Tensor:
         weight = self.tables[number]
@@ -251,28 +265,29 @@ class _Density(nn.Module):
 
     def __init__(self, spec: SlotSpec, width: int, weight: Callable[[int, int], nn.Parameter]) -> None:
         super().__init__()
-        self.l_max = max(spec.l_max, 1)
+        self.l_max = spec.l_max
         self.product = ChannelwiseTensorProduct(natural_degrees(0), self.l_max, natural_degrees(self.l_max)[1:])
         self.degrees = list(range(1, self.l_max + 1))
         self.width, self.scale = width, spec.avg_num_neighbors**-0.5
         self.unit = spec.unit_weights
         self.W_h = weight(spec.num_channels, width)
         self.W_r = weight(spec.num_radial, self.product.num_paths * width)
-        self.tables = nn.ParameterList(weight(width, 2 * width) for _ in self.degrees)
+        self.tables = nn.ParameterList(weight(width, width) for _ in self.degrees)
 
     def _scaled(self, weight: Tensor, extra: float = 1.0) -> Tensor:
         return weight * (extra * (weight.shape[0] ** -0.5 if self.unit else 1.0))
 
-    def forward(self, features: Tensor, edges: EdgesOfGate) -> list[Tensor]:
-        """``[N, 2 l + 1, 2 d]`` for every degree."""
+    def forward(self, features: Tensor, edges: EdgesOfGate) -> dict[int, Tensor]:
+        """A table ``[N, 2 l + 1, d]`` for every degree l from 1."""
         scalars = features[:, :1] @ self._scaled(self.W_h, self.scale)
         radial = edges.pair_radial @ self._scaled(self.W_r)  # type: ignore[attr-defined]
-        summed = self.product(scalars, edges, radial.view(len(radial), -1, self.width))  # type: ignore[arg-type]
+        weights = radial.view(len(radial), self.product.num_paths, self.width)
+        summed = self.product(scalars, edges, weights)  # type: ignore[arg-type]
         parts = summed.split([2 * degree + 1 for degree in self.degrees], dim=1)
-        return [
-            part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
+        return {
+            degree: part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
             for part, degree, table in zip(parts, self.degrees, self.tables)
-        ]
+        }
 
 
 def _product(block: Tensor, matrix: Tensor, low: torch.dtype | None) -> Tensor:
@@ -281,7 +296,7 @@ def _product(block: Tensor, matrix: Tensor, low: torch.dtype | None) -> Tensor:
     return (rows @ matrix).to(block.dtype).view(*block.shape[:-1], matrix.shape[1])
 
 
-def _rows(edges: EdgesOfGate, num_atoms: int) -> tuple[Rows | Tensor, Rows | Tensor, Rows | None]:
+def _rows(edges: EdgesOfGate) -> tuple[Rows | Tensor, Rows | Tensor, Rows | None]:
     """Receivers, senders and pairs as the polynomial wants them."""
     topology = edges.topology
     if topology is None:

@@ -58,6 +58,7 @@ class SphereGate(WithRole, EdgeGate):
         grid.require_positive_weights("MARA's softmax")
         self.grid, self.num_features, self.hidden_dim, self.num_heads = grid, num_features, hidden_dim, num_heads
         self.field, self.where, self.gate = field, where, gate
+        self.further_reach = int(where == "node")
 
         field_scale = 0.5 / TYPICAL_FIELD[field]
         self.W_h = nn.Parameter(nn.init.xavier_uniform_(torch.empty(hidden_dim, num_features)))
@@ -136,7 +137,7 @@ class SphereGate(WithRole, EdgeGate):
 
 
 def mean_at_senders(alpha: Tensor, edges: EdgesOfGate, num_atoms: int) -> Tensor:
-    """:func:`steradian.operators.mara.paper.of_senders`, of ``[E]`` or ``[E, H]``; defined for atoms without neighbours.
+    """:func:`steradian.operators.mara.paper.of_senders`, of ``[E, ...]``; defined without neighbours, too.
 
     Raises:
         ValueError: edges without ``envelope``.
