@@ -388,9 +388,9 @@ def test_gates_are_reported_and_do_something(operator):
         return
     assert len(prediction.gates) == 2
     edges = cases.graph(cases.ethanol()).num_edges
-    shapes = {"mara-channel": (edges, 4), "mara-channel-all": (edges, 2)}
-    for alpha in prediction.gates:
-        assert alpha.shape == shapes.get(operator, (edges,))
+    heads = {"mara-channel": 4, "mara-channel-all": 2}.get(operator)
+    for alpha, num_paths in zip(prediction.gates, (3, 7)):
+        assert alpha.shape == ((edges, num_paths, heads) if heads else (edges,))
         assert torch.isfinite(alpha).all()
         assert (alpha > 0).all() or cases.OPERATORS[operator]["edge_gate"].activation == "linear"
         assert (alpha.std(0) > 0).all()

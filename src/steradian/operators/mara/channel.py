@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from steradian.compiler.activations import silu
 from steradian.equivariant.irreps import natural_degrees
-from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
+from steradian.equivariant.tensor_product import channelwise_polynomial
 from steradian.graph.topology import Rows
 from steradian.operators.base import AttentionMaps, EdgeGate, EdgesOfGate, SlotSpec
 from steradian.operators.mara.gate import mean_at_senders
@@ -248,10 +248,8 @@ class ChannelGate(WithRole, EdgeGate):
     def _radial(self, edges: EdgesOfGate, of_pairs: bool) -> Tensor:
         """``[Q, d]`` of pairs, or ``[E, d]``."""
         radial = edges.pair_radial if of_pairs else edges.radial  # type: ignore[attr-defined]
-        if radial is None:
-            raise ValueError("the gate reads edges.radial, which these edges do not have")
         assert self.W_r is not None
-        return radial @ self._scaled(self.W_r)
+        return _read(radial, "radial") @ self._scaled(self.W_r)
 
     def attention_maps(self, features: Tensor, edges: EdgesOfGate, chosen: Tensor | None = None) -> AttentionMaps:
         if self.sphere is None:
@@ -266,12 +264,13 @@ class _Density(nn.Module):
     def __init__(self, spec: SlotSpec, width: int, weight: Callable[[int, int], nn.Parameter]) -> None:
         super().__init__()
         self.l_max = spec.l_max
-        self.product = ChannelwiseTensorProduct(natural_degrees(0), self.l_max, natural_degrees(self.l_max)[1:])
+        # a product of its own: no role of the host's messages is meant for it
+        self.polynomial, _ = channelwise_polynomial(natural_degrees(0), self.l_max, natural_degrees(self.l_max)[1:])
         self.degrees = list(range(1, self.l_max + 1))
         self.width, self.scale = width, spec.avg_num_neighbors**-0.5
         self.unit = spec.unit_weights
         self.W_h = weight(spec.num_channels, width)
-        self.W_r = weight(spec.num_radial, self.product.num_paths * width)
+        self.W_r = weight(spec.num_radial, self.l_max * width)
         self.tables = nn.ParameterList(weight(width, width) for _ in self.degrees)
 
     def _scaled(self, weight: Tensor, extra: float = 1.0) -> Tensor:
@@ -279,15 +278,26 @@ class _Density(nn.Module):
 
     def forward(self, features: Tensor, edges: EdgesOfGate) -> dict[int, Tensor]:
         """A table ``[N, 2 l + 1, d]`` for every degree l from 1."""
+        by_receiver, by_sender, pairs = _rows(edges)
         scalars = features[:, :1] @ self._scaled(self.W_h, self.scale)
-        radial = edges.pair_radial @ self._scaled(self.W_r)  # type: ignore[attr-defined]
-        weights = radial.view(len(radial), self.product.num_paths, self.width)
-        summed = self.product(scalars, edges, weights)  # type: ignore[arg-type]
+        radial = _read(edges.radial if pairs is None else edges.pair_radial, "radial")  # type: ignore[attr-defined]
+        weights = (radial @ self._scaled(self.W_r)).view(len(radial), self.l_max, self.width)
+        harmonics = _read(edges.harmonics, "harmonics")[:, : (self.l_max + 1) ** 2]
+        gathers: list[Rows | Tensor | None] = [by_sender, None, pairs]
+        summed = evaluate(
+            self.polynomial, [scalars, harmonics, weights], gathers=gathers, scatter=by_receiver, num_rows=len(features)
+        )
         parts = summed.split([2 * degree + 1 for degree in self.degrees], dim=1)
         return {
             degree: part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
             for part, degree, table in zip(parts, self.degrees, self.tables)
         }
+
+
+def _read(part: Tensor | None, name: str) -> Tensor:
+    if part is None:
+        raise ValueError(f"the gate reads edges.{name}, which these edges do not have")
+    return part
 
 
 def _product(block: Tensor, matrix: Tensor, low: torch.dtype | None) -> Tensor:
