@@ -71,6 +71,7 @@ def toy_sections(folder: Path, name: str = "run") -> dict[str, Any]:
                 "cutoff_A": 4.0,
                 "radial_mlp": [8],
                 "radial": {"num": 4},
+                "message_scale": "mean",
             },
             "edge_gate": {
                 "kind": "mara",
