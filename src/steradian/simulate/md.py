@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,11 @@ def run_md(
             potential = load_potential(potential, device=place)
         copy = atoms.copy()
         copy.calc = None
-        run = _Run(potential.to(place), copy, files, steps, settings, report)
+        potential = potential.to(place)
+        if settings.rotation_average is not None:
+            potential.average_rotations(settings.rotation_average)
+        settings = replace(settings, rotation_average=potential.rotation_average)
+        run = _Run(potential, copy, files, steps, settings, report)
         try:
             start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume)
         except DataError as error:  # positions that no list of neighbours can be made of
