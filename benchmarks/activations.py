@@ -11,7 +11,8 @@ Hosts with random weights, 5 to 60 neighbours per atom, in four ways:
 
 Sizes are root mean squares over atoms, channels and seeds; the exponent p of ``size ~ neighbours^p`` is a least-squares
 fit, 0 where a rule makes the size independent of the number of neighbours. Energies are those of atoms less that of the
-isolated atom.
+isolated atom. "Over basis" is what a division by the root of ``sum_j |b(r_ij)|^2`` (b the radial basis times envelope,
+mean over atoms) would give.
 
     OMP_NUM_THREADS=1 python benchmarks/activations.py
     python benchmarks/activations.py --table          the tables of the documentation, from the JSON
@@ -32,9 +33,10 @@ from steradian.build import build_potential
 from steradian.config import parse_config
 from steradian.data.statistics import DatasetStatistics
 from steradian.evaluation.activations import Activation, activations, random_structures
-from steradian.graph import batch_graphs
+from steradian.graph import Edges, batch_graphs
 from steradian.graph.neighbors import make_graph
 from steradian.graph.structures import Structure
+from steradian.hosts.base import message_divisor
 from steradian.potential import Potential
 
 NEIGHBORS = (5, 10, 20, 40, 60)
@@ -109,6 +111,20 @@ def environment(potential: Potential, chosen: list[Structure]) -> dict[str, floa
     }
 
 
+def basis_norm(potential: Potential, chosen: list[Structure]) -> float:
+    """Mean over atoms of ``sum_j |b(r_ij)|^2``, b the radial basis times envelope."""
+    seen: list[Edges] = []
+
+    def look(_: Any, given: tuple[Any, ...]) -> None:
+        seen.extend(each for each in given if isinstance(each, Edges))
+
+    (first, *_) = potential.host.get_submodule("layers").children()
+    handle = first.register_forward_pre_hook(look)
+    potential(batch_graphs([make_graph(structure, potential.cutoff) for structure in chosen]), forces=False)
+    handle.remove()
+    return float(seen[0].radial.square().sum() / seen[0].num_atoms)
+
+
 def groups(found: list[Activation]) -> dict[str, float]:
     """Squares of the sizes of messages, by name."""
     last = max(entry.layer for entry in found if entry.layer is not None)
@@ -130,7 +146,7 @@ def sizes(host: dict[str, Any], scale: str, kind: str, num_seeds: int) -> dict[s
         return None
     rows, counts = [], []
     for neighbors in NEIGHBORS[1:] if kind == "crystal" else NEIGHBORS:
-        cutoff, squares, edges = cutoff_of(kind, neighbors), [], []
+        cutoff, squares, edges, norms = cutoff_of(kind, neighbors), [], [], []
         for seed in range(num_seeds):
             like = model(host, scale, cutoff, neighbors, seed)
             assert like is not None
@@ -139,8 +155,12 @@ def sizes(host: dict[str, Any], scale: str, kind: str, num_seeds: int) -> dict[s
             edges.append(sum(graph.num_edges for graph in graphs) / sum(graph.num_atoms for graph in graphs))
             potential = model(host, scale, cutoff, edges[-1], seed)
             assert potential is not None
+            norms.append(basis_norm(potential, chosen))
             squares.append(groups(activations(potential, chosen)) | environment(potential, chosen))
         rows.append({name: np.mean([square[name] for square in squares]) ** 0.5 for name in squares[0]})
+        if "first l > 0" in rows[-1]:  # had it been divided by the root of what the basis sums up to
+            divisor = message_divisor(scale, float(np.mean(edges)))
+            rows[-1]["first l > 0 over basis"] = rows[-1]["first l > 0"] * divisor / np.mean(norms) ** 0.5
         counts.append(np.mean(edges))
     log = np.log(counts)
     exponents = {name: float(np.polyfit(log, np.log([row[name] for row in rows]), 1)[0]) for name in rows[0]}
@@ -153,7 +173,7 @@ def sizes(host: dict[str, Any], scale: str, kind: str, num_seeds: int) -> dict[s
 
 def table(content: dict[str, Any], kind: str) -> str:
     """Exponents as Markdown, and the sizes at some 20 neighbours."""
-    names = ["first scalars", "first l > 0", "last scalars", "last l > 0", "energy", "forces"]
+    names = ["first scalars", "first l > 0", "last scalars", "last l > 0", "energy", "forces", "first l > 0 over basis"]
     heads = [*names, "first l > 0 at 20 neighbours"]
     lines = [f"| {kind}: host, scale | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for row in content["rows"]:
