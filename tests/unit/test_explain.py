@@ -102,6 +102,7 @@ def test_maxima_are_named_by_their_neighbour():
     along_x = int(np.argmax(POINTS @ [1.0, 0, 0]))
     (axes,) = panels(sphere_picture(result((0.5, 0.6), peak=along_x), 1))
     assert axes.get_xlabel() == "★1 3, 5° from H2"
+    assert axes.get_title() == "layer 1, around C1: 1 to 3\nα of its messages from 0.521 to 0.537"
     opposite = int(np.argmax(POINTS @ [0, -1.0, 0]))
     (axes,) = panels(sphere_picture(result((0.5, 0.6), peak=opposite), 1))
     assert axes.get_xlabel() == "★1 3, 90° from C0"
@@ -134,13 +135,16 @@ def test_gates_per_channel_show_mean_and_spread():
         titles = [axes.get_title() for axes in panels(picture(given))]
         assert titles[0] == "layer 1: mean α from 0.76 to 0.84\nsingle channels from 0.47 to 1.16"
         assert titles[1].startswith("layer 2: mean α from 1.33 to 1.47")
-        assert titles[2].startswith("layer 1: spread over channels from 0.2")
+        assert titles[2].startswith("layer 1: spread over channels\nfrom 0.2")
         assert len(titles) == 4
     norms = [axes.collections[0].norm for axes in panels(molecule_picture(given))]
     assert (norms[0].vmin, norms[0].vmax) == (norms[1].vmin, norms[1].vmax)
     assert (norms[2].vmin, norms[2].vmax) == (norms[3].vmin, norms[3].vmax)
     assert norms[2].vmin == 0.0
     assert norms[2].vmax == pytest.approx(given.layers[1].spread.max())
+    (low,) = panels(molecule_picture(per_channel((-0.004, 1.1))))[:1]
+    assert low.get_title().endswith("single channels from 0.00 to 1.10")  # not -0.00
+    assert panels(distance_picture(per_channel((-0.5, 1.1))))[0].get_title().endswith("from −0.50 to 1.10")
     with pytest.raises(ValueError, match="attend on no sphere"):
         sphere_picture(given, 1)
 

@@ -61,7 +61,7 @@ def _range(entry: LayerAttention) -> str:
 def _from_to(values: np.ndarray) -> str:
     low, high = values.min(), values.max()
     digits = 2 if high - low > 0.05 else 3 if high - low > 0.005 else 4
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+    return " to ".join(f"{round(float(value), digits) + 0.0:.{digits}f}" for value in (low, high)).replace("-", "−")
 
 
 def _alike(result: AttentionResult) -> list[str]:
@@ -108,7 +108,7 @@ def molecule_picture(result: AttentionResult) -> Figure:
         norm = Normalize(0.0, max(ALIKE, *(float(spread.max()) for spread in spreads)))
         for axes, entry in zip(panels[1], result.layers):
             _molecule(axes, result, points, radii, entry.spread, norm, "viridis_r")
-            axes.set_title(f"layer {entry.layer + 1}: spread over channels from {_from_to(entry.spread)}", color=INK)
+            axes.set_title(f"layer {entry.layer + 1}: spread over channels\nfrom {_from_to(entry.spread)}", color=INK)
         mappable = ScalarMappable(norm, "viridis_r")
         figure.colorbar(mappable, ax=list(panels[1]), shrink=0.75, label="standard deviation of α over channels")
     notes = ["the half of a line next to an atom is the message that it receives", *_alike(result)]
@@ -232,7 +232,8 @@ def sphere_picture(result: AttentionResult, atom: int) -> Figure:
         axes.set_yticklabels([])
         axes.grid(alpha=0.3)
         axes.set_title(
-            f"layer {entry.layer + 1}, around {_name(result.structure, atom)}: {value.min():.3g} to {value.max():.3g}",
+            f"layer {entry.layer + 1}, around {_name(result.structure, atom)}: {value.min():.3g} to {value.max():.3g}\n"
+            f"{'mean ' if entry.channels.shape[1] > 1 else ''}α of its messages from {_from_to(entry.alpha[mine])}",
             color=INK,
         )
         panels.append(axes)
@@ -266,11 +267,15 @@ def _neighbours(axes: Axes, result: AttentionResult, mine: np.ndarray) -> None:
     longitude, latitude = _angles(result.vectors[mine] / result.lengths[mine, None])
     axes.scatter(longitude, latitude, s=46, c="white", edgecolors="black", linewidths=1.2, zorder=3)
     nearest = np.argsort(result.lengths[mine])[:8]  # more would overlap
-    for index in nearest:
+    before, below = None, False
+    for index in nearest[np.argsort(longitude[nearest])]:
+        close = before is not None and longitude[index] - longitude[before] < 0.3
+        below = bool(close and abs(latitude[index] - latitude[before]) < 0.2 and not below)  # names side by side
+        before = index
         axes.annotate(
             _name(result.structure, result.senders[mine[index]]),
             (longitude[index], latitude[index]),
-            xytext=(5, 5),
+            xytext=(5, -13 if below else 5),
             textcoords="offset points",
             fontsize=8,
             zorder=4,
@@ -342,7 +347,7 @@ def distance_picture(result: AttentionResult) -> Figure:
         high = max(high, *(float((entry.alpha + entry.spread).max()) for entry in result.layers))
         for axes, entry in zip(panels[1], result.layers):
             _scatter(axes, result, entry.spread)
-            axes.set_title(f"layer {entry.layer + 1}: spread over channels from {_from_to(entry.spread)}", color=INK)
+            axes.set_title(f"layer {entry.layer + 1}: spread over channels\nfrom {_from_to(entry.spread)}", color=INK)
         top = max(ALIKE, *(float(entry.spread.max()) for entry in result.layers))
         panels[1, 0].set_ylim(0.0, 1.05 * top)
         panels[1, 0].set_ylabel("standard deviation of α\nover channels")
