@@ -129,15 +129,11 @@ def run_md(
         chosen = _engine(engine, place, files if resume else None)
         if not resume:
             files.check_free(overwrite)
-        if not isinstance(potential, Potential):
-            potential = load_potential(potential, device=place)
+        model = _model(potential, place, settings)
+        settings = replace(settings, rotation_average=model.rotation_average)
         copy = atoms.copy()
         copy.calc = None
-        potential = potential.to(place)
-        if settings.rotation_average is not None:
-            potential.average_rotations(settings.rotation_average)
-        settings = replace(settings, rotation_average=potential.rotation_average)
-        run = _Run(potential, copy, files, steps, settings, report)
+        run = _Run(model, copy, files, steps, settings, report)
         try:
             start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume)
         except DataError as error:  # positions that no list of neighbours can be made of
@@ -145,6 +141,14 @@ def run_md(
         log = files.read_log()
     drift = energy_drift(log["time_fs"], log["total_eV"], len(atoms))
     return MDResult(files.folder, max(start, steps), drift, float(log["temperature_K"].mean()))
+
+
+def _model(potential: Potential | Path | str, place: torch.device, settings: MDSettings) -> Potential:
+    if not isinstance(potential, Potential):
+        potential = load_potential(potential, device=place)
+    if settings.rotation_average is not None:
+        potential.average_rotations(settings.rotation_average)
+    return potential.to(place)
 
 
 def choose_device(device: torch.device | str, potential: Potential | Path | str = "") -> torch.device:
