@@ -65,6 +65,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "channel-exp": gate(activation="exp"),
     "channel-undirected": gate(inputs=["scalars", "radial"]),
     "channel-density": gate(inputs=[*INPUTS, "density"]),
+    "channel-density-first": gate(inputs=[*INPUTS, "first-density"]),
+    "channel-density-64": gate(inputs=[*INPUTS, "density"], hidden_dim=64),
+    "channel-density-only": gate(inputs=["scalars", "radial", "density"]),
+    "channel-density-exp": gate(inputs=[*INPUTS, "density"], activation="exp"),
+    "channel-density-heads-8": gate(inputs=[*INPUTS, "density"], heads=8),
+    "channel-density-scalar": gate(inputs=[*INPUTS, "density"], heads=1),
     "channel-sphere": gate(
         inputs=[*INPUTS, "sphere"], kernel="polynomial", grid={"kind": "lebedev", "num_points": 26}, num_heads=4
     ),
@@ -178,11 +184,17 @@ DATA: dict[str, Any] = {name: rmd17(name) for name in ("ethanol", "uracil", "asp
 
 
 def plan() -> Iterator[Run]:
-    """The runs in the order in which they tell most."""
-    for seed, variant in itertools.product((0, 1), ("bare", "channel", "mean")):
-        yield Run("scale", "ethanol", "mace", variant, 50, seed)
-    for variant in ("scale-1.5", "learned", "channel-density", "channel-exp", "channel-sigmoid"):
-        yield Run("screen", "ethanol", "mace", variant, 50, 0)
+    """The runs in the order in which they tell most; 50 epochs to compare forms, as long as it pays for the claim."""
+    screened = (
+        *("channel", "channel-density", "channel-exp", "channel-sigmoid", "channel-density-first"),
+        *("channel-density-only", "channel-density-64", "channel-density-heads-8", "channel-density-exp"),
+        *("channel-sphere", "channel-undirected", "channel-density-scalar"),
+        *("scalar", "heads-4", "heads-8", "channel-64", "channel-node", "channel-only-sphere"),
+        *("published", "published-intrinsic", "wider"),
+    )
+    for seed in (0, 1):
+        for variant in ("bare", "channel", "mean", *screened[1:]):
+            yield Run("screen", "ethanol", "mace", variant, 50, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -374,6 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["list", "run", "table"])
     parser.add_argument("--part", nargs="+", help="of the study; all if left out")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these, so that two processes can share the work")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop cleanly after so many")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gate")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
@@ -382,7 +395,11 @@ def main() -> None:
     if arguments.action == "table":
         table(arguments)
         return
-    chosen = [run for run in plan() if not arguments.part or run.part in arguments.part]
+    chosen = [
+        run
+        for run in plan()
+        if (not arguments.part or run.part in arguments.part) and (not arguments.seeds or run.seed in arguments.seeds)
+    ]
     if arguments.action == "list":
         print("\n".join(f"{'done' if run.result.exists() else '    '} {run.part:8} {run.name}" for run in chosen))
         return

@@ -152,7 +152,7 @@ class NoGate(Section):
     kind: Literal["none"] = "none"
 
 
-GateInput = Literal["scalars", "radial", "projections", "density", "sphere"]
+GateInput = Literal["scalars", "radial", "projections", "density", "first-density", "sphere"]
 
 
 class MARAConfig(Section):

@@ -118,7 +118,9 @@ class ChannelGate(WithRole, EdgeGate):
         self.uses_radial = "radial" in inputs
         self._place_tables(spec, inputs)
         self.W_r = self._weight(spec.num_radial, hidden_dim) if self.uses_radial else None
-        self.density = _Density(spec, hidden_dim, self._weight) if "density" in inputs else None
+        directed = any(degree and parity == (-1) ** degree for degree, parity in spec.degrees)
+        dense = "density" in inputs or ("first-density" in inputs and not directed)
+        self.density = _Density(spec, hidden_dim, self._weight) if dense else None
         self.sphere = sphere
         if sphere is not None:
             sphere.W_gate.requires_grad_(False)  # its heads are read before its own last step
