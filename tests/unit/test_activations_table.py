@@ -55,7 +55,8 @@ def test_energies_and_messages_are_those_of_the_model():
     model = potential(MACEConfig(**SMALL, correlation=2))
     structure = cases.ethanol()
     seen = {}
-    handle = model.host.layers[1].linear_message.register_forward_hook(lambda *given: seen.update(messages=given[2].detach()))
+    layer = model.host.layers[1].linear_message
+    handle = layer.register_forward_hook(lambda *given: seen.update(messages=given[2].detach()))
     prediction = model(make_graph(structure, 4.0), forces=False)
     handle.remove()
     found = activations(model, [structure])

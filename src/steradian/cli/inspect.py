@@ -117,9 +117,10 @@ def activations_of(potential: Any, data: str | None) -> tuple[Table, dict[str, l
         structures, what = random_structures(potential), "random structures"
     else:
         structures, what = read(data, KeysConfig(), UnitsConfig(), ())[:20], data
-    both = [activations(model, structures) for model in (with_random_weights(potential), potential)]
+    start, trained = (activations(model, structures) for model in (with_random_weights(potential), potential))
     title = f"Activations on {len(structures)} structures ({what})"
-    return activation_table(*both, title), dict(zip(("start", "trained"), ([asdict(a) for a in b] for b in both)))
+    content = {"start": [asdict(entry) for entry in start], "trained": [asdict(entry) for entry in trained]}
+    return activation_table(start, trained, title), content
 
 
 def audit(potential: Any, data: str) -> None:

@@ -211,7 +211,11 @@ def sphere_picture(result: AttentionResult, atom: int) -> Figure:
     Raises:
         ValueError: no gate attends on a sphere, there is no such atom, or it has no neighbours.
     """
-    layers = [entry for entry in result.layers if entry.profile is not None]
+    layers = [
+        (entry, entry.profile, entry.points)
+        for entry in result.layers
+        if entry.profile is not None and entry.points is not None
+    ]
     if not layers:
         raise ValueError("the gates of this model attend on no sphere, so there are no directions to show")
     if not 0 <= atom < len(result.structure.numbers):
@@ -221,13 +225,13 @@ def sphere_picture(result: AttentionResult, atom: int) -> Figure:
         raise ValueError(f"atom {atom} has no neighbours within the cutoff; choose another with --atom")
     count = len(layers)
     figure = Figure(figsize=(6.4 * count, 5.0), layout="constrained")
-    values = [_shared(entry.points, entry.profile[mine].mean(0)) for entry in layers]
+    values = [_shared(points, profile[mine].mean(0)) for _, profile, points in layers]
     norm, panels = _around_one(values), []
-    for panel, (entry, value) in enumerate(zip(layers, values)):
+    for panel, ((entry, _, points), value) in enumerate(zip(layers, values)):
         axes = figure.add_subplot(1, count, panel + 1, projection="mollweide")
-        colors = _sphere_map(axes, entry.points, value, norm)
+        colors = _sphere_map(axes, points, value, norm)
         _neighbours(axes, result, mine)
-        axes.set_xlabel(_maxima(axes, result, mine, entry.points, value), color=INK, fontsize=9)
+        axes.set_xlabel(_maxima(axes, result, mine, points, value), color=INK, fontsize=9)
         axes.set_xticklabels([])
         axes.set_yticklabels([])
         axes.grid(alpha=0.3)
