@@ -81,6 +81,12 @@ MUTATIONS = [
     Mutation("bernstein-slope", "(gradient[..., 1:] - gradient[..., :-1]) * lower", "(gradient[..., :-1] - gradient[..., 1:]) * lower", CONTRACT + "'central_difference and o3mpnn-none'"),
     Mutation("table-cubic-term", "slope_low + slope_high - 2 * rise", "slope_low - slope_high - 2 * rise", UNIT + "test_equivariant.py"),
     Mutation("table-first-slope", "(-25, 48, -36, 16, -3)", "(-25, 48, -36, 16, -2)", UNIT + "test_equivariant.py"),
+    Mutation("rotation-average-vectors", "strained, vectors, cell = _turned(strained, turns), _turned(vectors, turns), _turned(cell, turns)", "strained, vectors, cell = _turned(strained, turns), _turned(vectors, turns[:1].expand_as(turns)), _turned(cell, turns)", UNIT + "test_rotation_average.py"),
+    Mutation("rotation-average-share", "share = 1.0 / len(self.rotations)", "share = 1.0 / len(turns)", UNIT + "test_rotation_average.py"),
+    Mutation("rotation-group-fivefold", "2 * math.pi * turn / 5", "2 * math.pi * turn / 6", UNIT + "test_rotation_average.py"),
+    Mutation("copies-of-pairs", "behind(pairs.of_edge, pairs.count)", "behind(pairs.of_edge, known.num_edges)", UNIT + "test_rotation_average.py"),
+    Mutation("activations-per-degree", "zip(degrees, counts or (1,) * len(degrees))]", "zip(degrees[::-1], counts or (1,) * len(degrees))]", UNIT + "test_activations_table.py"),
+    Mutation("attention-per-channel", "return self.channels.std(1)", "return self.channels.std(0)[:1].repeat(len(self.channels))", UNIT + "test_explain.py"),
     Mutation("silu-gain", "SILU_SECOND_MOMENT = 1.67", "SILU_SECOND_MOMENT = 1.65", PARITY + "test_mace_torch.py"),
     # --------------------------------------------------------------------------------------------------- equivariant
     Mutation("harmonics-sign", "np.array([path[-1] for path in paths])))", "np.array([path[-1] for path in paths]) * (-1) ** (degree // 2)))", UNIT + "test_equivariant.py"),

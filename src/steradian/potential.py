@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from steradian.config import ModelConfig, PrecisionConfig
+from steradian.equivariant.rotations import rotation_group
 from steradian.graph import Graph, Prediction
+from steradian.graph.copies import copies_of
 from steradian.graph.topology import Rows, Topology
-from steradian.hosts.base import Host
+from steradian.hosts.base import Host, HostOutput
+from steradian.operators.base import Rotation, rotation_of
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ __all__ = ["Potential"]
 
 SYMBOLS_UP_TO = 118
 PLAIN = {torch.float32: "float32", torch.float64: "float64"}
+#: Edges of rotated copies that are evaluated together; more take memory and no less time.
+EDGES_AT_ONCE = 100_000
 
 
 class Potential(nn.Module):
@@ -48,6 +53,8 @@ class Potential(nn.Module):
         self.atom_references: Tensor
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
+        self.rotations: Tensor | None
+        self.register_buffer("rotations", None, persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
         self.self_test: Any = None  # a SelfTest of a converted model, until it is trained
@@ -78,6 +85,8 @@ class Potential(nn.Module):
         # Reference energies keep their digits whatever dtype the network is cast to.
         super()._apply(fn, recurse)
         self.atom_references = self._reference_tensor().to(self.atom_references.device)
+        if self.rotations is not None:
+            self.rotations = rotation_group(len(self.rotations)).to(self.atom_references.device)
         if self.dtype != self.policy.weights and self.dtype in PLAIN:  # all roles go with the weights
             self.set_precision(PLAIN[self.dtype])
         return self
@@ -99,6 +108,40 @@ class Potential(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def rotation(self) -> Rotation:
+        """How exactly energies keep when everything turns: what the worst of the operators declares."""
+        return rotation_of(self.host)
+
+    @property
+    def rotation_average(self) -> int | None:
+        """Number of rotations that predictions are averaged over, or None."""
+        return None if self.rotations is None else len(self.rotations)
+
+    def average_rotations(self, count: int | None) -> Potential:
+        """Predict the mean over the rotations of a group from now on, at so many times the cost; for inference.
+
+        Energies are averaged, and forces and stress are exact derivatives of the average. It does not change under
+        rotations of the group; under others it changes less the larger the group is.
+
+        Args:
+            count: 4, 12, 24 or 60, see :func:`steradian.equivariant.rotations.rotation_group`; None for no average.
+
+        Raises:
+            ValueError: another number, or a model that is exact under rotations as it is.
+        """
+        if count is None:
+            self.rotations = None
+            return self
+        rotations = rotation_group(count)
+        if self.rotation == "exact":
+            raise ValueError(
+                f"rotation_average: energies of this model do not turn with the atoms; an average over {count} "
+                f"rotations would cost {count} times as much and change nothing, so leave it out"
+            )
+        self.rotations = rotations.to(self.device)
+        return self
 
     def species(self, topology: Topology) -> Rows:
         """``[N]`` index into the table of elements.
@@ -148,15 +191,13 @@ class Potential(nn.Module):
             positions = self._centred(graph).requires_grad_(forces)
             cell = graph.cell.to(device=self.device, dtype=torch.float64)
             strain = torch.zeros_like(cell).requires_grad_(stress)
-            strained, cell_strained, vectors = _geometry(topology, positions, cell, strain if stress else None)
-            vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
-            inside = replace(graph, cell=cell_strained.to(policy.weights), topology=topology)
-            output = self.host(inside, species, strained.to(policy.weights), vectors)
-            if graph.share is not None:  # copies of other processes' atoms do not count
-                energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
-                output = replace(output, atom_energies=energies)
             wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
-            gradients = self._gradients(output.atom_energies, wanted)
+            inside = replace(graph, cell=cell, topology=topology)
+            parts = []
+            for turns in self._turns(graph):
+                output = self._output(inside, positions, strain if stress else None, turns)
+                parts.append((output, self._gradients(output.atom_energies, wanted)))
+            output, gradients = parts[0] if len(parts) == 1 else _sum(parts)
         references = self.atom_references.index_select(0, species.index)
         if graph.share is not None:
             references = torch.where(graph.share.owned, references, 0.0)
@@ -174,14 +215,53 @@ class Potential(nn.Module):
         )
         return prediction if self.training else _detached(prediction)
 
-    def for_inference(self, radial_table: bool = True, num_intervals: int = 512) -> Potential:
+    def _turns(self, graph: Graph) -> list[Tensor | None]:
+        """Rotations ``[T, 3, 3]`` in parts that are evaluated together; [None] where there is no average."""
+        if self.rotations is None:
+            return [None]
+        return list(self.rotations.split(max(1, EDGES_AT_ONCE // max(1, graph.num_edges))))
+
+    def _output(self, graph: Graph, positions: Tensor, strain: Tensor | None, turns: Tensor | None) -> HostOutput:
+        """What the host gives; with ``turns`` ``[T, 3, 3]``, these rotations' part of the mean over all of them."""
+        policy, topology = self.policy, graph.prepared()
+        strained, cell, vectors = _geometry(topology, positions, graph.cell, strain)
+        if turns is not None:
+            graph = copies_of(graph, len(turns))
+            strained, vectors, cell = _turned(strained, turns), _turned(vectors, turns), _turned(cell, turns)
+            if graph.dipoles is not None:
+                copies = graph.dipoles.view(len(turns), -1, 3).to(turns)
+                graph = replace(graph, dipoles=(copies @ turns.transpose(1, 2)).flatten(0, 1))
+        vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
+        inside = replace(graph, cell=cell.to(policy.weights))
+        output = self.host(inside, self.species(inside.prepared()), strained.to(policy.weights), vectors)
+        if graph.share is not None:  # copies of other processes' atoms do not count
+            energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
+            output = replace(output, atom_energies=energies)
+        if turns is None:
+            return output
+        assert self.rotations is not None
+        share = 1.0 / len(self.rotations)
+        energies, *gates = (
+            share * values.unflatten(0, (len(turns), -1)).sum(0) for values in (output.atom_energies, *output.gates)
+        )
+        return HostOutput(energies, tuple(gates))
+
+    def for_inference(
+        self, radial_table: bool = True, num_intervals: int = 512, *, rotation_average: int | None = None
+    ) -> Potential:
         """Freeze the weights and prepare what is the same in every call; :meth:`train` undoes it.
 
         Args:
             radial_table: interpolate the radial networks from a table. ``radial_table_error`` then holds the largest
                 error of a radial weight, relative to the largest one.
             num_intervals: of the table.
+            rotation_average: number of rotations to average over, see :meth:`average_rotations`; None leaves what is.
+
+        Raises:
+            ValueError: rotations that cannot be averaged over.
         """
+        if rotation_average is not None:
+            self.average_rotations(rotation_average)
         self._frozen += [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.eval().requires_grad_(False)
         if radial_table:
@@ -189,9 +269,9 @@ class Potential(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Potential:
-        """As :meth:`torch.nn.Module.train`; weights frozen by :meth:`for_inference` can be trained again."""
+        """As :meth:`torch.nn.Module.train`; what :meth:`for_inference` froze can be trained again."""
         if mode:
-            self.self_test = None
+            self.self_test = self.rotations = None
         if mode and self._frozen:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
@@ -238,6 +318,20 @@ def _geometry(
         system = topology.system.index_select(0, topology.receivers)
         vectors = vectors + _by_system(topology.shifts.to(vectors.dtype), cell, system)
     return positions, cell, vectors
+
+
+def _turned(rows: Tensor, turns: Tensor) -> Tensor:
+    """``[T * M, ..., 3]`` rows ``[M, ..., 3]`` turned by every rotation ``[T, 3, 3]``."""
+    return torch.einsum("tij,m...j->tm...i", turns, rows).flatten(0, 1)
+
+
+def _sum(parts: list[tuple[HostOutput, list[Tensor]]]) -> tuple[HostOutput, list[Tensor]]:
+    """Parts of a mean, and of its derivatives, together."""
+    outputs = [output for output, _ in parts]
+    energies = sum(output.atom_energies for output in outputs)
+    gates = tuple(sum(several) for several in zip(*(output.gates for output in outputs)))
+    gradients = [sum(several) for several in zip(*(gradients for _, gradients in parts))]
+    return HostOutput(energies, gates), gradients  # type: ignore[arg-type]
 
 
 def _by_system(rows: Tensor, matrices: Tensor, system: Tensor) -> Tensor:

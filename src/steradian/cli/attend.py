@@ -32,28 +32,25 @@ def attend(
     steradian attend runs/mace-mara molecule.xyz --out attention
     """
     from steradian.build import load_potential
-    from steradian.evaluation.attention import (
-        attention_of,
-        central_atom,
-        distance_picture,
-        molecule_picture,
-        sphere_picture,
-    )
+    from steradian.evaluation.attention import attention_of, central_atom
+    from steradian.evaluation.attention_pictures import distance_picture, molecule_picture, sphere_picture
     from steradian.evaluation.plots import save
 
     with results(out):
         potential = load_potential(model)
         chosen = read_one(structure)
         result = attention_of(potential, chosen)
-        figures = {
-            "messages.png": molecule_picture(result),
-            "sphere.png": sphere_picture(result, central_atom(chosen) if atom is None else atom),
-            "distance.png": distance_picture(result),
-        }
+        figures = {"messages.png": molecule_picture(result), "distance.png": distance_picture(result)}
+        if result.has_sphere:
+            figures["sphere.png"] = sphere_picture(result, central_atom(chosen) if atom is None else atom)
+        elif atom is not None:
+            raise ValueError("--atom: the gates of this model attend on no sphere, so leave it out")
         result.save(out / "attention.npz")
         for name, figure in figures.items():
             save(figure, out / name)
     show(result)
+    if not result.has_sphere:
+        say("the gates attend on no sphere (list 'sphere' in model.edge_gate.inputs for that): there is no sphere.png")
     say(f"wrote {', '.join(figures)} and attention.npz to {out}")
 
 
@@ -79,8 +76,10 @@ def show(result: Any) -> None:
     from rich.table import Table
 
     numbers = result.structure.numbers
-    table = Table(title="messages (sender → receiver, α, distance)")
-    for heading in ("layer", "mean α", "strongest", "weakest"):
+    mean = ", mean over channels" if result.per_channel else ""
+    table = Table(title=f"messages (sender → receiver, α{mean}, distance)")
+    spread = ["spread over channels"] if result.per_channel else []
+    for heading in ("layer", "mean α", *spread, "strongest", "weakest"):
         table.add_column(heading)
 
     def spelled(alpha: Any, edges: Any) -> str:
@@ -96,6 +95,7 @@ def show(result: Any) -> None:
         table.add_row(
             str(entry.layer + 1),
             f"{entry.alpha.mean():.3f}",
+            *([f"{entry.spread.mean():.3f}"] if result.per_channel else []),
             spelled(entry.alpha, order[::-1][:3]),
             spelled(entry.alpha, order[:3]),
         )

@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from steradian.graph.structures import Structure
     from steradian.potential import Potential
 
-__all__ = ["Progress", "Stopped", "check_json", "load", "parsed_units", "read", "read_atoms", "results", "say", "show"]
+__all__ = [
+    "Progress",
+    "RotationAverage",
+    "Stopped",
+    "check_json",
+    "load",
+    "parsed_units",
+    "read",
+    "read_atoms",
+    "results",
+    "say",
+    "show",
+]
 
 BUNDLED = "bundled:"
 DATA_HELP = "Labelled structures: extxyz, npz and others, or bundled:malonaldehyde (its test frames)."
@@ -48,6 +60,12 @@ Precision = Annotated[
     str | None,
     typer.Option("--precision", "--dtype", help="float64, float32, mixed, half or tf32.", show_default="as trained"),
 ]
+RotationAverage = Annotated[
+    int | None,
+    typer.Option(
+        help="Average over 4, 12, 24 or 60 rotations, for models tied to the laboratory axes.", show_default="none"
+    ),
+]
 Worst = Annotated[int, typer.Option(min=1, help="How many of the worst structures are listed.")]
 Seed = Annotated[int, typer.Option(help="Of random numbers: rotations, bootstrap, velocities.")]
 Results = Annotated[Path | None, typer.Option(help="Folder for report.html, pictures, JSON and npz.")]
@@ -61,11 +79,11 @@ SPELLED = str.maketrans(
 # ----------------------------------------------------------------------------------------------------------- input
 
 
-def load(path: Path, device: str, precision: str | None) -> Potential:
+def load(path: Path, device: str, precision: str | None, rotation_average: int | None = None) -> Potential:
     """A potential for inference.
 
     Raises:
-        ValueError: no such device or precision, or a file that is no model.
+        ValueError: no such device, precision or average, or a file that is no model.
     """
     import torch
 
@@ -78,7 +96,8 @@ def load(path: Path, device: str, precision: str | None) -> Potential:
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: not available here; try --device cpu") from None
-    return load_potential(path, device=place, precision=precision).for_inference(radial_table=False)
+    potential = load_potential(path, device=place, precision=precision)
+    return potential.for_inference(radial_table=False, rotation_average=rotation_average)
 
 
 def read(data: str, keys: KeysConfig, units: UnitsConfig, require: tuple[str, ...]) -> list[Structure]:

@@ -52,13 +52,14 @@ def evaluate(
     batch: common.Batch = 32,
     device: common.Device = "cpu",
     precision: common.Precision = None,
+    rotation_average: common.RotationAverage = None,
     seed: common.Seed = 0,
 ) -> None:
     """Errors of a model: MAE, RMSE, Q95, Q99 and MAX, in all, per element and per configuration type."""
     keys = KeysConfig(energy=energy_key, forces=forces_key, stress=stress_key, config_type=config_type_key)
     require = ("energy",) if energy_only else ("energy", "forces")
     with results(out, check_json(json)):
-        potential = load(model, device, precision)
+        potential = load(model, device, precision, rotation_average)
         structures = read(data, keys, parsed_units(units), require)
         wanted = Wanted(structures, require, batch, worst, rotations, seed)
         found = evaluated(potential, model, name or model_name(model), wanted)
@@ -181,6 +182,7 @@ def settings_of(potential: Potential) -> dict[str, str]:
         "elements": ", ".join(chemical_symbols[number] for number in potential.elements),
         "trained on": f"{statistics.num_frames} structures",
         "precision": potential.policy.name,
+        **({"mean over rotations": str(potential.rotation_average)} if potential.rotation_average else {}),
     }
 
 

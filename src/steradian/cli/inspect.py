@@ -24,6 +24,17 @@ def inspect(
             "--rotations", metavar="DATA", help="Audit rotations on these structures (or bundled:malonaldehyde)."
         ),
     ] = None,
+    activations: Annotated[
+        bool,
+        typer.Option("--activations", help="Sizes of messages, features and energies, at the start and as trained."),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Structures for --activations (or bundled:malonaldehyde).",
+            show_default="random ones with the training set's number of neighbours",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show host, operators, elements, parameters and the statistics of the training set.
@@ -32,12 +43,18 @@ def inspect(
     """
     from steradian.build import load_potential
 
+    if data is not None and not activations:
+        raise ValueError("--data: belongs to --activations; add that")
     potential = load_potential(model)
     rows = describe(model, potential)
+    sizes = activations_of(potential, data) if activations else None
     if json:
-        typer.echo(dumps(dict(rows), indent=1, ensure_ascii=False))
+        content: dict[str, Any] = dict(rows)
+        if sizes is not None:
+            content["activations"] = sizes[1]
+        typer.echo(dumps(content, indent=1, ensure_ascii=False))
     else:
-        show([Table(plain(str(model)), ("", ""), rows, num_labels=2)])
+        show([Table(plain(str(model)), ("", ""), rows, num_labels=2), *([sizes[0]] if sizes else [])])
     if rotations is not None:
         audit(potential, rotations)
 
@@ -84,6 +101,26 @@ def parts(potential: Any) -> dict[str, int]:
         part = pieces[2] if pieces[0] == "layers" else pieces[0]
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
+
+
+def activations_of(potential: Any, data: str | None) -> tuple[Table, dict[str, list[dict[str, Any]]]]:
+    """Sizes at the start and as trained, as a table and as plain data.
+
+    Raises:
+        ValueError: structures that cannot be read, or with an element that the model does not know.
+    """
+    from dataclasses import asdict
+
+    from steradian.evaluation.activations import activation_table, activations, random_structures, with_random_weights
+
+    if data is None:
+        structures, what = random_structures(potential), "random structures"
+    else:
+        structures, what = read(data, KeysConfig(), UnitsConfig(), ())[:20], data
+    start, trained = (activations(model, structures) for model in (with_random_weights(potential), potential))
+    title = f"Activations on {len(structures)} structures ({what})"
+    content = {"start": [asdict(entry) for entry in start], "trained": [asdict(entry) for entry in trained]}
+    return activation_table(start, trained, title), content
 
 
 def audit(potential: Any, data: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steradian.cli.common import Model, Precision, Progress, load, read_atoms, say
+from steradian.cli.common import Model, Precision, Progress, RotationAverage, load, read_atoms, say
 
 if TYPE_CHECKING:
     from steradian.simulate.md import MDResult
@@ -29,6 +29,9 @@ class Engine(enum.StrEnum):
     device = "device"
 
 
+Reason = Annotated[str, typer.Option(help="Why a time step above 10 fs is meant.", show_default=False)]
+
+
 def md(
     model: Model,
     structure: Annotated[Path, typer.Argument(help="Start; any file that ASE reads.", show_default=False)],
@@ -44,10 +47,9 @@ def md(
         Engine, typer.Option(help="ASE's integrators, or positions that stay on the device; auto: device on a GPU.")
     ] = Engine.auto,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    timestep_reason: Annotated[
-        str, typer.Option(help="Why a time step above 10 fs is meant.", show_default=False)
-    ] = "",
+    timestep_reason: Reason = "",
     precision: Precision = None,
+    rotation_average: RotationAverage = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
@@ -67,6 +69,7 @@ def md(
         seed=seed,
         save_every=save_every,
         timestep_reason=timestep_reason,
+        rotation_average=rotation_average,
     )
     place = choose_device(device)
     try:

@@ -221,7 +221,7 @@ class NequIP(ConvolutionHost):
         make_mixer: MixerFactory = empty_slot,
     ) -> None:
         super().__init__()
-        self.cutoff = config.cutoff_A
+        self.config, self.cutoff = config, config.cutoff_A
         self.l_max = config.l_max
         self.envelope_p = config.radial.envelope_p
         if config.radial.kind == "bessel":  # published: 2 pi n sinc(n r / r_c) / r_c^2

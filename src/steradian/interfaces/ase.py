@@ -15,6 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from steradian.build import load_potential
 from steradian.config import PrecisionConfig
 from steradian.execution.backend_benchmark import prepare_backend
+from steradian.execution.frame_notice import tell_of_frame
 from steradian.execution.steps import Runner
 from steradian.graph import Graph, Prediction
 from steradian.graph.neighbors import make_graph
@@ -44,9 +45,12 @@ class SteradianCalculator(Calculator):
         radial_table: interpolate the radial networks, which depend on the distance alone, from a table of 512
             intervals; ``calculator.potential.radial_table_error`` is the largest relative error of a weight (about
             1e-7). The weights of the potential are frozen until its ``train()`` is called.
+        rotation_average: average over 4, 12, 24 or 60 rotations
+            (:meth:`~steradian.potential.Potential.average_rotations`), for models tied to the laboratory axes, whose
+            energy otherwise turns with the atoms; at the first use of such a model one line says so.
 
     Raises:
-        ValueError: an element the model was not trained on, or a negative skin.
+        ValueError: an element the model was not trained on, a negative skin, or rotations that cannot be averaged over.
     """
 
     implemented_properties = [  # noqa: RUF012 (ASE declares it so)
@@ -66,6 +70,7 @@ class SteradianCalculator(Calculator):
         precision: str | PrecisionConfig | None = None,
         skin: float = 0.0,
         radial_table: bool = True,
+        rotation_average: int | None = None,
         **ase_arguments: Any,
     ) -> None:
         super().__init__(**ase_arguments)
@@ -73,7 +78,7 @@ class SteradianCalculator(Calculator):
             raise ValueError(f"skin must not be negative, got {skin} Å")
         if not isinstance(potential, Potential):
             potential = load_potential(potential, device=device, dtype=dtype, precision=precision)
-        self.potential = potential.to(device).for_inference(radial_table)
+        self.potential = potential.to(device).for_inference(radial_table, rotation_average=rotation_average)
         self.skin = skin
         self.num_lists = 0
         self.on_device = self.potential.device.type == "cuda"
@@ -91,6 +96,7 @@ class SteradianCalculator(Calculator):
     ) -> None:
         """Compute all properties of the atoms at once."""
         super().calculate(atoms, properties, system_changes)
+        tell_of_frame(self.potential)
         present: Atoms = self.atoms  # type: ignore[assignment]
         periodic = bool(present.pbc.all())
         steady, self._before = self._before is None or _same_system(present, self._before), present.copy()

@@ -32,6 +32,7 @@ __all__ = [
     "empty_slot",
     "in_layer",
     "no_operator",
+    "rotation_of",
 ]
 
 Rotation = Literal["exact", "quadrature", "lab_frame"]
@@ -235,6 +236,12 @@ class GlobalMixer(Operator):
 def declares(model: nn.Module, fact: str) -> bool:
     """Whether any module of a model declares a fact, such as ``needs_system_sizes``."""
     return any(getattr(module, fact, False) for module in model.modules())
+
+
+def rotation_of(model: nn.Module) -> Rotation:
+    """What the least exact operator of a model declares of rotations; ``exact`` where there is no operator."""
+    found = {module.rotation for module in model.modules() if isinstance(module, Operator)}
+    return next((kind for kind in ("lab_frame", "quadrature") if kind in found), "exact")
 
 
 GateFactory = Callable[[SlotSpec], EdgeGate | None]

@@ -25,6 +25,7 @@ from ase import Atoms
 from torch import Tensor
 
 from steradian.execution.backend_benchmark import prepare_backend
+from steradian.execution.frame_notice import tell_of_frame
 from steradian.execution.recording import record
 from steradian.graph import Graph, Prediction
 from steradian.graph.skin import Capacity, DeviceList, HostList, Needs
@@ -116,6 +117,7 @@ class DeviceMD:
     ) -> None:
         if not systems:
             raise SimulationError("no systems to simulate")
+        tell_of_frame(field)
         for atoms in systems:
             check_start(atoms)
         self.field, self.systems, self.settings = field, [atoms.copy() for atoms in systems], settings

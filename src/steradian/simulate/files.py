@@ -227,6 +227,8 @@ class MDSettings:
         save_every: steps between frames of the trajectory and lines of the log.
         restart_every: steps between restart points.
         skin: of the neighbour list [Å].
+        rotation_average: rotations that energies are averaged over (see
+            :meth:`steradian.potential.Potential.average_rotations`), or None.
         timestep_reason: why the time step is longer than :data:`LONGEST_TIMESTEP`; not compared.
 
     Raises:
@@ -242,6 +244,7 @@ class MDSettings:
     restart_every: int = 100
     skin: float = 0.5
     timestep_reason: str = ""
+    rotation_average: int | None = None
 
     def __post_init__(self) -> None:
         if self.ensemble not in ENSEMBLES:

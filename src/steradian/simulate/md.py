@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,11 @@ def run_md(
         chosen = _engine(engine, place, files if resume else None)
         if not resume:
             files.check_free(overwrite)
-        if not isinstance(potential, Potential):
-            potential = load_potential(potential, device=place)
+        model = _model(potential, place, settings)
+        settings = replace(settings, rotation_average=model.rotation_average)
         copy = atoms.copy()
         copy.calc = None
-        run = _Run(potential.to(place), copy, files, steps, settings, report)
+        run = _Run(model, copy, files, steps, settings, report)
         try:
             start = {"ase": _run_ase, "device": _run_on_device}[chosen](run, resume)
         except DataError as error:  # positions that no list of neighbours can be made of
@@ -141,6 +141,14 @@ def run_md(
         log = files.read_log()
     drift = energy_drift(log["time_fs"], log["total_eV"], len(atoms))
     return MDResult(files.folder, max(start, steps), drift, float(log["temperature_K"].mean()))
+
+
+def _model(potential: Potential | Path | str, place: torch.device, settings: MDSettings) -> Potential:
+    if not isinstance(potential, Potential):
+        potential = load_potential(potential, device=place)
+    if settings.rotation_average is not None:
+        potential.average_rotations(settings.rotation_average)
+    return potential.to(place)
 
 
 def choose_device(device: torch.device | str, potential: Potential | Path | str = "") -> torch.device:
