@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steradian.config import ModelConfig, PrecisionConfig
-from steradian.graph import Graph, Prediction
+from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.topology import Rows, Topology
-from steradian.hosts.base import Host
+from steradian.hosts.base import Host, HostOutput
+from steradian.operators.base import declares
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["Potential"]
 
 SYMBOLS_UP_TO = 118
+HESSIAN_EDGES = 20_000
+"""Edges of all copies of a system that rows of its Hessian are worked out with at a time."""
+NO_VIRIALS = (
+    "there are no virials of atoms with attention between all atoms, whose energy is not a sum over neighbours; "
+    "the virial of the whole system is right"
+)
 PLAIN = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -129,34 +137,39 @@ class Potential(nn.Module):
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
 
-    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
+    def forward(
+        self, graph: Graph, *, forces: bool = True, stress: bool = False, virials: bool = False
+    ) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
 
         Args:
             graph: systems with neighbours up to at least :attr:`cutoff`.
             forces: give forces.
-            stress: give the stress (zero for systems without a cell).
-        """
-        with _undisturbed(self.device.type):
-            return self._predict(_outside_inference_mode(graph), forces, stress)
+            stress: give the virial and the stress (zero for systems without a cell).
+            virials: give the virials of atoms too.
 
-    def _predict(self, graph: Graph, forces: bool, stress: bool) -> Prediction:
+        Raises:
+            ValueError: virials of atoms of a model with attention between all atoms, whose energy is not a sum over
+                pairs of neighbours.
+        """
+        if virials and declares(self.host, "is_global"):
+            raise ValueError(NO_VIRIALS)
+        with _undisturbed(self.device.type):
+            return self._predict(_outside_inference_mode(graph), forces, stress, virials)
+
+    def _predict(self, graph: Graph, forces: bool, stress: bool, virials: bool) -> Prediction:
         topology = graph.prepared()
         species = self.species(topology)
         policy = self.policy
-        with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
-            positions = self._centred(graph).requires_grad_(forces)
-            cell = graph.cell.to(device=self.device, dtype=torch.float64)
-            strain = torch.zeros_like(cell).requires_grad_(stress)
-            strained, cell_strained, vectors = _geometry(topology, positions, cell, strain if stress else None)
-            vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
-            inside = replace(graph, cell=cell_strained.to(policy.weights), topology=topology)
-            output = self.host(inside, species, strained.to(policy.weights), vectors)
-            if graph.share is not None:  # copies of other processes' atoms do not count
-                energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
-                output = replace(output, atom_energies=energies)
-            wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
-            gradients = self._gradients(output.atom_energies, wanted)
+        differentiated = forces or stress or virials
+        with torch.set_grad_enabled(torch.is_grad_enabled() or differentiated), policy.matrix_units():
+            geometry = self._geometry(graph, topology)
+            if differentiated:
+                for leaf in geometry:
+                    leaf.requires_grad_(True)
+            output = self._output(graph, topology, species, geometry)
+            energies = output.atom_energies
+            gradients = Gradients.of(energies, geometry, create_graph=self.training) if differentiated else None
         references = self.atom_references.index_select(0, species.index)
         if graph.share is not None:
             references = torch.where(graph.share.owned, references, 0.0)
@@ -164,15 +177,80 @@ class Potential(nn.Module):
         per_system = atom_energies.new_zeros((2, graph.num_systems))
         both = torch.stack([atom_energies, references.to(policy.energy)])
         interaction, reference = per_system.index_add(1, graph.system, both).to(torch.float64)
+        virial = gradients.virial(topology, geometry) if gradients is not None and stress else None
+        per_atom = gradients.virials(topology, geometry) if gradients is not None and virials else None
         prediction = Prediction(
             energy=interaction + reference,
             atom_energies=atom_energies + references,
             interaction_energy=interaction,
-            forces=-gradients.pop(0).to(policy.forces) if forces else None,
-            stress=_stress(gradients.pop(0), cell).to(policy.forces) if stress else None,
+            forces=gradients.forces(topology).to(policy.forces) if gradients is not None and forces else None,
+            stress=None if virial is None else _stress(virial, geometry.cell.detach()).to(policy.forces),
+            virial=virial,
+            virials=None if per_atom is None else per_atom[0],
+            centroid_virials=None if per_atom is None else per_atom[1],
             gates=output.gates,
         )
         return prediction if self.training else _detached(prediction)
+
+    def _geometry(self, graph: Graph, topology: Topology) -> Geometry:
+        """Edge vectors, positions and cells in float64, tensors of their own."""
+        positions = self._centred(graph)
+        cell = graph.cell.detach().to(device=self.device, dtype=torch.float64, copy=True)
+        return Geometry(_edge_vectors(topology, positions, cell), positions, cell)
+
+    def _output(self, graph: Graph, topology: Topology, species: Rows, geometry: Geometry) -> HostOutput:
+        """Interaction energies of the atoms that count."""
+        policy = self.policy
+        vectors = geometry.vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
+        inside = replace(graph, cell=geometry.cell.to(policy.weights), topology=topology)
+        output = self.host(inside, species, geometry.positions.to(policy.weights), vectors)
+        if graph.share is not None:  # copies of other processes' atoms do not count
+            output = replace(output, atom_energies=torch.where(graph.share.owned, output.atom_energies, 0.0))
+        return output
+
+    def hessian(self, graph: Graph, *, chunk: int | None = None) -> Tensor:
+        """Second derivatives of the energy by positions: ``[3 N, 3 N]`` [eV/Å^2], symmetric to rounding.
+
+        Rows come from differentiating the forces once more; ``chunk`` copies of the system are evaluated side by side,
+        and each gives one row at a time. Tables of radial networks are not used.
+
+        Args:
+            graph: one system.
+            chunk: rows at a time, which bounds the memory; None for as many as have :data:`HESSIAN_EDGES` edges.
+
+        Raises:
+            ValueError: several systems, or no row at a time.
+        """
+        if graph.num_systems != 1:
+            raise ValueError(f"a Hessian is that of one system, not of {graph.num_systems}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        size = 3 * graph.num_atoms
+        chunk = max(1, min(size, chunk or HESSIAN_EDGES // max(1, graph.num_edges)))
+        exact = copy.deepcopy(self).train().eval()  # train() takes tables of radial networks away
+        found = self.atom_references.new_zeros((size, size))
+        with _undisturbed(self.device.type), torch.enable_grad():
+            copies = batch_graphs([_outside_inference_mode(graph).to(self.device)] * chunk) if size else graph
+            positions, forces = exact._differentiable_forces(copies)
+            for first in range(0, size, chunk):
+                rows = min(chunk, size - first)
+                asked = torch.zeros((chunk, size), dtype=forces.dtype, device=forces.device)
+                asked[torch.arange(rows), torch.arange(first, first + rows)] = -1.0
+                if forces.requires_grad:
+                    (part,) = torch.autograd.grad(forces, positions, asked.view(-1, 3), retain_graph=True)
+                    found[first : first + rows] = part.view(chunk, size)[:rows]
+        return found
+
+    def _differentiable_forces(self, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Positions ``[N, 3]`` and forces ``[N, 3]`` that can be differentiated by them."""
+        topology = graph.prepared()
+        with self.policy.matrix_units():
+            positions, cell = self._centred(graph).requires_grad_(True), graph.cell.to(self.device, torch.float64)
+            # nodes of their own: the partial derivatives are those by edge vectors and by what is seen directly
+            geometry = Geometry(_edge_vectors(topology, positions, cell), positions.view_as(positions), cell)
+            output = self._output(graph, topology, self.species(topology), geometry)
+            gradients = Gradients.of(output.atom_energies, geometry, create_graph=True)
+        return positions, gradients.forces(topology)
 
     def for_inference(self, radial_table: bool = True, num_intervals: int = 512) -> Potential:
         """Freeze the weights and prepare what is the same in every call; :meth:`train` undoes it.
@@ -213,31 +291,86 @@ class Potential(nn.Module):
             positions = positions - (sums / counts).index_select(0, graph.system)
         return positions
 
-    def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        if not wanted:
-            return []
-        if not atom_energies.requires_grad:
-            return [torch.zeros_like(tensor) for tensor in wanted]
-        found = torch.autograd.grad(
-            atom_energies.sum(), wanted, create_graph=self.training, allow_unused=True, materialize_grads=True
-        )
-        return list(found)
+
+class Geometry(NamedTuple):
+    """What a host sees of positions and cells, taken as independent of each other.
+
+    Attributes:
+        vectors: ``[E, 3]`` from receiver to sender [Å].
+        positions: ``[N, 3]`` [Å].
+        cell: ``[S, 3, 3]`` [Å].
+    """
+
+    vectors: Tensor
+    positions: Tensor
+    cell: Tensor
 
 
-def _geometry(
-    topology: Topology, positions: Tensor, cell: Tensor, strain: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
-    if strain is not None:
-        symmetric = 0.5 * (strain + strain.transpose(1, 2))
-        positions = positions + _by_system(positions, symmetric, topology.system)
-        cell = cell + cell @ symmetric
+class Gradients(NamedTuple):
+    """Derivatives of the energy by a :class:`Geometry`; None where the host does not look.
+
+    Most hosts see edge vectors alone. Then everything follows from the pull ``-dE/dr_ij`` of every edge: a force on its
+    sender, the opposite one on its receiver, and a virial ``r_ij (-dE/dr_ij)``.
+    """
+
+    vectors: Tensor
+    positions: Tensor | None
+    cell: Tensor | None
+
+    @classmethod
+    def of(cls, energies: Tensor, geometry: Geometry, *, create_graph: bool) -> Gradients:
+        """Of the sum of energies ``[N]``."""
+        given = [tensor for tensor in geometry if tensor.requires_grad]
+        found: list[Tensor | None] = [None] * len(given)
+        if energies.requires_grad:
+            found = list(torch.autograd.grad(energies.sum(), given, create_graph=create_graph, allow_unused=True))
+        vectors, positions, cell = (*found, None)[:3]
+        return cls(torch.zeros_like(geometry.vectors) if vectors is None else vectors, positions, cell)
+
+    def forces(self, topology: Topology) -> Tensor:
+        """``[N, 3]`` [eV/Å]."""
+        none = self.vectors.new_zeros((topology.num_atoms, 3))
+        pulled = none.index_add(0, topology.receivers, self.vectors)
+        forces = pulled - none.index_add(0, topology.senders, self.vectors)
+        return forces if self.positions is None else forces - self.positions
+
+    def virial(self, topology: Topology, geometry: Geometry) -> Tensor:
+        """``[S, 3, 3]`` [eV], minus the derivative by a symmetric strain of positions and cell."""
+        size = topology.num_systems
+        found = geometry.cell.new_zeros((size, 3, 3))
+        rows = ((geometry.vectors, self.vectors, topology.receivers), (geometry.positions, self.positions, None))
+        for places, gradient, atom in rows:
+            if gradient is None:
+                continue
+            if size == 1:
+                found = found - (places.detach().T @ gradient).unsqueeze(0)
+                continue
+            system = topology.system if atom is None else topology.system.index_select(0, atom)
+            found = found.index_add(0, system, -_outer(places, gradient))
+        if self.cell is not None:
+            found = found - geometry.cell.detach().transpose(1, 2) @ self.cell
+        return 0.5 * (found + found.transpose(1, 2))
+
+    def virials(self, topology: Topology, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """``[N, 3, 3]`` [eV] twice: half of every edge's virial for both its ends, and all of it for its sender."""
+        of_edges = -_outer(geometry.vectors, self.vectors)
+        none = of_edges.new_zeros((topology.num_atoms, 3, 3))
+        at_senders = none.index_add(0, topology.senders, of_edges)
+        return 0.5 * (none.index_add(0, topology.receivers, of_edges) + at_senders), at_senders
+
+
+def _outer(places: Tensor, gradients: Tensor) -> Tensor:
+    return places.detach().unsqueeze(2) * gradients.unsqueeze(1)
+
+
+def _edge_vectors(topology: Topology, positions: Tensor, cell: Tensor) -> Tensor:
+    """``[E, 3]`` from receivers to senders [Å]."""
     vectors = positions.index_select(0, topology.senders) - positions.index_select(0, topology.receivers)
     if topology.is_periodic:
         assert topology.shifts is not None
         system = topology.system.index_select(0, topology.receivers)
         vectors = vectors + _by_system(topology.shifts.to(vectors.dtype), cell, system)
-    return positions, cell, vectors
+    return vectors
 
 
 def _by_system(rows: Tensor, matrices: Tensor, system: Tensor) -> Tensor:
@@ -267,12 +400,12 @@ def _outside_inference_mode(graph: Graph) -> Graph:
     return replace(graph, topology=None, **own)
 
 
-def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:
-    """(1/V) dE/d(strain) ``[S, 3, 3]``; zero where there is no cell."""
+def _stress(virial: Tensor, cell: Tensor) -> Tensor:
+    """-virial / V ``[S, 3, 3]``; zero where there is no cell."""
     volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(1).abs()
     periodic = volume > 0
     safe = torch.where(periodic, volume, torch.ones_like(volume))
-    return torch.where(periodic[:, None, None], strain_gradient / safe[:, None, None], 0.0)
+    return torch.where(periodic[:, None, None], -virial / safe[:, None, None], 0.0)
 
 
 def _detached(prediction: Prediction) -> Prediction:
@@ -286,6 +419,9 @@ def _detached(prediction: Prediction) -> Prediction:
         interaction_energy=prediction.interaction_energy.detach(),
         forces=free(prediction.forces),
         stress=free(prediction.stress),
+        virial=free(prediction.virial),
+        virials=free(prediction.virials),
+        centroid_virials=free(prediction.centroid_virials),
         gates=tuple(alpha.detach() for alpha in prediction.gates),
     )
 

@@ -163,6 +163,8 @@ class Operator(nn.Module, ABC):
     supports_pbc: bool = True
     needs_system_sizes: bool = False
     """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    is_global: bool = False
+    """An atom is told of others than its neighbours: the energy depends on positions and cell besides edge vectors."""
     asks_for_the_lattice: bool = False
     """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
     num_features: int | None = None
@@ -204,6 +206,7 @@ class GlobalMixer(Operator):
     """Adds an equivariant update from all atoms of a system to a layer's local update."""
 
     supports_pbc = False
+    is_global = True
     needs_system_sizes = True
     asks_for_the_lattice = True
 
