@@ -205,7 +205,8 @@ class Potential(nn.Module):
         inside = replace(graph, cell=geometry.cell.to(policy.weights), topology=topology)
         output = self.host(inside, species, geometry.positions.to(policy.weights), vectors)
         if graph.share is not None:  # copies of other processes' atoms do not count
-            output = replace(output, atom_energies=torch.where(graph.share.owned, output.atom_energies, 0.0))
+            energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
+            output = replace(output, atom_energies=graph.share.anchored(energies))
         return output
 
     def hessian(self, graph: Graph, *, chunk: int | None = None) -> Tensor:

@@ -24,7 +24,9 @@ TENSORS = EFA.model_copy(update={"tensor_integration": TensorIntegrationConfig(m
 MODELS = {
     "mace": ModelConfig(
         host=MACEConfig(num_channels=4, hidden_l=1, l_max=1, correlation=2, cutoff_A=CUTOFF, radial_mlp=[8]),
-        edge_gate=MARAConfig(frame="intrinsic", grid={"kind": "lebedev", "num_points": 50}, hidden_dim=8),
+        edge_gate=MARAConfig(
+            form="published", frame="intrinsic", grid={"kind": "lebedev", "num_points": 50}, hidden_dim=8
+        ),
         global_mixer=EFA,
         precision="float64",
     ),

@@ -462,6 +462,23 @@ class Share:
         """Sum over the processes, differentiable."""
         return sum_over_processes(values, self.group)
 
+    def from_owners(self, values: Tensor) -> Tensor:
+        """Values of atoms ``[N, ...]`` with those of copies as their owners have them, differentiable.
+
+        As they are here: a process lists the surroundings of its atoms so far out that what it finds for the copies that
+        matter is what their owners find.
+        """
+        return values
+
+    def anchored(self, energies: Tensor) -> Tensor:
+        """The same energies ``[N]``, whose derivative passes through everything that was exchanged."""
+        return energies
+
+
+def from_owners(values: Tensor, share: Share | None) -> Tensor:
+    """Sums over neighbours ``[N, ...]`` before neighbours see them: what owners have, where a system is shared."""
+    return values if share is None else share.from_owners(values)
+
 
 def sum_over_processes(values: Tensor, group: Any = None) -> Tensor:
     """Sum of a tensor over the processes of a group; all of them must call it, in the same order.

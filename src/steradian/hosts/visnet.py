@@ -23,7 +23,7 @@ from steradian.config import ViSNetConfig
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows, Topology
+from steradian.graph.topology import Rows, Topology, from_owners
 from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
@@ -459,7 +459,7 @@ class ViSNet(Host):
             scatter=edges.topology.by_receiver,
         )
         own = self.embedding.index_select(0, species)
-        scalars = self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1))
+        scalars = from_owners(self.combine(torch.cat([own, neighbors.squeeze(1)], dim=1)), edges.share)
         at_zero = self.radial_basis(edges.lengths.new_zeros(1), edges.lengths.new_ones(1))
         shapes = self.edge_filter(torch.cat([radial, at_zero]))
         shapes = torch.cat([shapes[:-1], shapes[-1:].expand(edges.num_atoms, -1)])
@@ -473,7 +473,9 @@ class ViSNet(Host):
         features, shared = scalars.unsqueeze(1), rows.links.of_pair
         size = dim(natural_degrees(self.l_max))
         gates = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if index:
+                features = from_owners(features, edges.share)
             update, edge_update, alpha = layer(features, filters, positions, edges, rows, shared)
             if features.shape[1] < size:
                 features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))

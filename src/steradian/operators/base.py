@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.sphere import SphereGrid
 from steradian.graph import Edges
-from steradian.graph.topology import Topology
+from steradian.graph.topology import Share, Topology
 
 __all__ = [
     "AttentionMaps",
@@ -113,6 +113,10 @@ class EdgesOfGate(Protocol):
     def topology(self) -> Topology | None:
         """What is prepared for these edges, which then are listed in order of their receivers."""
 
+    @property
+    def share(self) -> Share | None:
+        """Where the atoms are one process's part of a system, the atoms that it answers for."""
+
 
 class BareEdges(NamedTuple):
     """Edges of anybody's model, in any order."""
@@ -124,6 +128,7 @@ class BareEdges(NamedTuple):
     radial: Tensor | None = None
     harmonics: Tensor | None = None
     topology: Topology | None = None
+    share: Share | None = None
 
 
 class AttentionMaps(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from steradian.compiler.activations import silu
 from steradian.equivariant.irreps import natural_degrees
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct
-from steradian.graph.topology import Rows
+from steradian.graph.topology import Rows, from_owners
 from steradian.operators.base import AttentionMaps, EdgeGate, EdgesOfGate, SlotSpec
 from steradian.operators.mara.gate import mean_at_senders
 from steradian.operators.mara.intrinsic import IntrinsicMARA
@@ -266,7 +266,7 @@ class _Density(nn.Module):
         scalars = features[:, :1] @ self._scaled(self.W_h, self.scale)
         radial = edges.pair_radial @ self._scaled(self.W_r)  # type: ignore[attr-defined]
         summed = self.product(scalars, edges, radial.view(len(radial), -1, self.width))  # type: ignore[arg-type]
-        parts = summed.split([2 * degree + 1 for degree in self.degrees], dim=1)
+        parts = from_owners(summed, edges.share).split([2 * degree + 1 for degree in self.degrees], dim=1)
         return [
             part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
             for part, degree, table in zip(parts, self.degrees, self.tables)
