@@ -158,7 +158,8 @@ class Potential(nn.Module):
             return self._predict(_outside_inference_mode(graph), forces, stress, virials)
 
     def _predict(self, graph: Graph, forces: bool, stress: bool, virials: bool) -> Prediction:
-        topology = graph.prepared()
+        # what two opposite edges share would pull at one of them alone
+        topology = graph.prepared().without_pairs() if virials else graph.prepared()
         species = self.species(topology)
         policy = self.policy
         differentiated = forces or stress or virials

@@ -13,6 +13,7 @@ are given by whoever made the tensors, and :meth:`Topology.refresh` sorts new co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -297,6 +298,12 @@ class Topology:
             self._looked_for_pairs = True
             self._pairs = find_pairs(self.senders, self.receivers, self.shifts, self.num_atoms)
         return self._pairs
+
+    def without_pairs(self) -> Topology:
+        """The same, in which no edge is known to be the opposite of another one."""
+        alike = copy.copy(self)
+        alike._pairs, alike._looked_for_pairs, alike._prepared = None, True, {}
+        return alike
 
     # ----------------------------------------------------------------------------------------------- systems, elements
 
