@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
@@ -117,90 +115,123 @@ class Result:
 
     energy: float
     virial: np.ndarray
-    energies: np.ndarray
+    positions: np.ndarray
     forces: np.ndarray
-    virials: np.ndarray
-    centroid: np.ndarray
-    said: str
+    rows: np.ndarray
+    energies: np.ndarray | None = None
+    virials: np.ndarray | None = None
+    centroid: np.ndarray | None = None
 
 
 HEAD = """
+clear
 units {units}
 atom_style atomic
 boundary {boundary}
-box tilt large
+
 neighbor {skin} bin
 {extra}
 read_data {data}
 plugin load {plugin}
+{pair}
 """
-TAIL = """
-compute pa all pe/atom
+SYSTEM = """
 compute v all pressure NULL virial
-compute s all stress/atom NULL virial
-compute c all centroid/stress/atom NULL virial
 thermo_style custom step pe c_v[1] c_v[2] c_v[3] c_v[4] c_v[5] c_v[6] vol
 thermo_modify format float %.17g
-variable e equal pe
-dump d all custom 1 {dump} id fx fy fz c_pa c_s[*] c_c[*]
-dump_modify d sort id format float %.17g
 """
-ONLY_SYSTEM = "\ncompute v all pressure NULL virial\nthermo_style custom step pe c_v[1] c_v[2] c_v[3] c_v[4] c_v[5] c_v[6] vol\nthermo_modify format float %.17g\ndump d all custom 1 {dump} id fx fy fz\ndump_modify d sort id format float %.17g\n"
+ATOMS = """
+compute pa all pe/atom
+compute s all stress/atom NULL virial
+compute c all centroid/stress/atom NULL virial
+"""
 
 
-def head(atoms: Atoms, folder: Path, units: str = "metal", skin: float = 0.5, extra: str = "", free: str = "f") -> str:
-    boundary = " ".join("p" if each else free for each in atoms.pbc)
-    plugin = build_plugin(place()).path
-    return HEAD.format(units=units, boundary=boundary, skin=skin, extra=extra, data="data.lmp", plugin=plugin)
+@dataclass
+class Case:
+    """One structure with one model.
+
+    Attributes:
+        name: of its files.
+        atoms: their cell is lower triangular.
+        model: file.
+        symbols: element of every type.
+        box: ``[2, 3]`` corners, of structures without a cell.
+        per_atom: ask for energies and virials of atoms.
+        units, extra, skin, after, free: parts of the input.
+        pair: lines of the pair style; None for the plain ones.
+    """
+
+    name: str
+    atoms: Atoms
+    model: Path
+    symbols: tuple[str, ...] = ("H", "C", "O")
+    box: np.ndarray | None = None
+    per_atom: bool = True
+    units: str = "metal"
+    extra: str = ""
+    skin: float = 0.5
+    after: str = "run 0"
+    free: str = "f"
+    pair: str | None = None
+
+    def text(self, folder: Path) -> str:
+        """The input; writes the data file."""
+        write_data(folder / f"{self.name}.data", self.atoms, list(self.symbols), self.box)
+        boundary = " ".join("p" if each else self.free for each in self.atoms.pbc)
+        text = HEAD.format(
+            units=self.units,
+            boundary=boundary,
+            skin=self.skin,
+            extra=self.extra,
+            data=f"{self.name}.data",
+            plugin=build_plugin(place()).path,
+            pair=self.pair or f"pair_style steradian\npair_coeff * * {self.model} {' '.join(self.symbols)}",
+        )
+        columns = "c_pa c_s[*] c_c[*]" if self.per_atom else ""
+        text += SYSTEM + (ATOMS if self.per_atom else "")
+        text += f"dump d all custom 1 {self.name}.dump id x y z fx fy fz {columns}\n"
+        text += f"dump_modify d sort id format float %.17g\nprint 'CASE {self.name}'\n{self.after}\n"
+        return text
 
 
-def evaluate(
-    folder: Path,
-    atoms: Atoms,
-    model: Path,
-    symbols: list[str],
-    processes: int = 1,
-    units: str = "metal",
-    per_atom: bool = True,
-    style: str = "steradian",
-    coeff: str | None = None,
-    box: np.ndarray | None = None,
-    extra: str = "",
-    skin: float = 0.5,
-    after: str = "run 0",
-) -> Result:
-    """Energies, forces and virials of one structure."""
+def evaluate(folder: Path, cases: list[Case], processes: int = 1) -> dict[str, Result]:
+    """All cases in one run of LAMMPS."""
     folder.mkdir(exist_ok=True, parents=True)
-    write_data(folder / "data.lmp", atoms, symbols, box)
-    pair = coeff or f"pair_coeff * * {model} {' '.join(symbols)}"
-    text = head(atoms, folder, units, skin, extra) + f"pair_style {style}\n{pair}\n"
-    text += (TAIL if per_atom else ONLY_SYSTEM).format(dump="dump.out") + after + "\n"
-    said = lmp(folder, text, processes)
-    return parse(folder, said, len(atoms), units, per_atom)
+    said = lmp(folder, "".join(case.text(folder) for case in cases), processes)
+    parts = dict(part.split("\n", 1) for part in said.split("CASE ")[1:])
+    return {case.name: parse(folder, case, parts[case.name]) for case in cases}
 
 
-def parse(folder: Path, said: str, count: int, units: str, per_atom: bool = True) -> Result:
-    lines = said.splitlines()
-    at = max(number for number, line in enumerate(lines) if line.split()[:2] == ["Step", "PotEng"])
-    rows = [line.split() for line in lines[at + 1 :]]
-    values = []
-    for row in rows:
-        try:
-            values.append([float(each) for each in row])
-        except ValueError:
-            break
-    last = np.array(values[-1])
-    ev, bar, volume = 1 / KCAL[units], BAR[units], last[8]
-    virial = voigt(last[2:8]) * volume / bar * ev
-    text = (folder / "dump.out").read_text(encoding="utf-8").splitlines()[-count:] if count else []
+def parse(folder: Path, case: Case, said: str) -> Result:
+    """What the last step of a run printed."""
+    rows, at = [], None
+    for line in said.splitlines():
+        words = line.split()
+        if words[:2] == ["Step", "PotEng"]:
+            at = len(rows)
+        elif at is not None and len(words) == 9:
+            try:
+                rows.append([float(each) for each in words])
+            except ValueError:
+                at = None
+    last, count = np.array(rows[-1]), len(case.atoms)
+    ev, bar, volume = 1 / KCAL[case.units], BAR[case.units], last[8]
+    text = (folder / f"{case.name}.dump").read_text(encoding="utf-8").splitlines()[-count:]
     dump = np.array([[float(each) for each in line.split()] for line in text])
-    result = Result(last[1] * ev, virial, np.zeros(0), dump[:, 1:4] * ev, np.zeros(0), np.zeros(0), said)
-    if per_atom:
-        result.energies = dump[:, 4] * ev
+    result = Result(
+        energy=last[1] * ev,
+        virial=voigt(last[2:8]) * volume / bar * ev,
+        positions=dump[:, 1:4],
+        forces=dump[:, 4:7] * ev,
+        rows=np.array(rows),
+    )
+    if case.per_atom:
+        result.energies = dump[:, 7] * ev
         # stress times volume, of the other sign
-        result.virials = np.stack([voigt(-row) for row in dump[:, 5:11]]) / bar * ev
+        result.virials = np.stack([voigt(-row) for row in dump[:, 8:14]]) / bar * ev
         order = [0, 3, 4, 6, 1, 5, 7, 8, 2]
-        result.centroid = (-dump[:, 11:20])[:, order].reshape(-1, 3, 3) / bar * ev
+        result.centroid = (-dump[:, 14:23])[:, order].reshape(-1, 3, 3) / bar * ev
     return result
 
 
@@ -219,29 +250,22 @@ def truth(potential, atoms: Atoms, per_atom: bool = True):
     return potential(make_graph(structure, potential.cutoff), stress=True, virials=per_atom)
 
 
-def differences(found: Result, expected, per_atom: bool = True) -> dict[str, float]:
-    """Largest differences, energies and virials relative to the largest number."""
+def differences(found: Result, expected) -> dict[str, float]:
+    """Largest differences; of energies and virials relative to the largest number, or to 1."""
+
     def largest(a, b, relative=True):
-        b = np.asarray(b)
+        a, b = np.asarray(a), np.asarray(b)
         scale = max(np.abs(b).max(initial=0.0), 1.0) if relative else 1.0
-        return float(np.abs(np.asarray(a) - b).max(initial=0.0) / scale)
+        return float(np.abs(a - b).max(initial=0.0) / scale)
 
     out = {
         "energy": largest(found.energy, expected.energy[0].item()),
         "forces": largest(found.forces, expected.forces.numpy(), False),
         "virial": largest(found.virial, expected.virial[0].numpy()),
     }
-    if per_atom:
+    if found.energies is not None:
         half = expected.virials.numpy()
         out["energies"] = largest(found.energies, expected.atom_energies.numpy())
         out["virials"] = largest(found.virials, 0.5 * (half + half.transpose(0, 2, 1)))
         out["centroid"] = largest(found.centroid, expected.centroid_virials.numpy())
     return out
-
-
-def python() -> str:
-    return sys.executable
-
-
-def tensors(values) -> torch.Tensor:
-    return torch.as_tensor(values)

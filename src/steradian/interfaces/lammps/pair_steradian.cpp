@@ -129,7 +129,7 @@ class PairSteradian : public Pair {
         if (force->special_lj[i] == 0.0 && force->special_coul[i] == 0.0)
           error->all(FLERR, "pair_style steradian: special_bonds takes bonded pairs from the list of neighbours; "
                      "set special_bonds lj/coul 1 1 1");
-    if (neighbor->exclude)
+    if (neighbor->nex_type || neighbor->nex_group || neighbor->nex_mol)
       error->all(FLERR, "pair_style steradian: neigh_modify exclude takes neighbours that the model needs");
     // buffers hold the widest exchange; hybrid styles asked for their size before the model was read
     comm_forward = comm_reverse = static_cast<int>(setup.doubles > 2 ? setup.doubles : 2);

@@ -265,7 +265,7 @@ class _Density(nn.Module):
         """``[N, 2 l + 1, 2 d]`` for every degree."""
         scalars = features[:, :1] @ self._scaled(self.W_h, self.scale)
         radial = edges.pair_radial @ self._scaled(self.W_r)  # type: ignore[attr-defined]
-        summed = self.product(scalars, edges, radial.view(len(radial), -1, self.width))  # type: ignore[arg-type]
+        summed = self.product(scalars, edges, radial.view(len(radial), self.product.num_paths, self.width))  # type: ignore[arg-type]
         parts = from_owners(summed, edges.share).split([2 * degree + 1 for degree in self.degrees], dim=1)
         return [
             part @ self._scaled(table, (3 * (2 * degree + 1)) ** -0.5)
