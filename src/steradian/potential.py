@@ -137,9 +137,7 @@ class Potential(nn.Module):
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
 
-    def forward(
-        self, graph: Graph, *, forces: bool = True, stress: bool = False, virials: bool = False
-    ) -> Prediction:
+    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False, virials: bool = False) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
 
         Args:

@@ -213,8 +213,8 @@ class Prediction:
         forces: ``[N, 3]`` or None.
         stress: ``[S, 3, 3]`` or None; zero for systems without a cell.
         virial: ``[S, 3, 3]`` [eV] or None, minus the derivative by the strain: -V times the stress, without a cell too.
-        virials: ``[N, 3, 3]`` [eV] or None, ``r_a f_b`` of the edges of every atom, half of each for both its ends; their
-            sum is the virial.
+        virials: ``[N, 3, 3]`` [eV] or None, ``r_a f_b`` of the edges of every atom, half of each for both its ends;
+            their sum is the virial.
         centroid_virials: the same, all of an edge for its sender, as a heat current needs it.
         gates: one ``[E]`` tensor of edge weights alpha per gated layer (empty where no gate is in use).
     """

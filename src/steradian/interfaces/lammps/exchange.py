@@ -38,7 +38,7 @@ class Exchange(Share):
     """
 
     link: Link | None = None
-    #: zero, and differentiable: without neighbours features depend on no position, but all must take part on the way back
+    #: differentiable: without neighbours features depend on no position, but all must take part on the way back
     _token: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _exchanged: list[Tensor] = field(default_factory=list)
 

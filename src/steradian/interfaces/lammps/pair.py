@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ EV = {"metal": 1.0, "real": 1.0 / KCAL_PER_MOL}
 
 
 class Step(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 (ctypes declares it so)
+    _fields_ = [
         *((name, c_int64) for name in ("num_owned", "num_atoms", "num_edges", "num_processes", "wants_virials")),
         ("types", c_void_p),
         ("tags", c_void_p),
@@ -62,7 +63,7 @@ RELEASE = CFUNCTYPE(None)
 
 
 class Setup(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("protocol", c_int64),
         ("pair", c_void_p),
         ("model", c_char_p),
@@ -142,7 +143,9 @@ def numbers_of_types(symbols: Sequence[str], potential: Potential) -> Tensor:
     """
     unknown = [symbol for symbol in symbols if symbol != "NULL" and symbol not in atomic_numbers]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is no element symbol; pair_coeff * * MODEL names one for every atom type")
+        raise ValueError(
+            f"{', '.join(unknown)} is no element symbol; pair_coeff * * MODEL names one for every atom type"
+        )
     numbers = torch.tensor([0] + [0 if symbol == "NULL" else atomic_numbers[symbol] for symbol in symbols])
     potential.check_elements(numbers[numbers > 0])
     return numbers
@@ -165,17 +168,13 @@ def refusals(potential: Potential, periodic: tuple[bool, ...] | None = None) -> 
 
 def exchanged_bytes(potential: Potential) -> list[int]:
     """Bytes per atom of every exchange of a step, in the order of the exchanges."""
-    structure = Structure(np.array([potential.elements[0]] * 2), np.array([[0.0, 0, 0], [0, 0, 0.5 * potential.cutoff]]))
+    structure = Structure(
+        np.array([potential.elements[0]] * 2), np.array([[0.0, 0, 0], [0, 0, 0.5 * potential.cutoff]])
+    )
     graph = make_graph(structure, potential.cutoff)
     share = Widths(torch.ones(2, dtype=torch.bool))
-    potential(_with(graph, share), forces=False)
+    potential(replace(graph, share=share), forces=False)
     return share.found
-
-
-def _with(graph: Graph, share: Any) -> Graph:
-    from dataclasses import replace
-
-    return replace(graph, share=share)
 
 
 def link_of(setup: Setup) -> Link:
