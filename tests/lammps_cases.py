@@ -16,10 +16,11 @@ from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
 from steradian.interfaces.lammps.build import BuildError, build_plugin, find_headers
+from steradian.units import KCAL_PER_MOL
 
 #: LAMMPS' own factors to bar, with the digits that it has
 BAR = {"metal": 1.6021765e6, "real": 68568.415}
-KCAL = {"metal": 1.0, "real": 1.0 / 0.043364104241800934}
+KCAL = {"metal": 1.0, "real": 1.0 / KCAL_PER_MOL}
 
 
 def place() -> Path | None:
@@ -208,7 +209,7 @@ def parse(folder: Path, case: Case, said: str) -> Result:
     rows, at = [], None
     for line in said.splitlines():
         words = line.split()
-        if words[:2] == ["Step", "PotEng"]:
+        if words[:1] == ["Step"] and len(words) == 9:
             at = len(rows)
         elif at is not None and len(words) == 9:
             try:
