@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from steradian.config import ModelConfig, PrecisionConfig
+from steradian.derivatives import Geometry, Gradients, edge_vectors, stress_of
 from steradian.equivariant.rotations import rotation_group
-from steradian.graph import Graph, Prediction
+from steradian.graph import Graph, Prediction, batch_graphs
 from steradian.graph.copies import copies_of
 from steradian.graph.topology import Rows, Topology
 from steradian.hosts.base import Host, HostOutput
-from steradian.operators.base import Rotation, rotation_of
+from steradian.operators.base import Rotation, declares, rotation_of
 from steradian.precision import PrecisionPolicy, assign, policy_of
 
 if TYPE_CHECKING:
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["Potential"]
 
 SYMBOLS_UP_TO = 118
+HESSIAN_EDGES = 20_000
+"""Edges of all copies of a system that rows of its Hessian are worked out with at a time."""
+NO_VIRIALS = (
+    "there are no virials of atoms with attention between all atoms, whose energy is not a sum over neighbours; "
+    "the virial of the whole system is right"
+)
 PLAIN = {torch.float32: "float32", torch.float64: "float64"}
 #: Edges of rotated copies that are evaluated together; more take memory and no less time.
 EDGES_AT_ONCE = 100_000
@@ -53,8 +63,6 @@ class Potential(nn.Module):
         self.atom_references: Tensor
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
-        self.rotations: Tensor | None
-        self.register_buffer("rotations", None, persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
         self.self_test: Any = None  # a SelfTest of a converted model, until it is trained
@@ -172,32 +180,36 @@ class Potential(nn.Module):
                 f"the model does not know {_symbols(unknown)}; it was trained on {_symbols(self.elements)}"
             )
 
-    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False) -> Prediction:
+    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False, virials: bool = False) -> Prediction:
         """Predict a batch. In training mode the derivatives can be differentiated once more.
 
         Args:
             graph: systems with neighbours up to at least :attr:`cutoff`.
             forces: give forces.
-            stress: give the stress (zero for systems without a cell).
-        """
-        with _undisturbed(self.device.type):
-            return self._predict(_outside_inference_mode(graph), forces, stress)
+            stress: give the virial and the stress (zero for systems without a cell).
+            virials: give the virials of atoms too.
 
-    def _predict(self, graph: Graph, forces: bool, stress: bool) -> Prediction:
-        topology = graph.prepared()
+        Raises:
+            ValueError: virials of atoms of a model with attention between all atoms, whose energy is not a sum over
+                pairs of neighbours.
+        """
+        if virials and declares(self.host, "is_global"):
+            raise ValueError(NO_VIRIALS)
+        with _undisturbed(self.device.type):
+            return self._predict(_outside_inference_mode(graph), forces, stress, virials)
+
+    def _predict(self, graph: Graph, forces: bool, stress: bool, virials: bool) -> Prediction:
+        # what two opposite edges share would pull at one of them alone
+        topology = graph.prepared().without_pairs() if virials else graph.prepared()
         species = self.species(topology)
         policy = self.policy
-        with torch.set_grad_enabled(torch.is_grad_enabled() or forces or stress), policy.matrix_units():
-            positions = self._centred(graph).requires_grad_(forces)
-            cell = graph.cell.to(device=self.device, dtype=torch.float64)
-            strain = torch.zeros_like(cell).requires_grad_(stress)
-            wanted = [tensor for tensor, asked in ((positions, forces), (strain, stress)) if asked]
-            inside = replace(graph, cell=cell, topology=topology)
-            parts = []
-            for turns in self._turns(graph):
-                output = self._output(inside, positions, strain if stress else None, turns)
-                parts.append((output, self._gradients(output.atom_energies, wanted)))
-            output, gradients = parts[0] if len(parts) == 1 else _sum(parts)
+        differentiated = forces or stress or virials
+        with torch.set_grad_enabled(torch.is_grad_enabled() or differentiated), policy.matrix_units():
+            geometry = self._geometry(graph, topology)
+            if differentiated:
+                for leaf in geometry:
+                    leaf.requires_grad_(True)
+            output, gradients = self._differentiated(graph, topology, geometry, differentiated)
         references = self.atom_references.index_select(0, species.index)
         if graph.share is not None:
             references = torch.where(graph.share.owned, references, 0.0)
@@ -205,15 +217,37 @@ class Potential(nn.Module):
         per_system = atom_energies.new_zeros((2, graph.num_systems))
         both = torch.stack([atom_energies, references.to(policy.energy)])
         interaction, reference = per_system.index_add(1, graph.system, both).to(torch.float64)
+        virial = gradients.virial(topology, geometry) if gradients is not None and stress else None
+        per_atom = gradients.virials(topology, geometry) if gradients is not None and virials else None
         prediction = Prediction(
             energy=interaction + reference,
             atom_energies=atom_energies + references,
             interaction_energy=interaction,
-            forces=-gradients.pop(0).to(policy.forces) if forces else None,
-            stress=_stress(gradients.pop(0), cell).to(policy.forces) if stress else None,
+            forces=gradients.forces(topology).to(policy.forces) if gradients is not None and forces else None,
+            stress=None if virial is None else stress_of(virial, geometry.cell.detach()).to(policy.forces),
+            virial=virial,
+            virials=None if per_atom is None else per_atom[0],
+            centroid_virials=None if per_atom is None else per_atom[1],
             gates=output.gates,
         )
         return prediction if self.training else _detached(prediction)
+
+    def _differentiated(
+        self, graph: Graph, topology: Topology, geometry: Geometry, wanted: bool
+    ) -> tuple[HostOutput, Gradients | None]:
+        """What the host gives and, where wanted, its derivatives; of the mean over rotations where there is one."""
+        parts = []
+        for turns in self._turns(graph):
+            output = self._output(graph, topology, geometry, turns)
+            found = Gradients.of(output.atom_energies, geometry, create_graph=self.training) if wanted else None
+            parts.append((output, found))
+        return parts[0] if len(parts) == 1 else _sum(parts)
+
+    def _geometry(self, graph: Graph, topology: Topology) -> Geometry:
+        """Edge vectors, positions and cells in float64, tensors of their own."""
+        positions = self._centred(graph)
+        cell = graph.cell.detach().to(device=self.device, dtype=torch.float64, copy=True)
+        return Geometry(edge_vectors(topology, positions, cell), positions, cell)
 
     def _turns(self, graph: Graph) -> list[Tensor | None]:
         """Rotations ``[T, 3, 3]`` in parts that are evaluated together; [None] where there is no average."""
@@ -221,22 +255,24 @@ class Potential(nn.Module):
             return [None]
         return list(self.rotations.split(max(1, EDGES_AT_ONCE // max(1, graph.num_edges))))
 
-    def _output(self, graph: Graph, positions: Tensor, strain: Tensor | None, turns: Tensor | None) -> HostOutput:
-        """What the host gives; with ``turns`` ``[T, 3, 3]``, these rotations' part of the mean over all of them."""
-        policy, topology = self.policy, graph.prepared()
-        strained, cell, vectors = _geometry(topology, positions, graph.cell, strain)
+    def _output(self, graph: Graph, topology: Topology, geometry: Geometry, turns: Tensor | None = None) -> HostOutput:
+        """Interaction energies of the atoms that count; with ``turns`` ``[T, 3, 3]``, these rotations' part of the mean
+        over all of them."""
+        policy = self.policy
+        vectors, positions, cell = geometry
+        graph = replace(graph, cell=cell, topology=topology)
         if turns is not None:
             graph = copies_of(graph, len(turns))
-            strained, vectors, cell = _turned(strained, turns), _turned(vectors, turns), _turned(cell, turns)
+            vectors, positions, cell = (_turned(rows, turns) for rows in geometry)
             if graph.dipoles is not None:
                 copies = graph.dipoles.view(len(turns), -1, 3).to(turns)
                 graph = replace(graph, dipoles=(copies @ turns.transpose(1, 2)).flatten(0, 1))
         vectors = vectors.to(policy.geometry if self.host.takes_exact_vectors else policy.weights)
         inside = replace(graph, cell=cell.to(policy.weights))
-        output = self.host(inside, self.species(inside.prepared()), strained.to(policy.weights), vectors)
+        output = self.host(inside, self.species(inside.prepared()), positions.to(policy.weights), vectors)
         if graph.share is not None:  # copies of other processes' atoms do not count
             energies = torch.where(graph.share.owned, output.atom_energies, 0.0)
-            output = replace(output, atom_energies=energies)
+            output = replace(output, atom_energies=graph.share.anchored(energies))
         if turns is None:
             return output
         assert self.rotations is not None
@@ -245,6 +281,50 @@ class Potential(nn.Module):
             share * values.unflatten(0, (len(turns), -1)).sum(0) for values in (output.atom_energies, *output.gates)
         )
         return HostOutput(energies, tuple(gates))
+
+    def hessian(self, graph: Graph, *, chunk: int | None = None) -> Tensor:
+        """Second derivatives of the energy by positions: ``[3 N, 3 N]`` [eV/Å^2], symmetric to rounding.
+
+        Rows come from differentiating the forces once more; ``chunk`` copies of the system are evaluated side by side,
+        and each gives one row at a time. Tables of radial networks are not used.
+
+        Args:
+            graph: one system.
+            chunk: rows at a time, which bounds the memory; None for as many as have :data:`HESSIAN_EDGES` edges.
+
+        Raises:
+            ValueError: several systems, or no row at a time.
+        """
+        if graph.num_systems != 1:
+            raise ValueError(f"a Hessian is that of one system, not of {graph.num_systems}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        size = 3 * graph.num_atoms
+        chunk = max(1, min(size, chunk or HESSIAN_EDGES // max(1, graph.num_edges)))
+        exact = copy.deepcopy(self).train().eval()  # train() takes tables of radial networks away
+        found = self.atom_references.new_zeros((size, size))
+        with _undisturbed(self.device.type), torch.enable_grad():
+            copies = batch_graphs([_outside_inference_mode(graph).to(self.device)] * chunk) if size else graph
+            positions, forces = exact._differentiable_forces(copies)
+            for first in range(0, size, chunk):
+                rows = min(chunk, size - first)
+                asked = torch.zeros((chunk, size), dtype=forces.dtype, device=forces.device)
+                asked[torch.arange(rows), torch.arange(first, first + rows)] = -1.0
+                if forces.requires_grad:
+                    (part,) = torch.autograd.grad(forces, positions, asked.view(-1, 3), retain_graph=True)
+                    found[first : first + rows] = part.view(chunk, size)[:rows]
+        return found
+
+    def _differentiable_forces(self, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Positions ``[N, 3]`` and forces ``[N, 3]`` that can be differentiated by them."""
+        topology = graph.prepared()
+        with self.policy.matrix_units():
+            positions, cell = self._centred(graph).requires_grad_(True), graph.cell.to(self.device, torch.float64)
+            # nodes of their own: the partial derivatives are those by edge vectors and by what is seen directly
+            geometry = Geometry(edge_vectors(topology, positions, cell), positions.view_as(positions), cell)
+            output = self._output(graph, topology, geometry)
+            gradients = Gradients.of(output.atom_energies, geometry, create_graph=True)
+        return positions, gradients.forces(topology)
 
     def for_inference(
         self, radial_table: bool = True, num_intervals: int = 512, *, rotation_average: int | None = None
@@ -293,52 +373,19 @@ class Potential(nn.Module):
             positions = positions - (sums / counts).index_select(0, graph.system)
         return positions
 
-    def _gradients(self, atom_energies: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        if not wanted:
-            return []
-        if not atom_energies.requires_grad:
-            return [torch.zeros_like(tensor) for tensor in wanted]
-        found = torch.autograd.grad(
-            atom_energies.sum(), wanted, create_graph=self.training, allow_unused=True, materialize_grads=True
-        )
-        return list(found)
-
-
-def _geometry(
-    topology: Topology, positions: Tensor, cell: Tensor, strain: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Strained positions, cell and edge vectors; the strain acts on positions and cell alike."""
-    if strain is not None:
-        symmetric = 0.5 * (strain + strain.transpose(1, 2))
-        positions = positions + _by_system(positions, symmetric, topology.system)
-        cell = cell + cell @ symmetric
-    vectors = positions.index_select(0, topology.senders) - positions.index_select(0, topology.receivers)
-    if topology.is_periodic:
-        assert topology.shifts is not None
-        system = topology.system.index_select(0, topology.receivers)
-        vectors = vectors + _by_system(topology.shifts.to(vectors.dtype), cell, system)
-    return positions, cell, vectors
-
 
 def _turned(rows: Tensor, turns: Tensor) -> Tensor:
     """``[T * M, ..., 3]`` rows ``[M, ..., 3]`` turned by every rotation ``[T, 3, 3]``."""
     return torch.einsum("tij,m...j->tm...i", turns, rows).flatten(0, 1)
 
 
-def _sum(parts: list[tuple[HostOutput, list[Tensor]]]) -> tuple[HostOutput, list[Tensor]]:
+def _sum(parts: list[tuple[HostOutput, Gradients | None]]) -> tuple[HostOutput, Gradients | None]:
     """Parts of a mean, and of its derivatives, together."""
     outputs = [output for output, _ in parts]
     energies = sum(output.atom_energies for output in outputs)
     gates = tuple(sum(several) for several in zip(*(output.gates for output in outputs)))
-    gradients = [sum(several) for several in zip(*(gradients for _, gradients in parts))]
+    gradients = reduce(operator.add, (found for _, found in parts)) if parts[0][1] is not None else None
     return HostOutput(energies, gates), gradients  # type: ignore[arg-type]
-
-
-def _by_system(rows: Tensor, matrices: Tensor, system: Tensor) -> Tensor:
-    """Rows ``[M, 3]`` times the matrix ``[S, 3, 3]`` of the system ``[M]`` that each belongs to."""
-    if len(matrices) == 1:  # without a matrix per row, which is most of this work and of its derivative
-        return rows @ matrices[0]
-    return torch.einsum("mi,mij->mj", rows, matrices.index_select(0, system))
 
 
 @contextmanager
@@ -361,14 +408,6 @@ def _outside_inference_mode(graph: Graph) -> Graph:
     return replace(graph, topology=None, **own)
 
 
-def _stress(strain_gradient: Tensor, cell: Tensor) -> Tensor:
-    """(1/V) dE/d(strain) ``[S, 3, 3]``; zero where there is no cell."""
-    volume = (cell[:, 0] * torch.linalg.cross(cell[:, 1], cell[:, 2])).sum(1).abs()
-    periodic = volume > 0
-    safe = torch.where(periodic, volume, torch.ones_like(volume))
-    return torch.where(periodic[:, None, None], strain_gradient / safe[:, None, None], 0.0)
-
-
 def _detached(prediction: Prediction) -> Prediction:
     def free(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach()
@@ -380,6 +419,9 @@ def _detached(prediction: Prediction) -> Prediction:
         interaction_energy=prediction.interaction_energy.detach(),
         forces=free(prediction.forces),
         stress=free(prediction.stress),
+        virial=free(prediction.virial),
+        virials=free(prediction.virials),
+        centroid_virials=free(prediction.centroid_virials),
         gates=tuple(alpha.detach() for alpha in prediction.gates),
     )
 

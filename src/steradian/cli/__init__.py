@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, md, precision, train
+from steradian.cli import attend, config, convert, dataset, demo, evaluate, inspect, lammps, md, modes, precision, train
 from steradian.cli.common import Stopped, plain, speak_any_encoding, stop_on_signals
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.compare)
 app.command()(md.md)
+app.command()(modes.modes)
 app.command()(attend.attend)
 app.command()(inspect.inspect)
 app.command()(precision.precision)
@@ -37,6 +38,7 @@ app.command()(convert.convert)
 app.command()(demo.demo)
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(config.app, name="config")
+app.add_typer(lammps.app, name="lammps")
 
 
 def _print_version(asked: bool) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 
+from steradian.compiler.cache import cache_folder
 from steradian.compiler.lanes import I32, I64, Lanes
 
 __all__ = [
@@ -149,16 +150,6 @@ def _text_of(module: str) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
-
-
-def cache_folder() -> Path:
-    """Where this user's code is kept; it need not exist.
-
-    Raises:
-        RuntimeError: there is no home folder.
-    """
-    chosen = os.environ.get("STERADIAN_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "steradian"
 
 
 @cache

@@ -212,8 +212,12 @@ class Prediction:
         interaction_energy: ``[S]`` total minus the reference energies of the atoms, float64.
         forces: ``[N, 3]`` or None.
         stress: ``[S, 3, 3]`` or None; zero for systems without a cell.
-        gates: one tensor of edge weights alpha per gated layer, ``[E]`` or, of H heads, ``[E, H]`` (empty where no gate
-            is in use).
+        virial: ``[S, 3, 3]`` [eV] or None, minus the derivative by the strain: -V times the stress, without a cell too.
+        virials: ``[N, 3, 3]`` [eV] or None, ``r_a f_b`` of the edges of every atom, half of each for both its ends;
+            their sum is the virial.
+        centroid_virials: the same, all of an edge for its sender, as a heat current needs it.
+        gates: one tensor of edge weights alpha per gated layer, ``[E]``, ``[E, H]`` or
+            ``[E, P, H]`` (empty where no gate is in use).
     """
 
     energy: Tensor
@@ -221,6 +225,9 @@ class Prediction:
     interaction_energy: Tensor
     forces: Tensor | None = None
     stress: Tensor | None = None
+    virial: Tensor | None = None
+    virials: Tensor | None = None
+    centroid_virials: Tensor | None = None
     gates: tuple[Tensor, ...] = ()
 
 

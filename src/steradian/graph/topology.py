@@ -13,6 +13,7 @@ are given by whoever made the tensors, and :meth:`Topology.refresh` sorts new co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -298,6 +299,12 @@ class Topology:
             self._pairs = find_pairs(self.senders, self.receivers, self.shifts, self.num_atoms)
         return self._pairs
 
+    def without_pairs(self) -> Topology:
+        """The same, in which no edge is known to be the opposite of another one."""
+        alike = copy.copy(self)
+        alike._pairs, alike._looked_for_pairs, alike._prepared = None, True, {}
+        return alike
+
     # ----------------------------------------------------------------------------------------------- systems, elements
 
     @property
@@ -461,6 +468,23 @@ class Share:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, differentiable."""
         return sum_over_processes(values, self.group)
+
+    def from_owners(self, values: Tensor) -> Tensor:
+        """Values of atoms ``[N, ...]`` with those of copies as their owners have them, differentiable.
+
+        As they are here: a process lists the surroundings of its atoms so far out that what it finds for the copies
+        that matter is what their owners find.
+        """
+        return values
+
+    def anchored(self, energies: Tensor) -> Tensor:
+        """The same energies ``[N]``, whose derivative passes through everything that was exchanged."""
+        return energies
+
+
+def from_owners(values: Tensor, share: Share | None) -> Tensor:
+    """Sums over neighbours ``[N, ...]`` before neighbours see them: what owners have, where a system is shared."""
+    return values if share is None else share.from_owners(values)
 
 
 def sum_over_processes(values: Tensor, group: Any = None) -> Tensor:

@@ -23,7 +23,7 @@ from steradian.equivariant.linear import ElementLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.symmetric_contraction import SymmetricContraction
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, num_paths
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows
+from steradian.graph.topology import Rows, from_owners
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.precision import WithRole
@@ -237,7 +237,9 @@ class MACE(ConvolutionHost):
         if self.repulsion is not None:
             energies = energies + self.repulsion(edges.lengths, **pairs, pick=not edges.topology.is_static)
         gates = []
-        for layer, readout in zip(self.layers, self.readouts):
+        for index, (layer, readout) in enumerate(zip(self.layers, self.readouts)):
+            if index:
+                features = from_owners(features, edges.share)
             features, alpha = layer(features, species, positions, edges)
             energies = energies + readout(features[:, 0])
             if alpha is not None:

@@ -20,7 +20,7 @@ from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, num_paths
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows
+from steradian.graph.topology import Rows, from_owners
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate
@@ -276,7 +276,9 @@ class NequIP(ConvolutionHost):
         edges = self.edges(graph, vectors)
         features = self.embedding.index_select(0, species.index).unsqueeze(1)
         gates = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if index:
+                features = from_owners(features, edges.share)
             features, alpha = layer(features, species, self.embedding, positions, edges)
             if alpha is not None:
                 gates.append(alpha)

@@ -18,7 +18,7 @@ from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows
+from steradian.graph.topology import Rows, from_owners
 from steradian.hosts.base import Host, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.radial import bernstein_basis, cosine_envelope, safe_norm, smooth_envelope
@@ -200,7 +200,9 @@ class O3MPNN(Host):
                 raise ValueError("this model embeds atomic dipoles, but the structures have none")
             features = torch.cat([features, self.dipole(graph.dipoles.to(features).unsqueeze(-1))], dim=1)
         gates = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if index:
+                features = from_owners(features, edges.share)
             features, alpha = layer(features, positions, edges)
             if alpha is not None:
                 gates.append(alpha)

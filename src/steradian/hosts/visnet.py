@@ -24,7 +24,7 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.equivariant.tensor_product import of_channels
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows, Topology
+from steradian.graph.topology import Rows, Topology, from_owners
 from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.hosts.visnet_parts import ExpNormalBasis, Rescale, VectorNorm
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message
@@ -429,6 +429,7 @@ class ViSNet(Host):
         )
         own = self.embedding.index_select(0, species)
         scalars = self.combine(torch.cat([own, self.rescale(neighbors.squeeze(1))], dim=1))
+        scalars = from_owners(scalars, edges.share)
         at_zero = self.radial_basis(edges.lengths.new_zeros(1), edges.lengths.new_ones(1))
         shapes = self.edge_filter(torch.cat([radial, at_zero]))
         shapes = torch.cat([shapes[:-1], shapes[-1:].expand(edges.num_atoms, -1)])
@@ -442,7 +443,9 @@ class ViSNet(Host):
         features, shared = scalars.unsqueeze(1), rows.links.of_pair
         size = dim(natural_degrees(self.l_max))
         gates = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if index:
+                features = from_owners(features, edges.share)
             update, edge_update, alpha = layer(features, filters, positions, edges, rows, shared)
             if features.shape[1] < size:
                 features = nn.functional.pad(features, (0, 0, 0, size - features.shape[1]))

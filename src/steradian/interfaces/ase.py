@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from steradian.build import load_potential
@@ -29,7 +29,9 @@ __all__ = ["SteradianCalculator"]
 class SteradianCalculator(Calculator):
     """ASE calculator: energy and free energy [eV], forces [eV/Å], stress [eV/Å^3, Voigt], energies per atom [eV].
 
-    The stress is given for structures periodic in all directions. With ``skin > 0`` the list of neighbours is made once
+    The stress is given for structures periodic in all directions; ``stresses`` of atoms [eV/Å^3, Voigt], which sum to
+    it, are worked out where they are asked for (``atoms.get_stresses()``) and where the model has no attention between all
+    atoms. With ``skin > 0`` the list of neighbours is made once
     with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
     have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
 
@@ -58,6 +60,7 @@ class SteradianCalculator(Calculator):
         "free_energy",
         "forces",
         "stress",
+        "stresses",
         "energies",
     ]
 
@@ -99,12 +102,15 @@ class SteradianCalculator(Calculator):
         tell_of_frame(self.potential)
         present: Atoms = self.atoms  # type: ignore[assignment]
         periodic = bool(present.pbc.all())
+        per_atom = "stresses" in (properties or ())
+        if per_atom and not periodic:
+            raise PropertyNotImplementedError("stresses of atoms need a cell that is periodic in all directions")
         steady, self._before = self._before is None or _same_system(present, self._before), present.copy()
-        if self.on_device and steady:
+        if self.on_device and steady and not per_atom:
             self.results = self._on_device(present, periodic)
             return
         graph = self._graph(present).to(self.potential.device)
-        prediction = self.potential(graph, forces=True, stress=periodic)
+        prediction = self.potential(graph, forces=True, stress=periodic, virials=per_atom)
         energy = float(prediction.energy[0])
         self.results = {
             "energy": energy,
@@ -114,6 +120,21 @@ class SteradianCalculator(Calculator):
         }
         if periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
+        if prediction.virials is not None:
+            virials = prediction.virials.double().cpu().numpy()
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(-virials / present.get_volume())
+
+    def get_hessian(self, atoms: Atoms | None = None, *, chunk: int | None = None) -> np.ndarray:
+        """Second derivatives of the energy ``[3 N, 3 N]`` [eV/Å^2]; ``chunk`` rows at a time bound the memory.
+
+        Raises:
+            ValueError: no atoms at all.
+        """
+        present = self.atoms if atoms is None else atoms
+        if present is None:
+            raise ValueError("a Hessian of which atoms? give some, or compute something of them first")
+        graph = make_graph(_structure(present), self.potential.cutoff)
+        return self.potential.hessian(graph, chunk=chunk).cpu().numpy()
 
     def _on_device(self, atoms: Atoms, periodic: bool) -> dict[str, Any]:
         """All properties from a list that is kept on the device."""

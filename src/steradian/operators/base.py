@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.sphere import SphereGrid
 from steradian.graph import Edges
-from steradian.graph.topology import Topology
+from steradian.graph.topology import Share, Topology
 
 __all__ = [
     "AttentionMaps",
@@ -116,6 +116,10 @@ class EdgesOfGate(Protocol):
     def topology(self) -> Topology | None:
         """What is prepared for these edges, which then are listed in order of their receivers."""
 
+    @property
+    def share(self) -> Share | None:
+        """Where the atoms are one process's part of a system, the atoms that it answers for."""
+
 
 class BareEdges(NamedTuple):
     """Edges of anybody's model, in any order."""
@@ -127,6 +131,7 @@ class BareEdges(NamedTuple):
     radial: Tensor | None = None
     harmonics: Tensor | None = None
     topology: Topology | None = None
+    share: Share | None = None
 
 
 class AttentionMaps(NamedTuple):
@@ -166,6 +171,8 @@ class Operator(nn.Module, ABC):
     supports_pbc: bool = True
     needs_system_sizes: bool = False
     """The work is arranged by the atoms of every system, so a recorded step holds for one list of sizes."""
+    is_global: bool = False
+    """An atom is told of others than its neighbours: the energy depends on positions and cell besides edge vectors."""
     asks_for_the_lattice: bool = False
     """In a crystal the work follows from the shape of the cell (sums over the reciprocal lattice): not recorded."""
     num_features: int | None = None
@@ -214,6 +221,7 @@ class GlobalMixer(Operator):
     """Adds an equivariant update from all atoms of a system to a layer's local update."""
 
     supports_pbc = False
+    is_global = True
     needs_system_sizes = True
     asks_for_the_lattice = True
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steradian.equivariant.sphere import SphereGrid, equiangular
-from steradian.graph.topology import Rows
+from steradian.graph.topology import Rows, from_owners
 from steradian.operators.base import AttentionMaps, BareEdges, EdgeGate, EdgesOfGate, Rotation
 from steradian.operators.mara import factorised, paper, triton
 from steradian.polynomials import backend_for
@@ -152,7 +152,7 @@ def mean_at_senders(alpha: Tensor, edges: EdgesOfGate, num_atoms: int) -> Tensor
     excess = envelope.view(shape) * (alpha - 1)
     excess = excess.new_zeros((num_atoms, *alpha.shape[1:])).index_add(0, edges.receivers, excess)
     mean = torch.where(reached.view(shape), excess, 0.0) / torch.where(reached, total, 1.0).view(shape)
-    return (1 + mean).index_select(0, edges.senders)
+    return from_owners(1 + mean, edges.share).index_select(0, edges.senders)
 
 
 class MARA(SphereGate):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.sphere import SphereGrid, lebedev
+from steradian.graph.topology import from_owners
 from steradian.operators.base import EdgesOfGate
 from steradian.operators.mara import paper
 from steradian.operators.mara.factorised import NUMBERS_PER_BLOCK
@@ -238,7 +239,8 @@ class IntrinsicMARA(SphereGate):
             directions = edges.vectors * torch.where(squared > 0, squared, 1.0).rsqrt()
             harmonics = spherical_harmonics(directions, self.l_max)
         per_edge = harmonics[:, :size].unsqueeze(2) * radial.unsqueeze(1)
-        return per_edge.new_zeros((num_atoms, *per_edge.shape[1:])).index_add(0, edges.receivers, per_edge)
+        summed = per_edge.new_zeros((num_atoms, *per_edge.shape[1:])).index_add(0, edges.receivers, per_edge)
+        return from_owners(summed, edges.share)
 
     def _intrinsic_tables(self, features: Tensor, scalars: Tensor, edges: EdgesOfGate) -> _NodeTables:
         signal = self._signal(features, edges)
