@@ -63,6 +63,8 @@ class Potential(nn.Module):
         self.atom_references: Tensor
         self.register_buffer("species_of_number", species, persistent=False)
         self.register_buffer("atom_references", self._reference_tensor(), persistent=False)
+        self.rotations: Tensor | None
+        self.register_buffer("rotations", None, persistent=False)
         self.radial_table_error: float | None = None
         self._frozen: list[nn.Parameter] = []  # by for_inference, to be trained again
         self.self_test: Any = None  # a SelfTest of a converted model, until it is trained

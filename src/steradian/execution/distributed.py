@@ -16,8 +16,8 @@ from ase.geometry import complete_cell
 
 from steradian.graph import Prediction
 from steradian.graph.neighbors import make_graph
+from steradian.graph.share import Share
 from steradian.graph.structures import Structure
-from steradian.graph.topology import Share
 from steradian.potential import Potential
 
 __all__ = ["predict_distributed", "slab"]

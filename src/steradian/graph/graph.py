@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.graph.topology import OnTopology, Pairs, Share, Topology
+from steradian.graph.share import Share
+from steradian.graph.topology import OnTopology, Pairs, Topology
 
 __all__ = ["Edges", "Graph", "Prediction", "batch_graphs"]
 

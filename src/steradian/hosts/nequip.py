@@ -20,7 +20,8 @@ from steradian.equivariant.irreps import Degrees, dim
 from steradian.equivariant.linear import EmbeddedLinear, IrrepsLinear, PathLinear
 from steradian.equivariant.tensor_product import ChannelwiseTensorProduct, num_paths
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows, from_owners
+from steradian.graph.share import from_owners
+from steradian.graph.topology import Rows
 from steradian.hosts.base import ConvolutionHost, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.polynomials import Operand, Polynomial, Terms, evaluate

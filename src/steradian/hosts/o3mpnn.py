@@ -18,7 +18,8 @@ from steradian.equivariant.irreps import Degrees, natural_degrees
 from steradian.equivariant.linear import MLP, Dense, add_features, change_degrees, union
 from steradian.equivariant.paths import MessagePassing, SelfCoupling
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows, from_owners
+from steradian.graph.share import from_owners
+from steradian.graph.topology import Rows
 from steradian.hosts.base import Host, HostOutput, TrainingFacts, message_divisor
 from steradian.operators.base import EdgeGate, GateFactory, GlobalMixer, MixerFactory, SlotSpec, empty_slot
 from steradian.radial import bernstein_basis, cosine_envelope, safe_norm, smooth_envelope

@@ -24,7 +24,8 @@ from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
 from steradian.equivariant.irreps import dim, natural_degrees
 from steradian.equivariant.tensor_product import of_channels
 from steradian.graph import Edges, Graph
-from steradian.graph.topology import Rows, Topology, from_owners
+from steradian.graph.share import from_owners
+from steradian.graph.topology import Rows, Topology
 from steradian.hosts.base import Host, HostOutput, TrainingFacts
 from steradian.hosts.visnet_parts import ExpNormalBasis, Rescale, VectorNorm
 from steradian.hosts.visnet_tables import product_polynomial, rejected_product, vector_message

@@ -30,10 +30,10 @@ class SteradianCalculator(Calculator):
     """ASE calculator: energy and free energy [eV], forces [eV/Å], stress [eV/Å^3, Voigt], energies per atom [eV].
 
     The stress is given for structures periodic in all directions; ``stresses`` of atoms [eV/Å^3, Voigt], which sum to
-    it, are worked out where they are asked for (``atoms.get_stresses()``) and where the model has no attention between all
-    atoms. With ``skin > 0`` the list of neighbours is made once
-    with a longer cutoff and reused until an atom has moved by half the skin or the cell, the periodicity or the atoms
-    have changed; edges beyond the cutoff are dropped at every step, so results do not depend on it.
+    it, are worked out where they are asked for (``atoms.get_stresses()``) and where the model has no attention between
+    all atoms. With ``skin > 0`` the list of neighbours is made once with a longer cutoff and reused until an atom has
+    moved by half the skin or the cell, the periodicity or the atoms have changed; edges beyond the cutoff
+    are dropped at every step, so results do not depend on it.
 
     On a GPU lists are made there, in tensors of fixed shape (:class:`~steradian.graph.skin.DeviceList`), and the
     part of the model is recorded: a call sends positions up and brings everything down in one transfer. While the

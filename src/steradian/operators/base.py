@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from steradian.equivariant.sphere import SphereGrid
 from steradian.graph import Edges
-from steradian.graph.topology import Share, Topology
+from steradian.graph.share import Share
+from steradian.graph.topology import Topology
 
 __all__ = [
     "AttentionMaps",

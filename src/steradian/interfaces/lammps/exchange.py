@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steradian.graph.topology import Share
+from steradian.graph.share import Share
 
 __all__ = ["Exchange", "Link", "Widths"]
 

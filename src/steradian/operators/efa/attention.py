@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from steradian.graph.topology import Share
+from steradian.graph.share import Share
 from steradian.operators.efa.cpu import attend_isolated
 from steradian.operators.efa.paper import QKV
 from steradian.operators.efa.rules import DirectionRule

@@ -28,7 +28,7 @@ from steradian.equivariant.linear import MLP, Dense, activate, add_features, cha
 from steradian.equivariant.paths import CoupledProduct, coupled_degrees
 from steradian.equivariant.sphere import lebedev
 from steradian.graph import Edges
-from steradian.graph.topology import Share
+from steradian.graph.share import Share
 from steradian.operators.base import GlobalMixer, MixerFactory, Rotation, SlotSpec, in_layer
 from steradian.operators.efa.attention import Waves, rotary_attention
 from steradian.operators.efa.paper import QKV, frequencies_up_to

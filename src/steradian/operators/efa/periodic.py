@@ -28,7 +28,7 @@ from torch import Tensor
 
 from steradian.compiler.folding import constant
 from steradian.equivariant.harmonics import spherical_harmonics, unit_vectors
-from steradian.graph.topology import Share
+from steradian.graph.share import Share
 from steradian.operators.efa.attention import Waves, attend_block
 from steradian.operators.efa.paper import QKV
 from steradian.radial import safe_norm

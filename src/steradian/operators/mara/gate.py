@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from steradian.equivariant.sphere import SphereGrid, equiangular
-from steradian.graph.topology import Rows, from_owners
+from steradian.graph.share import from_owners
+from steradian.graph.topology import Rows
 from steradian.operators.base import AttentionMaps, BareEdges, EdgeGate, EdgesOfGate, Rotation
 from steradian.operators.mara import factorised, paper, triton
 from steradian.polynomials import backend_for

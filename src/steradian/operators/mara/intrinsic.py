@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from steradian.equivariant.harmonics import spherical_harmonics
 from steradian.equivariant.sphere import SphereGrid, lebedev
-from steradian.graph.topology import from_owners
+from steradian.graph.share import from_owners
 from steradian.operators.base import EdgesOfGate
 from steradian.operators.mara import paper
 from steradian.operators.mara.factorised import NUMBERS_PER_BLOCK
