@@ -42,6 +42,7 @@ PUBLISHED = {
 }  # fmt: skip
 INTRINSIC = {"kind": "mara", "form": "published", "frame": "intrinsic", "grid": {"kind": "lebedev", "num_points": 50}}
 INPUTS = ["scalars", "radial", "projections"]
+SPHERE: dict[str, Any] = {"kernel": "polynomial", "grid": {"kind": "lebedev", "num_points": 26}, "num_heads": 4}
 
 
 def gate(**options: Any) -> dict[str, Any]:
@@ -57,31 +58,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wider": {"model.host.num_channels": 40},
     "published": {"model.edge_gate": PUBLISHED},
     "published-intrinsic": {"model.edge_gate": INTRINSIC},
-    "scalar": gate(heads=1),
-    "heads-4": gate(heads=4),
-    "heads-8": gate(heads=8),
     "channel": gate(),
+    "channel-all-heads": gate(heads="C"),
+    "channel-8-heads": gate(heads=8),
+    "channel-message": gate(resolution="message", heads="C"),
+    "channel-scalar": gate(resolution="message", heads=1),
+    "channel-no-density": gate(inputs=INPUTS),
+    "channel-no-density-message": gate(inputs=INPUTS, resolution="message", heads="C"),
+    "channel-undirected": gate(inputs=["scalars", "radial"]),
     "channel-sigmoid": gate(activation="sigmoid"),
     "channel-exp": gate(activation="exp"),
-    "channel-undirected": gate(inputs=["scalars", "radial"]),
-    "channel-density": gate(inputs=[*INPUTS, "density"]),
-    "channel-density-first": gate(inputs=[*INPUTS, "first-density"]),
-    "channel-density-64": gate(inputs=[*INPUTS, "density"], hidden_dim=64),
-    "channel-density-only": gate(inputs=["scalars", "radial", "density"]),
-    "channel-density-exp": gate(inputs=[*INPUTS, "density"], activation="exp"),
-    "channel-density-heads-8": gate(inputs=[*INPUTS, "density"], heads=8),
-    "channel-density-scalar": gate(inputs=[*INPUTS, "density"], heads=1),
-    "channel-sphere": gate(
-        inputs=[*INPUTS, "sphere"], kernel="polynomial", grid={"kind": "lebedev", "num_points": 26}, num_heads=4
-    ),
-    "channel-only-sphere": gate(
-        inputs=["scalars", "radial", "sphere"],
-        kernel="polynomial",
-        grid={"kind": "lebedev", "num_points": 26},
-        num_heads=4,
-    ),
     "channel-64": gate(hidden_dim=64),
     "channel-node": gate(where="node"),
+    "channel-sphere": gate(inputs=[*INPUTS, "density", "sphere"], **SPHERE),
+    "channel-only-sphere": gate(inputs=["scalars", "radial", "sphere"], **SPHERE),
 }
 #: Hosts other than the small MACE.
 HOSTS: dict[str, dict[str, Any]] = {
@@ -183,18 +173,30 @@ def three_bpa(data: Path) -> dict[str, Any]:
 DATA: dict[str, Any] = {name: rmd17(name) for name in ("ethanol", "uracil", "aspirin")} | {"3bpa": three_bpa}
 
 
+#: Epochs of the main part: the small molecules longer, as an epoch of the large ones takes several times as long.
+EPOCHS = {"ethanol": 100, "uracil": 60, "aspirin": 30, "3bpa": 60}
+
+
 def plan() -> Iterator[Run]:
-    """The runs in the order in which they tell most; 50 epochs to compare forms, as long as it pays for the claim."""
-    screened = (
-        *("channel", "channel-density", "channel-exp", "channel-sigmoid", "channel-density-first"),
-        *("channel-density-only", "channel-density-64", "channel-density-heads-8", "channel-density-exp"),
-        *("channel-sphere", "channel-undirected", "channel-density-scalar"),
-        *("scalar", "heads-4", "heads-8", "channel-64", "channel-node", "channel-only-sphere"),
-        *("published", "published-intrinsic", "wider"),
-    )
-    for seed in (0, 1):
-        for variant in ("bare", "channel", "mean", *screened[1:]):
-            yield Run("screen", "ethanol", "mace", variant, 50, seed)
+    """The runs in the order in which they tell most."""
+    for seed, molecule in itertools.product((0, 1, 2), EPOCHS):
+        for variant in ("bare", "channel"):
+            yield Run("main", molecule, "mace", variant, EPOCHS[molecule], seed)
+    for seed, molecule in itertools.product((0, 1, 2), EPOCHS):
+        yield Run("main", molecule, "mace", "published", EPOCHS[molecule], seed)
+    for seed, variant in itertools.product((0, 1, 2), ("mean", "bare", "scale-1.5", "learned")):
+        yield Run("scale", "ethanol", "mace", variant, 50, seed)
+        yield Run("scale", "aspirin", "mace", variant, 20, seed)
+    for seed, molecule in itertools.product((0, 1), ("ethanol", "uracil")):
+        for variant in VARIANTS:
+            if variant not in ("mean", "scale-1.5", "learned"):
+                yield Run("screen", molecule, "mace", variant, 100, seed)
+    for seed, host in itertools.product((0, 1), ("nequip", "visnet", "mace-correlation-3", "mace-64")):
+        for variant in ("bare", "channel"):
+            yield Run("hosts", "aspirin", host, variant, 25, seed)
+    for seed, host, variant in itertools.product((0, 1), ("mace-correlation-3", "nequip", "visnet"), ("mean", "bare")):
+        if (host, variant) != ("visnet", "mean"):
+            yield Run("scale", "aspirin", host, variant, 25, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
