@@ -11,7 +11,7 @@ from steradian.graph import Graph
 from steradian.potential import Potential
 
 HOSTS = {
-    "mace": MACEConfig(num_channels=16, cutoff_A=4.0, radial_mlp=[16]),
+    "mace": MACEConfig(num_channels=16, cutoff_A=4.0, radial_mlp=[16], message_scale="mean"),
     "nequip": NequIPConfig(num_channels=16, num_layers=2, cutoff_A=4.0, radial_mlp=[16]),
     "o3mpnn": O3MPNNConfig(num_channels=16, cutoff_A=4.0, zero_init=False),
     "visnet": ViSNetConfig(num_channels=16, num_heads=4, num_layers=3, cutoff_A=4.0),

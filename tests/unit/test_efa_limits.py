@@ -66,7 +66,9 @@ STATISTICS = made_up({1: -13.6, 6: -1029.5}, avg_num_neighbors=4.0)
 
 def test_inspect_and_the_audit_show_the_limits(tmp_path):
     mixer = EFAConfig(max_length_A=8.0, num_features_qk=8, zero_init=False)
-    host = MACEConfig(num_channels=8, hidden_l=1, l_max=1, correlation=2, radial_mlp=[8], cutoff_A=3.0)
+    host = MACEConfig(
+        num_channels=8, hidden_l=1, l_max=1, correlation=2, radial_mlp=[8], cutoff_A=3.0, message_scale="mean"
+    )
     potential = build_potential(ModelConfig(host=host, global_mixer=mixer, precision="float64"), STATISTICS, seed=1)
     save_potential(tmp_path / "model.safetensors", potential)
     rows = dict(describe(tmp_path, potential))

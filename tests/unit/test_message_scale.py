@@ -144,7 +144,7 @@ def test_a_gate_multiplies_the_channels_of_every_message_exactly_once(host):
     gated, bare = made(host, make_gate=lambda spec: PerHead(values)), made(host)
     assert not torch.allclose(gated(graph()).energy, bare(graph()).energy, atol=1e-6)
     channels = HOSTS[host].num_channels
-    alpha = torch.tensor(values, dtype=torch.float64).repeat_interleave(channels // 2)
+    alpha = torch.tensor(values, dtype=torch.float64).repeat(channels // 2)
     with torch.no_grad():
         for layer in bare.host.layers:
             if host == "o3mpnn":

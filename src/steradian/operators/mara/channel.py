@@ -221,7 +221,7 @@ class ChannelGate(WithRole, EdgeGate):
     def _along(self, receiver: dict[int, Tensor], sender: dict[int, Tensor], edges: EdgesOfGate) -> Tensor:
         """The sum of what both atoms and the edge say, ``[E, d]``, from a table ``[N, 2 l + 1, d]`` per degree."""
         by_receiver, by_sender, pairs = _rows(edges)
-        top = max(*receiver, *sender)
+        top = max((*receiver, *sender))
         harmonics = edges.harmonics
         if not top:
             harmonics = edges.vectors.new_ones((len(edges.senders), 1))  # not read
