@@ -488,7 +488,7 @@ JOBS = {"train": training_jobs, "md": simulation_jobs, "dataset": dataset_jobs, 
 
 
 def make_models(work: Path) -> None:
-    host = MACEConfig(num_channels=4, l_max=1, correlation=2, radial_mlp=[8], cutoff_A=3.5)
+    host = MACEConfig(num_channels=4, l_max=1, correlation=2, radial_mlp=[8], cutoff_A=3.5, message_scale="mean")
     for seed, name in enumerate(("model", "other")):
         potential = build_potential(ModelConfig(host=host, precision="float64"), STATISTICS, seed=seed).eval()
         save_potential(work / f"{name}.safetensors", potential)
