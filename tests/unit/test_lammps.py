@@ -201,7 +201,7 @@ BAD = [
     ("pair_style steradian\npair_coeff * * {model} H C Xe", "does not know Xe"),
     ("pair_style steradian\npair_coeff * * {model} H C Q", "Q is no element symbol"),
     ("pair_style steradian\npair_coeff * * nothing.safetensors H C O", "no such model file"),
-    ("pair_style steradian\npair_coeff 1 1 {model} H C O", "pair_coeff \\* \\* MODEL"),
+    ("pair_style steradian\npair_coeff 1 1 {model} H C O", "must start with \\* \\* for pair style steradian"),
     ("pair_style steradian precision tiny\npair_coeff * * {model} H C O", "precision tiny: choose float64"),
     ("pair_style steradian threads 0\npair_coeff * * {model} H C O", "threads 0 is no count"),
     ("pair_style steradian skin 2\npair_coeff * * {model} H C O", "unknown keyword skin"),
